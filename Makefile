@@ -1,0 +1,68 @@
+# `make help` lists the targets. The environment lives in .venv/, data in data/, trained models in runs/.
+
+PYTHON ?= python3
+UV_VERSION := 0.13.9
+BIN := .venv/bin
+READY := .venv/.ready
+SCENES := data/scenes/train/conversations.json
+STAGE1 := runs/tiny/stage1/manifest.json
+STAGE2 := runs/tiny/stage2/manifest.json
+
+.DEFAULT_GOAL := setup
+.PHONY: setup demo test bench lint format requirements clean help
+.DELETE_ON_ERROR:
+# A checkpoint is written in one move, so one that is there is whole, even when make is interrupted right then.
+.PRECIOUS: $(STAGE1) $(STAGE2)
+
+setup: $(READY) ## install everything into .venv/
+
+demo: setup $(if $(wildcard $(STAGE2)),,$(STAGE2)) ## train the small model where none is there, open the page
+	$(BIN)/mmllm demo runs/tiny/stage2
+
+test: lint ## lint, type-check and run the tests; PYTEST="-k chat" selects
+	$(BIN)/python -m pytest $(PYTEST)
+
+bench: setup ## side-by-side measurements into bench/results/
+	$(BIN)/python -m bench
+
+lint: setup ## check format, style and types
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+format: setup ## format, and fix what can be fixed
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+requirements: $(BIN)/uv ## pin the versions in requirements.txt again; UPGRADE=--upgrade moves all to the newest
+	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --no-annotate $(UPGRADE) \
+		--custom-compile-command "make requirements" --quiet --output-file requirements.txt
+
+clean: ## remove .venv/ and caches; data/ and runs/ stay
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-14s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(BIN)/uv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, \
+	$(PYTHON) is {sys.version.split()[0]}; name another one with make PYTHON=python3.12")'
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+
+$(READY): requirements.txt pyproject.toml | $(BIN)/uv
+	$(BIN)/uv pip sync --python $(BIN)/python requirements.txt
+	$(BIN)/uv pip install --python $(BIN)/python --no-deps --editable .
+	@touch $@
+
+# What follows is made once: order-only prerequisites (behind the bar) are made before it, but never make it anew.
+# Training that was interrupted goes on where it stopped.
+$(SCENES): | $(READY)
+	$(BIN)/mmllm scenes data/scenes --train 12000 --val 500 --seed 0
+
+$(STAGE1): | $(SCENES)
+	$(BIN)/mmllm train configs/tiny/stage1.yaml
+
+$(STAGE2): | $(STAGE1)
+	$(BIN)/mmllm train configs/tiny/stage2.yaml

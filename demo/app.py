@@ -1,0 +1,126 @@
+"""Serves the page of one model: on this computer only, from a private folder that is deleted at the end."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+import webbrowser
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+HOST = "127.0.0.1"
+DEFAULT_PORT = 7860
+NUM_PORTS_TRIED = 100
+# The browser itself refuses to ask any other computer for anything.
+CONTENT_POLICY = (
+    "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; connect-src 'self' data: blob:; "
+    "frame-ancestors 'none'; form-action 'self'"
+)
+
+
+def free_port(wanted: int) -> int:
+    """This port, or the next one that nothing listens on. Raises OSError where none of the next ones is free."""
+    for port in range(wanted, min(wanted + NUM_PORTS_TRIED, 65_536)):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((HOST, port))
+            except OSError:
+                continue
+            return port
+    raise OSError(f"no free port between {wanted} and {wanted + NUM_PORTS_TRIED - 1}; choose another with --port")
+
+
+@contextmanager
+def private_folder() -> Iterator[Path]:
+    """A folder that only this user can read, told to Gradio, and deleted with all that was put into it."""
+    folder = Path(tempfile.mkdtemp(prefix="mmllm-demo-")).resolve()
+    os.environ["GRADIO_TEMP_DIR"] = str(folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class ContentPolicy:
+    """ASGI middleware that sends CONTENT_POLICY with every answer."""
+
+    def __init__(self, app: Any):
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def send_with_policy(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"content-security-policy", CONTENT_POLICY.encode())]
+            await send(message)
+
+        await self.app(scope, receive, send_with_policy)
+
+
+def _stop_on_terminate(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def launch(model: str | Path, *, port: int = DEFAULT_PORT, open_browser: bool = False) -> None:
+    """Loads the model and serves its page until Ctrl-C. Raises ValueError where the folder holds no usable model."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    with private_folder() as folder:
+        from starlette.middleware import Middleware
+        from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+        from demo.chat import MAX_FILE_SIZE, Sessions
+        from demo.page import build_page
+        from demo.theme import asset, build_theme
+        from mmllm.inference.engine import Engine
+
+        print(f"loading {model}", flush=True)
+        engine = Engine.load(model)
+        sessions = Sessions(folder / "examples")
+        page = build_page(engine, sessions, folder)
+        page.queue(max_size=64)
+        found = free_port(port)
+        if found != port:
+            print(f"port {port} is taken, so the page is on the next free one, {found}", flush=True)
+        _, address, _ = page.launch(
+            server_name=HOST,
+            server_port=found,
+            prevent_thread_lock=True,
+            share=False,
+            quiet=True,
+            show_error=True,
+            max_file_size=MAX_FILE_SIZE,
+            theme=build_theme(),
+            css=asset("page.css"),
+            js=asset("page.js"),
+            footer_links=[],
+            run_history=False,
+            enable_monitoring=False,
+            pwa=False,
+            mcp_server=False,
+            # a page of another name that leads here (DNS rebinding) is refused
+            app_kwargs={
+                "middleware": [
+                    Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"]),
+                    Middleware(ContentPolicy),
+                ]
+            },
+        )
+        print(f"{engine.name} answers at {address}  (Ctrl-C ends)", flush=True)
+        signal.signal(signal.SIGTERM, _stop_on_terminate)
+        if open_browser:
+            webbrowser.open(address)
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            print("\nending", flush=True)
+        finally:
+            sessions.close_all()
+            page.close(verbose=False)

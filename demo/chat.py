@@ -1,0 +1,201 @@
+"""One tab's conversation: what the model is asked about it, and what the page shows of it.
+
+A turn's pictures stand before its text, and stay where they stand in every later prompt. A turn that failed is shown
+and left out of the prompt; of a turn stopped before its first word, the pictures go over to the next one.
+"""
+
+from __future__ import annotations
+
+import html
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from mmllm.batch import Example, ImageRef, Message, Part
+from mmllm.data.images import ImageError, load_image
+
+MAX_PICTURES = 4  # of one turn; a longer conversation is limited by what the model can read
+MAX_PIXELS = 40_000_000
+MAX_FILE_SIZE = "20mb"
+
+
+@dataclass
+class Turn:
+    """A question and what came of it. `finish` is that of the reply and None until there is one."""
+
+    text: str
+    pictures: tuple[Path, ...] = ()
+    answer: str = ""
+    finish: str | None = None
+    problem: str = ""  # why there is no answer
+
+    @property
+    def is_open(self) -> bool:
+        return self.finish is None and not self.problem
+
+
+def user_message(text: str, num_pictures: int, first_image: int) -> Message:
+    """The words of one turn behind its pictures; two or more are numbered, as in mmllm.scenes."""
+    parts: list[Part] = []
+    for offset in range(num_pictures):
+        if num_pictures > 1:
+            parts.append(f"{chr(10) if offset else ''}Picture {offset + 1}: ")
+        parts.append(ImageRef(first_image + offset))
+    parts.append(f"\n{text}" if num_pictures else text)
+    return Message("user", tuple(parts))
+
+
+def example_of(turns: Sequence[Turn]) -> Example:
+    """The conversation that ends with the last turn's question."""
+    messages: list[Message] = []
+    images: list[str] = []
+    waiting: list[str] = []  # pictures of turns that were stopped before the first word
+    for turn in turns:
+        is_last = turn is turns[-1]
+        if turn.problem and not is_last:
+            continue
+        waiting += [str(path) for path in turn.pictures]
+        if not is_last and not turn.answer:
+            continue
+        messages.append(user_message(turn.text, len(waiting), len(images)))
+        images += waiting
+        waiting = []
+        if not is_last:
+            messages.append(Message("assistant", (turn.answer,)))
+    return Example("chat", "demo", tuple(messages), tuple(images))
+
+
+def numbered_messages(turns: Sequence[Turn]) -> list[tuple[int, dict[str, Any]]]:
+    """What gr.Chatbot shows, each message with the number of its turn."""
+    messages: list[tuple[int, dict[str, Any]]] = []
+    for number, turn in enumerate(turns):
+        if turn.pictures:
+            messages.append((number, {"role": "user", "content": pictures_html(turn.pictures)}))
+        messages.append((number, {"role": "user", "content": turn.text}))
+        if answer := answer_markdown(turn):
+            messages.append((number, {"role": "assistant", "content": answer}))
+    return messages
+
+
+def shown(turns: Sequence[Turn]) -> list[dict[str, Any]]:
+    return [message for _, message in numbered_messages(turns)]
+
+
+def turn_of_message(turns: Sequence[Turn], index: int) -> int:
+    """The number of the turn that the message at this place of the chat belongs to."""
+    return numbered_messages(turns)[index][0]
+
+
+def pictures_html(pictures: Iterable[Path]) -> str:
+    links = []
+    for number, path in enumerate(pictures, 1):
+        address = html.escape(f"gradio_api/file={quote(str(path))}")
+        label = html.escape(f"Picture {number}: {path.name}")
+        links.append(
+            f'<a href="{address}" target="_blank" rel="noopener"><img src="{address}" alt="{label}" title="{label}"></a>'
+        )
+    return f'<div class="pictures">{"".join(links)}</div>'
+
+
+def answer_markdown(turn: Turn) -> str:
+    if turn.problem:
+        text = turn.problem[0].upper() + turn.problem[1:]
+        lines = html.escape(text).replace("\n", "<br>")
+        return f'<div class="problem"><strong>No answer.</strong> {lines}</div>'
+    notes = {"stopped": "stopped", "length": "cut off: raise “Longest answer” for more"}
+    note = f'<div class="note">{notes[turn.finish]}</div>' if turn.finish in notes else ""
+    return f"{turn.answer}\n\n{note}".strip() if note else turn.answer
+
+
+def check_message(text: str, files: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """The pictures of a message that can be used, and what is wrong with the message, one sentence each."""
+    good: list[Path] = []
+    problems: list[str] = []
+    for file in map(Path, files):
+        try:
+            load_image(file, max_pixels=MAX_PIXELS)
+        except ImageError as error:
+            problems.append(str(error).replace(str(file), file.name))
+        else:
+            good.append(file)
+    if len(files) > MAX_PICTURES:
+        problems.append(f"{len(files)} pictures are attached, one message takes up to {MAX_PICTURES}; remove some")
+    if not text.strip():
+        problems.append("There is no question yet; type one, then send")
+    return good, problems
+
+
+@dataclass
+class Session:
+    """The conversation of one tab. `stop` ends the answer that is being written."""
+
+    turns: list[Turn] = field(default_factory=list)
+    stop: threading.Event = field(default_factory=threading.Event)
+    files: set[Path] = field(default_factory=set)
+
+    def interrupt(self) -> None:
+        """Ends what is being written; a turn that still waits counts as stopped."""
+        self.stop.set()
+        self.stop = threading.Event()
+        for turn in self.turns:
+            if turn.is_open:
+                turn.finish = "stopped"
+
+    def ask(self, text: str, pictures: Iterable[Path]) -> None:
+        self.interrupt()
+        self.turns.append(Turn(text.strip(), tuple(pictures)))
+        self.files |= set(self.turns[-1].pictures)
+
+    def ask_again(self, number: int, text: str | None = None) -> None:
+        """Asks a turn anew, with other words if given; what came after it is forgotten."""
+        self.interrupt()
+        old = self.turns[number]
+        self.turns[number:] = [Turn(old.text if text is None else text.strip(), old.pictures)]
+
+    def take_back(self) -> Turn | None:
+        """Removes the last turn and returns it."""
+        self.interrupt()
+        return self.turns.pop() if self.turns else None
+
+    def clear(self) -> None:
+        self.interrupt()
+        self.turns = []
+
+    @property
+    def open_turn(self) -> Turn | None:
+        return self.turns[-1] if self.turns and self.turns[-1].is_open else None
+
+
+class Sessions:
+    """The sessions of all open tabs, by the secret that each tab's requests carry; no tab sees another's."""
+
+    def __init__(self, shared: Path):
+        self.shared = shared  # pictures in this folder belong to all tabs
+        self._sessions: dict[str, Session] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def of(self, key: str) -> Session:
+        with self._lock:
+            return self._sessions.setdefault(key, Session())
+
+    def close(self, key: str) -> None:
+        """Ends a tab's answer and deletes its pictures, save those of the same content that another tab uses."""
+        with self._lock:
+            session = self._sessions.pop(key, None)
+            if session is None:
+                return
+            session.interrupt()
+            elsewhere = {path for other in self._sessions.values() for path in other.files}
+        for path in session.files - elsewhere:
+            if not path.is_relative_to(self.shared):
+                path.unlink(missing_ok=True)
+
+    def close_all(self) -> None:
+        for key in list(self._sessions):
+            self.close(key)

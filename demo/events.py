@@ -1,0 +1,172 @@
+"""What the page's buttons do. Each method is one event: it gets what the page sends and returns what the page shows."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import html
+import logging
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from demo.chat import Session, Sessions, check_message, example_of, shown
+from demo.chat import turn_of_message
+from demo.examples import ExampleQuestion
+from demo.seen import NOTHING_YET, counts_html, seen_html
+from mmllm.data.images import ImageError, load_image
+from mmllm.inference.engine import Engine, Reply, Sampling
+
+logger = logging.getLogger(__name__)
+ANY_SEED = -1
+SECONDS_BETWEEN_UPDATES = 0.05
+DRAWING_PREFIX = "data:image/png;base64,"
+MAX_DRAWING_LENGTH = 8_000_000
+
+
+def notice_html(problems: list[str]) -> str:
+    """Why a message was not sent. Nothing where there is nothing to say."""
+    items = "".join(f"<p>{html.escape(problem)}.</p>" for problem in problems)
+    return f'<div class="notice" role="alert">{items}</div>' if problems else ""
+
+
+class Events:
+    """The handlers of one page; the state of each tab is in `sessions`."""
+
+    def __init__(self, engine: Engine, sessions: Sessions, examples: list[ExampleQuestion], folder: Path):
+        self.engine = engine
+        self.sessions = sessions
+        self.examples = examples
+        self.folder = folder
+
+    def _session(self, request: gr.Request) -> Session:
+        return self.sessions.of(str(request.session_hash))
+
+    def send(self, message: dict[str, Any] | None, request: gr.Request) -> tuple[Any, Any, str]:
+        """(composer, chat, notice): takes the message, or says what is wrong with it and leaves it to be changed."""
+        text, files = (message or {}).get("text") or "", (message or {}).get("files") or []
+        session = self._session(request)
+        pictures, problems = check_message(text, files)
+        if problems:
+            kept = {"text": text, "files": [str(path) for path in pictures]}
+            return kept, gr.skip(), notice_html(problems)
+        session.ask(text, pictures)
+        return {"text": "", "files": []}, shown(session.turns), ""
+
+    def answer(
+        self, temperature: float, top_p: float, max_new_tokens: int, seed: int, request: gr.Request
+    ) -> Iterator[tuple[Any, Any, Any, Any]]:
+        """(composer, chat, seen, counts) while the open turn is answered; nothing where no turn is open."""
+        session = self._session(request)
+        stop = session.stop  # read before the turn: whoever closes the turn sets this one
+        turn = session.open_turn
+        if turn is None:
+            yield gr.skip(), gr.skip(), gr.skip(), gr.skip()
+            return
+        yield composer_while(writing=True), gr.skip(), gr.skip(), counts_html(None)
+        try:
+            sampling = Sampling(temperature, top_p, max_new_tokens, None if seed == ANY_SEED else seed)
+            example = example_of(session.turns[: session.turns.index(turn) + 1])
+            yield gr.skip(), gr.skip(), seen_html(self.engine, example), gr.skip()
+            last_update = 0.0
+            reply: Reply | None = None
+            for reply in self.engine.stream(example, sampling, stop=stop):
+                turn.answer = reply.text
+                if reply.finish is None and time.monotonic() - last_update < SECONDS_BETWEEN_UPDATES:
+                    continue
+                turn.finish = turn.finish or reply.finish
+                yield gr.skip(), shown(session.turns), gr.skip(), counts_html(reply)
+                last_update = time.monotonic()
+        except (ValueError, RuntimeError) as error:  # the second is how torch says that memory ran out
+            logger.warning("no answer: %s", error, exc_info=not isinstance(error, ValueError))
+            turn.problem = str(error)
+            yield gr.skip(), shown(session.turns), gr.skip(), gr.skip()
+        finally:
+            stop.set()  # also where the tab was closed in the middle
+            if turn.is_open:
+                turn.finish = "stopped"
+
+    def settle(self, request: gr.Request) -> Any:
+        """The composer once an answer has ended: ready to send, unless another one is being written already."""
+        return composer_while(writing=self._session(request).open_turn is not None)
+
+    def stop(self, request: gr.Request) -> tuple[Any, list[dict[str, Any]]]:
+        """(composer, chat): ends the computation."""
+        session = self._session(request)
+        session.interrupt()
+        return composer_while(writing=False), shown(session.turns)
+
+    def retry(self, request: gr.Request) -> tuple[list[dict[str, Any]], str]:
+        """(chat, notice): asks the last question again."""
+        session = self._session(request)
+        if session.turns:
+            session.ask_again(len(session.turns) - 1)
+        return shown(session.turns), ""
+
+    def undo(self, request: gr.Request) -> tuple[Any, list[dict[str, Any]], str]:
+        """(composer, chat, notice): the last turn goes back to where it was typed."""
+        session = self._session(request)
+        turn = session.take_back()
+        back = {"text": turn.text, "files": [str(path) for path in turn.pictures]} if turn else gr.skip()
+        return back, shown(session.turns), ""
+
+    def edit(self, edited: gr.EditData, request: gr.Request) -> tuple[list[dict[str, Any]], str]:
+        """(chat, notice): asks a turn with other words and forgets what came after it."""
+        session = self._session(request)
+        index = edited.index if isinstance(edited.index, int) else edited.index[0]
+        if not str(edited.value).strip():
+            return shown(session.turns), notice_html(["A question cannot be empty; the old one stays"])
+        if index < len(shown(session.turns)):
+            session.ask_again(turn_of_message(session.turns, index), str(edited.value))
+        return shown(session.turns), ""
+
+    def clear(self, request: gr.Request) -> tuple[list[dict[str, Any]], str, str, str]:
+        """(chat, seen, counts, notice) of a new conversation."""
+        self._session(request).clear()
+        return [], NOTHING_YET, counts_html(None), ""
+
+    def ask_example(self, chosen: gr.SelectData, request: gr.Request) -> tuple[list[dict[str, Any]], str]:
+        """(chat, notice): asks one of the examples."""
+        session = self._session(request)
+        example = self.examples[int(chosen.index)]
+        session.ask(example.question, example.pictures)
+        return shown(session.turns), ""
+
+    def attach_drawing(
+        self, drawn: gr.EventData, message: dict[str, Any] | None, request: gr.Request
+    ) -> tuple[Any, str]:
+        """(composer, notice): the drawing becomes a picture of the message that is being typed."""
+        try:
+            path = self._save_drawing(getattr(drawn, "picture", None), self._session(request))
+        except ImageError as error:
+            return gr.skip(), notice_html([f"The drawing cannot be used: {error}"])
+        files = (message or {}).get("files") or []
+        return {"text": (message or {}).get("text") or "", "files": [*files, str(path)]}, ""
+
+    def _save_drawing(self, address: Any, session: Session) -> Path:
+        if not isinstance(address, str) or not address.startswith(DRAWING_PREFIX):
+            raise ImageError("the page did not send a PNG picture; reload the page and draw again")
+        if len(address) > MAX_DRAWING_LENGTH:
+            raise ImageError(f"it has more than {MAX_DRAWING_LENGTH:,} characters; draw less")
+        try:
+            picture = load_image(base64.b64decode(address.removeprefix(DRAWING_PREFIX), validate=True))
+        except binascii.Error as error:
+            raise ImageError(f"the page sent it damaged ({error}); draw again") from error
+        path = self.folder / uuid.uuid4().hex / "drawing.png"
+        path.parent.mkdir(parents=True)
+        picture.save(path)
+        session.files.add(path)
+        return path
+
+    def leave(self, request: gr.Request) -> None:
+        """The tab was closed: what it computes ends, and its pictures are deleted."""
+        self.sessions.close(str(request.session_hash))
+
+
+def composer_while(*, writing: bool) -> Any:
+    """The composer's button: Stop while an answer is written, else Send. What is typed stays."""
+    return gr.update(submit_btn=False if writing else "Send", stop_btn="Stop" if writing else False)

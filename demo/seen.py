@@ -1,0 +1,60 @@
+"""The panel "What the model saw": each picture as the vision tower gets it, the exact prompt, and what was counted."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+
+from PIL import Image
+
+from demo.chat import MAX_PIXELS
+from mmllm.batch import IMAGE_TOKEN, Example
+from mmllm.data.images import load_image
+from mmllm.inference.engine import Engine, Reply
+
+NOTHING_YET = '<p class="quiet">Ask about a picture, and this shows how the model got it.</p>'
+
+
+def _data_address(picture: Image.Image) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _size(picture: Image.Image) -> str:
+    return f"{picture.width}×{picture.height}"
+
+
+def _picture_html(engine: Engine, source: str | Image.Image, number: int) -> str:
+    given = load_image(source, max_pixels=MAX_PIXELS)
+    seen = engine.seen(given)
+    return (
+        f'<figure><img src="{_data_address(seen)}" alt="Picture {number} as the vision tower sees it">'
+        f"<figcaption><b>Picture {number}</b> {_size(given)} → {_size(seen)} px</figcaption></figure>"
+    )
+
+
+def seen_html(engine: Engine, example: Example) -> str:
+    """The pictures and the prompt of one call. Raises ValueError where the engine cannot take the example."""
+    pictures = "".join(_picture_html(engine, image, number) for number, image in enumerate(example.images, 1))
+    prompt = html.escape(engine.prompt(example))
+    slot = html.escape(IMAGE_TOKEN)
+    prompt = prompt.replace(slot, f"<mark>{slot}</mark>")
+    return (
+        (f'<div class="figures">{pictures}</div>' if pictures else '<p class="quiet">No picture was sent.</p>')
+        + '<h3>Prompt, to the letter</h3><pre class="prompt" tabindex="0" aria-label="The exact prompt">'
+        + f"{prompt}</pre>"
+    )
+
+
+def counts_html(reply: Reply | None) -> str:
+    """Tokens and speed of a reply that is being written or done; dashes where there is none."""
+    counts = dict.fromkeys(("prompt<br>tokens", "image<br>tokens", "new<br>tokens", "tokens<br>a second"), "–")
+    if reply is not None:
+        speed = reply.num_new_tokens / reply.seconds if reply.seconds > 0 else 0.0
+        numbers = (reply.num_prompt_tokens, reply.num_image_tokens, reply.num_new_tokens)
+        texts = (*(f"{number:,}" for number in numbers), f"{speed:,.1f}" if speed < 1000 else f"{speed:,.0f}")
+        counts = dict(zip(counts, texts, strict=True))
+    rows = "".join(f"<div><dt>{name}</dt><dd>{text}</dd></div>" for name, text in counts.items())
+    return f'<dl class="counts">{rows}</dl>'

@@ -1,0 +1,86 @@
+"""What travels through the pipeline: Message and Example (one conversation), Batch (tensors), and the constants.
+
+Readers turn every file format into an Example; nothing behind them knows about formats. Shapes use `B` batch,
+`T` tokens, `N` images of the whole batch, `C H W` one image, `P` patches per image, `Dv` vision width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+IGNORE_INDEX = -100
+IMAGE_TOKEN = "<image>"
+
+Role = Literal["system", "user", "assistant"]
+
+
+@dataclass(frozen=True)
+class ImageRef:
+    """The place of one image in a message: an index into the example's images."""
+
+    index: int
+
+
+Part = str | ImageRef
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn: who speaks, and text and images in the order in which they stand."""
+
+    role: Role
+    parts: tuple[Part, ...]
+
+    @property
+    def text(self) -> str:
+        """The message's text without its images."""
+        return "".join(part for part in self.parts if isinstance(part, str))
+
+
+@dataclass(frozen=True)
+class Example:
+    """One conversation with its images: paths (read when needed) or pictures in memory."""
+
+    id: str
+    source: str
+    messages: tuple[Message, ...]
+    images: tuple[str | Image.Image, ...] = ()
+
+
+def message(role: Role, text: str, first_image: int = 0) -> Message:
+    """A message of a text in which `<image>` marks each image, numbered from `first_image`."""
+    pieces = text.split(IMAGE_TOKEN)
+    parts: list[Part] = []
+    for offset, piece in enumerate(pieces):
+        if offset:
+            parts.append(ImageRef(first_image + offset - 1))
+        if piece:
+            parts.append(piece)
+    return Message(role, tuple(parts))
+
+
+@dataclass
+class Batch:
+    """Tensors of several examples, padded on the right; images of all examples stand one behind the other."""
+
+    input_ids: Tensor  # [B, T]
+    attention_mask: Tensor  # [B, T]
+    labels: Tensor  # [B, T], IGNORE_INDEX where nothing is learnt
+    pixel_values: Tensor | None = None  # [N, C, H, W]
+    image_features: Tensor | None = None  # [N, P, Dv], in place of pixels where the frozen tower's output is cached
+    example_ids: Sequence[str] = field(default_factory=list)
+
+    def to(self, device: torch.device) -> Batch:
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(**{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in moved.items()})
+
+    @property
+    def num_supervised(self) -> int:
+        """Tokens that the loss sees: the first token of a row is never predicted."""
+        return int((self.labels[:, 1:] != IGNORE_INDEX).sum())

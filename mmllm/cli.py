@@ -1,0 +1,205 @@
+"""The `mmllm` command. Imports lazily: `mmllm --help` loads neither torch nor transformers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from mmllm.errors import FAILED, USAGE, report_errors
+
+app = typer.Typer(
+    name="mmllm", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Trains LLaVA-style vision-language models out of parts you pick, and puts them to work.",
+)  # fmt: skip
+_debug = False
+
+Model = Annotated[Path, typer.Argument(help="A checkpoint folder, such as runs/tiny/stage2.")]
+Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, mps; default: a GPU where there is one.")]  # noqa: UP045
+
+
+@app.callback()
+def _options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+    global _debug
+    _debug = debug
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def train(
+    context: typer.Context,
+    config: Annotated[Path, typer.Argument(help="A YAML file of configs/.")],
+    overrides: Annotated[Optional[list[str]], typer.Argument(help="section.key=value ...")] = None,  # noqa: UP045
+) -> None:
+    """Train a stage; the same as `accelerate launch train/STAGE.py CONFIG`. Goes on where a run was stopped."""
+    with report_errors(debug=_debug):
+        from mmllm.config import ConfigError
+
+        given = [*(overrides or []), *context.args]
+        if wrong := [text for text in given if text.startswith("-")]:
+            raise ConfigError(f"unknown option {wrong[0]}; settings are given as section.key=value")
+        from mmllm.training.run import main
+
+        main(None, [str(config), *given])
+
+
+@app.command()
+def check(
+    config: Annotated[Path, typer.Argument(help="A YAML file of configs/ with a data section.")],
+    overrides: Annotated[Optional[list[str]], typer.Argument(help="section.key=value ...")] = None,  # noqa: UP045
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Look at all data of a run before it starts: what is usable, what is not, and why."""
+    with report_errors(debug=_debug):
+        from mmllm.inference.check import check_data
+
+        if not check_data(config, overrides or [], as_json=as_json):
+            sys.exit(FAILED)
+
+
+@app.command()
+def chat(
+    model: Model,
+    image: Annotated[Optional[list[Path]], typer.Option(help="A picture to ask about; may be repeated.")] = None,  # noqa: UP045
+    prompt: Annotated[Optional[str], typer.Option(help="Ask this one question and print the answer.")] = None,  # noqa: UP045
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total probability.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 128,
+    seed: Annotated[Optional[int], typer.Option(help="Makes a sampled answer repeatable.")] = None,  # noqa: UP045
+    as_json: Annotated[bool, typer.Option("--json", help="Print {\"text\", ...}; needs --prompt.")] = False,
+    device: Device = None,
+) -> None:
+    """Talk to a model in the terminal, or ask it one thing with --prompt."""
+    with report_errors(debug=_debug):
+        from mmllm.inference.chat import ask_once, talk
+        from mmllm.inference.engine import Engine, Sampling
+
+        sampling = Sampling(temperature, top_p, max_new_tokens, seed)
+        if as_json and prompt is None:
+            _usage("--json prints one answer: give the question with --prompt")
+        engine = Engine.load(model, device=device)
+        images = list(image or [])
+        if prompt is not None:
+            ask_once(engine, prompt, images, sampling, as_json=as_json)
+        else:
+            talk(engine, images, sampling)
+
+
+@app.command()
+def caption(
+    model: Model,
+    inputs: Annotated[list[Path], typer.Argument(help="Pictures, or folders that are searched for pictures.")],
+    out: Annotated[Path, typer.Option(help="The JSON-lines file to write; a second run goes on behind its last line.")],
+    prompt: Annotated[str, typer.Option(help="What the model is asked for each picture.")] = "Describe the picture.",
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures captioned at once.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest caption.")] = 128,
+    device: Device = None,
+) -> None:
+    """Caption pictures in batches, one JSON line each; what cannot be read is reported and skipped."""
+    with report_errors(debug=_debug):
+        from mmllm.inference.caption import caption_pictures
+
+        num_failed = caption_pictures(
+            model, inputs, out, prompt=prompt, batch_size=batch_size, max_new_tokens=max_new_tokens, device=device
+        )
+        if num_failed:
+            sys.exit(FAILED)
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    tasks: Annotated[list[str], typer.Argument(help="scenes-val, scenes-compositions, or a folder of `mmllm scenes`.")],
+    out: Annotated[Optional[Path], typer.Option(help="Write the results to this JSON file.")] = None,  # noqa: UP045
+    max_pictures: Annotated[Optional[int], typer.Option(min=1, help="Ask about this many pictures only.")] = None,  # noqa: UP045
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+    device: Device = None,
+) -> None:
+    """Ask a model everything about pictures whose answers are known, with the right and with shuffled pictures."""
+    with report_errors(debug=_debug):
+        from mmllm.evaluation.run import evaluate_model
+
+        results = evaluate_model(
+            model, tasks, max_pictures=max_pictures, batch_size=batch_size, device=device, quiet=as_json
+        )
+        if out:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(results, indent=2) + "\n")
+        if as_json:
+            print(json.dumps(results, indent=2))
+
+
+@app.command()
+def demo(
+    model: Model,
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 7860,
+    open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")] = False,
+) -> None:
+    """Open the chat page on this machine. Runs from a checkout, where demo/ is."""
+    with report_errors(debug=_debug):
+        root = Path(__file__).resolve().parent.parent
+        if not (root / "demo" / "__main__.py").is_file():
+            _usage("the page is not part of the installed package: clone the repository and run `mmllm demo` there")
+        command = [sys.executable, "-m", "demo", str(model.resolve()), "--port", str(port)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
+        sys.exit(subprocess.call([*command, "--open" if open_browser else "--no-open"], env=environment))
+
+
+@app.command()
+def scenes(
+    out: Annotated[Path, typer.Argument(help="A new folder; data/scenes is where the configs look.")],
+    train: Annotated[int, typer.Option(min=0, help="Pictures to train on.")] = 12000,
+    val: Annotated[int, typer.Option(min=0, help="Pictures to judge by, of scenes that training never shows.")] = 500,
+    compositions: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=0, help="Pictures of combinations that training never shows; default: as many as val."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
+    num_processes: Annotated[Optional[int], typer.Option(min=1, help="Default: one a core.")] = None,  # noqa: UP045
+) -> None:
+    """Draw the embedded world's dataset: PNG files, a scene graph beside each, conversations in LLaVA's format."""
+    with report_errors(debug=_debug):
+        from rich.progress import Progress
+
+        from mmllm.scenes.write import write_scenes
+
+        counts = {"train": train, "val": val, "compositions": val if compositions is None else compositions}
+        with Progress() as progress:
+            task = progress.add_task("drawing", total=sum(counts.values()))
+            write_scenes(
+                out, counts, seed, num_processes=num_processes,  # type: ignore[arg-type]
+                advance=lambda count: progress.update(task, advance=count),
+            )  # fmt: skip
+        print(f"{counts['train']} train, {counts['val']} val and {counts['compositions']} compositions pictures in {out}")
+
+
+@app.command()
+def doctor(
+    model: Annotated[Optional[Path], typer.Argument(help="Also verify this checkpoint.")] = None,  # noqa: UP045
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Say what is installed, what works here, what is missing and why."""
+    with report_errors(debug=_debug):
+        from mmllm.inference.doctor import examine
+
+        if not examine(model, as_json=as_json):
+            sys.exit(FAILED)
+
+
+def _usage(text: str) -> None:
+    print(f"error: {text}", file=sys.stderr)
+    sys.exit(USAGE)
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

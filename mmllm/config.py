@@ -1,0 +1,267 @@
+"""Every setting of a run, typed and checked before anything is loaded.
+
+YAML, at most one `extends`, then `section.key=value` overrides; OmegaConf merges, pydantic checks. A wrong key, type,
+range or combination is one ConfigError that names the dotted path, what was given and what is allowed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from yaml import YAMLError
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message says which, what was given and what is allowed."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, protected_namespaces=())
+
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Precision = Literal["fp32", "bf16"]
+
+
+class VisionConfig(_Section):
+    """The vision tower: an open_clip model name, `local-dir:FOLDER`, or a model config `FILE.json`."""
+
+    source: str
+    pretrained: str | None = None  # an open_clip tag or a weights file; none for local-dir, which holds its own
+    layer: int = -2  # whose output is read; LLaVA reads the last but one
+    fit: Literal["stretch", "pad", "square"] = "pad"  # how a picture that is not square becomes square
+
+
+class ProjectorConfig(_Section):
+    """One of PROJECTORS and its options."""
+
+    kind: str = "mlp"
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class LanguageConfig(_Section):
+    """The LLM backbone: a folder or a hub name that AutoModelForCausalLM reads."""
+
+    source: str
+    revision: str | None = None
+    attention: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] = "sdpa"
+
+
+class ModelConfig(_Section):
+    """Either `checkpoint` (a model of an earlier stage) or all three parts."""
+
+    checkpoint: str | None = None
+    vision: VisionConfig | None = None
+    projector: ProjectorConfig | None = None
+    language: LanguageConfig | None = None
+    template: str | None = None  # a key of TEMPLATES; `tokenizer` is the tokenizer's own
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> ModelConfig:
+        parts = [name for name in ("vision", "projector", "language", "template") if getattr(self, name) is not None]
+        if self.checkpoint and set(parts) - {"template"}:
+            raise ValueError(f"checkpoint already holds {', '.join(parts)}; give either checkpoint or the parts")
+        if not self.checkpoint and len(parts) < 4:
+            raise ValueError(f"needs vision, projector, language and template, or checkpoint; got {parts or 'nothing'}")
+        return self
+
+
+class SourceConfig(_Section):
+    """One data file in LLaVA's JSON format, and the folder that its image paths start from."""
+
+    path: str
+    images: str | None = None  # default: the file's own folder
+    max_examples: PositiveInt | None = None
+
+
+class DataConfig(_Section):
+    train: tuple[SourceConfig, ...]
+    val: tuple[SourceConfig, ...] = ()
+    max_length_tokens: PositiveInt = 2048
+    num_workers: Annotated[int, Field(ge=0)] = 0
+    group_by_length: bool = True
+    cache_features: bool = False  # keep the frozen tower's output of every training image on disk
+    max_bad_fraction: Fraction = 0.01  # a run with more unusable examples than this does not start
+
+
+class OptimConfig(_Section):
+    """AdamW with cosine decay after a linear warm-up. `learning_rates` has one row for each trained part."""
+
+    kind: Literal["adamw", "muon"] = "adamw"
+    learning_rates: dict[str, Annotated[float, Field(gt=0)]]
+    matrix_learning_rate: Annotated[float, Field(gt=0)] = 0.02  # muon only: that of hidden matrices
+    max_steps: PositiveInt
+    batch_size: PositiveInt  # examples of one rank and micro-step
+    accumulate_steps: PositiveInt = 1
+    warmup_fraction: Fraction = 0.03
+    decay_fraction: Fraction = 1.0  # the last part of the run, over which cosine decay happens
+    weight_decay: NonNegative = 0.0
+    beta2: Fraction = 0.999
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    precision: Precision = "fp32"
+    gradient_checkpointing: bool = False
+
+
+class LoraConfig(_Section):
+    """LoRA on the LLM's linear layers through peft. Paper: https://arxiv.org/abs/2106.09685"""
+
+    rank: PositiveInt = 16
+    alpha: Annotated[float, Field(gt=0)] = 32
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: str | tuple[str, ...] = "all-linear"
+
+
+class LogConfig(_Section):
+    """How often things happen, in optimizer steps. 0 is never; the end of the run always validates and saves."""
+
+    every_steps: PositiveInt = 10
+    validate_every_steps: Annotated[int, Field(ge=0)] = 0
+    save_every_steps: Annotated[int, Field(ge=0)] = 0
+    keep_checkpoints: PositiveInt = 1
+    num_samples: Annotated[int, Field(ge=0)] = 4  # answers shown at each validation, with their pictures
+    max_val_examples: PositiveInt = 200
+    tensorboard: bool = False
+
+
+class RunConfig(_Section):
+    """What every run has. `stage` says which of CONFIGS this is."""
+
+    stage: str
+    out: str
+    seed: int = 0
+    num_threads: PositiveInt | None = None  # CPU threads of one process; default: torch's own
+    optim: OptimConfig
+    log: LogConfig = LogConfig()
+
+
+class StageConfig(RunConfig):
+    """Stage 1 (projector on captions) and stage 2 (projector and LLM on conversations)."""
+
+    stage: Literal["stage1", "stage2"]
+    model: ModelConfig
+    data: DataConfig
+    train: tuple[Literal["vision", "projector", "language"], ...]
+    lora: LoraConfig | None = None
+
+    @model_validator(mode="after")
+    def _combination(self) -> StageConfig:
+        rates = set(self.optim.learning_rates)
+        if rates != set(self.train):
+            raise ValueError(
+                f"optim.learning_rates has {sorted(rates)} but train has {sorted(self.train)}; give one rate a part"
+            )
+        if self.lora and "language" not in self.train:
+            raise ValueError("lora adapts the LLM, but train does not list language")
+        if self.data.cache_features and "vision" in self.train:
+            raise ValueError("data.cache_features keeps the frozen tower's output, but train lists vision")
+        return self
+
+
+class WarmupVisionConfig(RunConfig):
+    """Contrastive training of a small CLIP on the scenes world."""
+
+    stage: Literal["warmup_vision"]
+    clip: dict[str, Any]  # open_clip's model config: embed_dim, vision_cfg, text_cfg
+    tokenizer: str  # folder of the text tower's tokenizer
+    num_scenes: PositiveInt  # each is shown with three near misses of it, as hard negatives
+    num_val_scenes: PositiveInt = 100
+
+
+class WarmupLanguageConfig(RunConfig):
+    """Training of a small causal LM, and of its tokenizer, on descriptions of scenes and questions about them."""
+
+    stage: Literal["warmup_language"]
+    language: dict[str, Any]  # a transformers config: model_type and its options
+    vocab_size: PositiveInt = 512
+    num_descriptions: PositiveInt
+    num_turns: PositiveInt = 10
+    num_val_descriptions: PositiveInt = 800
+
+
+CONFIGS: dict[str, type[RunConfig]] = {
+    "stage1": StageConfig,
+    "stage2": StageConfig,
+    "warmup_vision": WarmupVisionConfig,
+    "warmup_language": WarmupLanguageConfig,
+}
+
+
+def _read(path: Path) -> Any:
+    if not path.is_file():
+        raise ConfigError(f"no config file at {path}; configs/README.md lists those that come with the project")
+    try:
+        tree = OmegaConf.load(path)
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path} is not readable YAML: {error}") from error
+    if not OmegaConf.is_dict(tree):
+        raise ConfigError(f"{path} must hold sections with keys, got {type(tree).__name__}")
+    return tree
+
+
+def _problem(error: Any, tree: Any) -> str:
+    path = ".".join(str(step) for step in error["loc"])
+    allowed = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        parent: Any = tree
+        return f"{path}: unknown key (given: {error['input']!r}){_near(error['loc'], parent)}"
+    if error["type"] == "missing":
+        return f"{path}: missing, and it has no default"
+    given = "" if isinstance(error["input"], dict | BaseModel) else f" (given: {error['input']!r})"
+    return f"{path or 'config'}: {allowed}{given}"
+
+
+def _near(location: tuple[Any, ...], tree: Any) -> str:
+    """The keys that are allowed where this one stands."""
+    model: Any = CONFIGS[tree["stage"]]
+    for step in location[:-1]:
+        if isinstance(step, int):
+            continue
+        annotation = model.model_fields[step].annotation if step in getattr(model, "model_fields", {}) else None
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+        if model is None:
+            return ""
+    return f"; allowed: {', '.join(model.model_fields)}"
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """The checked settings of a YAML file with `section.key=value` overrides. Raises ConfigError."""
+    path = Path(path)
+    tree = _read(path)
+    if parent := tree.pop("extends", None):
+        base = _read(path.parent / parent)
+        if "extends" in base:
+            raise ConfigError(f"{path} extends {parent}, which extends another file; one level is allowed")
+        tree = OmegaConf.merge(base, tree)
+    for override in overrides or []:
+        key, equals, _ = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"override {override!r} is not of the form section.key=value")
+        try:
+            tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([override]))
+        except (OmegaConfBaseException, YAMLError, ValueError) as error:
+            raise ConfigError(f"override {override!r} cannot be read: {error}") from error
+    try:
+        values = OmegaConf.to_container(tree, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {error}") from error
+    assert isinstance(values, dict)
+    stage = values.get("stage")
+    if stage not in CONFIGS:
+        raise ConfigError(f"stage: {stage!r} is not known; allowed: {', '.join(CONFIGS)}")
+    try:
+        return CONFIGS[stage].model_validate(values)
+    except ValidationError as error:
+        problems = "\n".join(f"  {_problem(row, values)}" for row in error.errors())
+        raise ConfigError(f"{path} cannot be used:\n{problems}") from error
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved settings as YAML that runs the same run again."""
+    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))

@@ -1,0 +1,174 @@
+"""One safe way from a file, bytes or a picture in memory to an RGB picture.
+
+Rules: EXIF orientation is applied; transparency is laid on white; 16-bit grey is scaled so that 65535 is white; of an
+animation or a file of several pages the first is taken; the content decides the format, never the suffix; colour
+profiles are not applied. What cannot be decoded to the end is an ImageError, so a truncated file is never half grey.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+# Pillow warns from this many pixels on, see Image.MAX_IMAGE_PIXELS: a quarter of a gigabyte as RGB.
+MAX_PIXELS = 89_478_485
+
+# Not whatever Pillow can open: its EPS reader starts Ghostscript, and TGA has no signature to recognise it by.
+# A phone's MPO, several JPEG pictures in one file, is read as JPEG.
+FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+
+# What Pillow's readers raise on damaged files; they have no common base class.
+_DAMAGE = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    SyntaxError,
+    EOFError,
+    IndexError,
+    TypeError,
+    struct.error,
+    zlib.error,
+)
+
+# EXIF 2.32, tag 274: how the stored picture must be turned to stand upright; 1 is upright already.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class ImageError(ValueError):
+    """An image that cannot be used; the message names it, says what is wrong and what to do."""
+
+
+def load_image(source: str | Path | bytes | Image.Image, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The upright RGB picture of a path, of a file's bytes, or of a picture in memory, which is left as it is.
+
+    The result shares nothing with the source and carries no metadata. `max_pixels` (width x height) is checked
+    before anything is decoded; Pillow's own limit, about twice the default, holds as well. Raises ImageError.
+    """
+    if max_pixels < 1:
+        raise ValueError(f"max_pixels must be at least 1, got {max_pixels}")
+    if isinstance(source, Image.Image):
+        return _decode(source, "the image in memory", max_pixels)
+    if isinstance(source, bytes):
+        return _read(io.BytesIO(source), f"the image given as {len(source):,} bytes", max_pixels)
+    if not isinstance(source, str | Path):
+        raise ImageError(f"an image must be a path, bytes or a PIL image, got {type(source).__name__}")
+    with _open_file(source) as file:
+        return _read(file, _shown(source), max_pixels)
+
+
+def _shown(source: str | Path) -> str:
+    text = str(source)
+    return text if len(text) <= 300 else f"{text[:300]}..."
+
+
+def _open_file(source: str | Path) -> IO[bytes]:
+    name, path = _shown(source), Path(source)
+    try:
+        if path.is_dir():
+            raise ImageError(f"{path} is a folder, not an image; give the path of one image file")
+        if not path.exists():
+            if "://" in name:
+                raise ImageError(f"{name} is an address; images are read from disk only, so download it first")
+            raise ImageError(f"no image file at {name}; check the path (now in {Path.cwd()})")
+        if not path.is_file():
+            raise ImageError(f"{name} is a device or a pipe, not an image; give the path of an image file")
+        return path.open("rb")
+    except OSError as error:
+        raise ImageError(f"{name} cannot be opened ({error.strerror}); check the path and its rights") from error
+
+
+def _read(file: IO[bytes], name: str, max_pixels: int) -> Image.Image:
+    start = file.read(24)
+    if not start:
+        raise ImageError(f"{name} is empty (0 bytes); copy or download it again")
+    file.seek(0)
+    try:
+        picture = Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError as error:
+        raise ImageError(
+            f"{name} is not an image that can be read, it starts with {start!r}; "
+            f"give one of {', '.join(FORMATS)}, or copy it again if it should be one"
+        ) from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError(f"{name} has too many pixels ({error}); make it smaller") from error
+    except _DAMAGE as error:
+        raise ImageError(_damaged(name, error)) from error
+    return _decode(picture, name, max_pixels)
+
+
+def _damaged(name: str, error: Exception) -> str:
+    return f"{name} is damaged or cut off ({str(error) or type(error).__name__}); copy or download it again"
+
+
+def _decode(picture: Image.Image, name: str, max_pixels: int) -> Image.Image:
+    width, height = picture.size
+    if width * height > max_pixels:
+        raise ImageError(
+            f"{name} has {width} x {height} = {width * height:,} pixels, allowed are {max_pixels:,}; make it smaller"
+        )
+    if width * height == 0:
+        raise ImageError(f"{name} has no pixels ({width} x {height}); give a picture of at least 1 x 1")
+    try:
+        picture.load()
+    except AssertionError as error:  # Pillow's, where the file of a picture that was opened is gone
+        raise ImageError(f"{name} was opened but its file is closed; call its load() before that") from error
+    except _DAMAGE as error:
+        raise ImageError(_damaged(name, error)) from error
+    turn = _TURNS.get(_orientation(picture))
+    rgb = _to_rgb(picture, name)
+    if turn is not None:
+        rgb = rgb.transpose(turn)
+    rgb.info = {}  # it still names the old orientation, and would be turned again when loaded again
+    return rgb
+
+
+def _orientation(picture: Image.Image) -> int:
+    """The EXIF orientation. A picture whose EXIF block is damaged is shown as it is stored, as viewers do."""
+    try:
+        value = picture.getexif().get(ExifTags.Base.Orientation, 1)
+    except _DAMAGE:
+        return 1
+    return value if isinstance(value, int) else 1
+
+
+def _to_rgb(picture: Image.Image, name: str) -> Image.Image:
+    if picture.mode == "I" or picture.mode.startswith("I;16"):
+        picture = _grey_of_16_bits(picture, name)
+    if picture.mode == "F":
+        raise ImageError(f"{name} has floating-point pixels, for which no white is defined; save it with 8 or 16 bits")
+    try:
+        if not picture.has_transparency_data:
+            return picture.convert("RGB")
+        rgba = picture.convert("RGBA")
+    except ValueError as error:
+        raise ImageError(f"{name} has colour mode {picture.mode} ({error}); save it as RGB") from error
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+
+
+def _grey_of_16_bits(picture: Image.Image, name: str) -> Image.Image:
+    """Mode L of a 16-bit picture; Pillow's own conversion has clipped it at 255 in some versions and modes."""
+    values = np.asarray(picture)
+    if values.min() < 0 or values.max() > 65535:
+        raise ImageError(
+            f"{name} has 32-bit grey values from {values.min()} to {values.max()}, for which no white is defined; "
+            "save it with 8 or 16 bits"
+        )
+    grey = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    transparent = picture.info.get("transparency")
+    if isinstance(transparent, int):
+        grey[values == transparent] = 255
+    return Image.fromarray(grey)

@@ -1,0 +1,50 @@
+"""How every command ends when something goes wrong: one readable block on stderr, and the right exit status."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+from collections.abc import Iterator
+
+USAGE = 2
+FAILED = 1
+INTERRUPTED = 130
+
+
+def _explain(error: BaseException) -> tuple[str, int] | None:
+    """(message, exit status) of an error that has a cause outside the code; None for our own mistakes."""
+    from mmllm.config import ConfigError
+
+    if isinstance(error, ConfigError):
+        return str(error), USAGE
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return "the disk is full. What was saved before is whole; free some space and start the same command again", FAILED
+    if isinstance(error, OSError):
+        return f"{error.filename or 'a file'}: {error.strerror or error}", FAILED
+    name = type(error).__name__
+    if isinstance(error, ValueError) or name in ("TrainingError", "Interrupted"):
+        return str(error), INTERRUPTED if name == "Interrupted" else FAILED
+    if name == "OutOfMemoryError":
+        return (
+            f"out of memory: {error}\nLower optim.batch_size and raise optim.accumulate_steps, set "
+            "optim.gradient_checkpointing=true, or use lora"
+        ), FAILED
+    return None
+
+
+@contextlib.contextmanager
+def report_errors(*, debug: bool = False) -> Iterator[None]:
+    """Ends the process with one block for an error with an outside cause; anything else keeps its traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        explained = _explain(error)
+        if explained is None or debug or os.environ.get("MMLLM_DEBUG"):
+            raise
+        print(f"error: {explained[0]}", file=sys.stderr)
+        sys.exit(explained[1])

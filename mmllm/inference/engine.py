@@ -1,0 +1,243 @@
+"""Puts a checkpoint to work: replies to conversations, one by one as a stream or many at once."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mmllm.batch import Example
+from mmllm.data.chat import Rendered, Renderer
+from mmllm.data.images import load_image
+from mmllm.model.checkpoint import load_checkpoint
+from mmllm.model.processor import VisionLanguageProcessor
+from mmllm.model.vlm import VisionLanguageModel
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a reply is chosen. `temperature` 0 is greedy; `seed` makes a sampled reply repeatable."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_new_tokens: int = 128
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be 0 (greedy) or more, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+
+
+GREEDY = Sampling()
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A reply, or what there is of it so far: then `finish` is None."""
+
+    text: str
+    finish: Literal["end", "length", "stopped"] | None
+    num_prompt_tokens: int
+    num_image_tokens: int
+    num_new_tokens: int
+    seconds: float  # since the call
+
+
+class _Streamer:
+    """transformers' streamer interface: takes the ids as they come."""
+
+    def __init__(self, put: Any):
+        self._put = put
+        self._is_prompt = True
+
+    def put(self, ids: Tensor) -> None:
+        if self._is_prompt:
+            self._is_prompt = False
+            return
+        self._put(ids.flatten().tolist())
+
+    def end(self) -> None:
+        """Nothing is held back."""
+
+
+def load_pixels(processor: VisionLanguageProcessor, images: Sequence[str | Path | Image.Image]) -> Tensor:
+    """Pictures as the tower takes them: [N, C, H, W] in float32. Raises ImageError for what is no picture."""
+    pictures = [load_image(image) for image in images]
+    pixels: Tensor = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+    return pixels.float()
+
+
+class Engine:
+    """A model, its processor and its renderer. One generation at a time; safe to call from several threads."""
+
+    def __init__(self, model: VisionLanguageModel, processor: VisionLanguageProcessor, *, name: str):
+        self.model, self.processor, self.name = model, processor, name
+        self.renderer = Renderer(
+            processor.tokenizer,
+            processor.template,
+            image_token_id=processor.image_token_id,
+            num_image_tokens=processor.num_image_tokens,
+        )
+        self._lock = threading.Lock()
+
+    @staticmethod
+    def load(path: str | Path, *, device: str | None = None) -> Engine:
+        """The engine of a checkpoint, in bf16 on a GPU and fp32 elsewhere. Raises CheckpointError."""
+        model, processor, _ = load_checkpoint(path)
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model = model.to(place, torch.bfloat16 if place.type == "cuda" else torch.float32)
+        return Engine(model, processor, name=Path(path).resolve().name)
+
+    @property
+    def max_length_tokens(self) -> int:
+        """The longest prompt and reply together that the LLM has positions for."""
+        return int(getattr(self.model.config.text_config, "max_position_embeddings", 0) or 2**31)
+
+    def prompt(self, example: Example) -> str:
+        """The exact prompt as text; each picture is one `<image>`."""
+        return self.renderer.text(example.messages)
+
+    def seen(self, image: str | Path | Image.Image) -> Image.Image:
+        """The picture as the vision tower sees it: resized, cropped or padded, values back in 0-255."""
+        pixels = load_pixels(self.processor, [image])[0].numpy()
+        transform = self.processor.image_processor
+        mean, std = np.array(transform.image_mean), np.array(transform.image_std)
+        values = pixels.transpose(1, 2, 0) * std + mean
+        return Image.fromarray(np.clip(values * 255 + 0.5, 0, 255).astype(np.uint8))
+
+    def _inputs(self, rendered: Sequence[Rendered], images: Sequence[str | Image.Image]) -> dict[str, Tensor]:
+        """Prompts padded on the left, whatever the tokenizer says, and their pictures one behind the other."""
+        device = self.model.get_input_embeddings().weight.device
+        longest = max(len(one.input_ids) for one in rendered)
+        ids = torch.full((len(rendered), longest), int(self.processor.tokenizer.pad_token_id))
+        mask = torch.zeros_like(ids)
+        for row, one in enumerate(rendered):
+            ids[row, longest - len(one.input_ids) :] = torch.tensor(one.input_ids)
+            mask[row, longest - len(one.input_ids) :] = 1
+        inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+        if images:
+            inputs["pixel_values"] = load_pixels(self.processor, images).to(device)
+        return inputs
+
+    def _render(self, example: Example, sampling: Sampling) -> Rendered:
+        if not example.messages or example.messages[-1].role != "user":
+            raise ValueError("the last message must be the user's: there is nothing to answer")
+        rendered = self.renderer.render_example(example)
+        room = self.max_length_tokens - len(rendered.input_ids)
+        if room < 1:
+            raise ValueError(
+                f"the conversation is {len(rendered.input_ids)} tokens long ({rendered.num_image_tokens} of them for "
+                f"pictures) but this model takes {self.max_length_tokens}; begin a new one"
+            )
+        return rendered
+
+    def _generate(self, inputs: dict[str, Tensor], sampling: Sampling, **kwargs: Any) -> Tensor:
+        options: dict[str, Any] = {"do_sample": False}
+        if sampling.temperature > 0:
+            options = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+            if sampling.seed is not None:
+                torch.manual_seed(sampling.seed)
+        room = self.max_length_tokens - inputs["input_ids"].shape[1]
+        with torch.inference_mode():
+            generated: Tensor = self.model.generate(
+                **inputs,
+                **options,
+                **kwargs,
+                max_new_tokens=min(sampling.max_new_tokens, room),
+                eos_token_id=self.renderer.end_token_id,
+                pad_token_id=int(self.processor.tokenizer.pad_token_id),
+            )
+        return generated[:, inputs["input_ids"].shape[1] :]
+
+    def stream(
+        self, example: Example, sampling: Sampling = GREEDY, *, stop: threading.Event | None = None
+    ) -> Iterator[Reply]:
+        """The reply as it is written; the last one has `finish`. Setting `stop` ends the computation at the next token.
+
+        Raises ValueError for a conversation that does not fit, ImageError for a picture that cannot be read.
+        """
+        begun = time.monotonic()
+        rendered = self._render(example, sampling)
+        inputs = self._inputs([rendered], example.images)
+        abandoned = threading.Event()  # the caller stopped listening, as a closed tab does
+        queue: SimpleQueue[list[int] | BaseException | None] = SimpleQueue()
+
+        def is_stopped(ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+            halted = abandoned.is_set() or (stop is not None and stop.is_set())
+            return torch.full((ids.shape[0],), halted, dtype=torch.bool, device=ids.device)
+
+        def work() -> None:
+            try:
+                with self._lock:
+                    if not abandoned.is_set() and not (stop is not None and stop.is_set()):
+                        self._generate(inputs, sampling, streamer=_Streamer(queue.put), stopping_criteria=[is_stopped])
+                queue.put(None)
+            except BaseException as error:
+                queue.put(error)
+
+        def reply(ids: list[int], finish: Literal["end", "length", "stopped"] | None) -> Reply:
+            text = self.renderer.decode(ids)
+            return Reply(
+                text, finish, len(rendered.input_ids), rendered.num_image_tokens, len(ids), time.monotonic() - begun
+            )
+
+        worker = threading.Thread(target=work, name="generate", daemon=True)
+        worker.start()
+        ids: list[int] = []
+        try:
+            while (new := queue.get()) is not None:
+                if isinstance(new, BaseException):
+                    raise new
+                ids += new
+                yield reply(ids, None)
+            yield reply(ids, self._finish(ids, stop))
+        finally:
+            abandoned.set()
+            worker.join()
+
+    def _finish(self, ids: Sequence[int], stop: threading.Event | None) -> Literal["end", "length", "stopped"]:
+        if ids and ids[-1] == self.renderer.end_token_id:
+            return "end"
+        return "stopped" if stop is not None and stop.is_set() else "length"
+
+    def reply(self, example: Example, sampling: Sampling = GREEDY) -> Reply:
+        """The whole reply to one conversation."""
+        return self.reply_batch([example], sampling)[0]
+
+    def reply_batch(self, examples: Sequence[Example], sampling: Sampling = GREEDY) -> list[Reply]:
+        """Replies to several conversations in one batch, the same as one by one."""
+        if not examples:
+            return []
+        begun = time.monotonic()
+        rendered = [self._render(example, sampling) for example in examples]
+        inputs = self._inputs(rendered, [image for example in examples for image in example.images])
+        with self._lock:
+            generated = self._generate(inputs, sampling).tolist()
+        replies = []
+        for one, row in zip(rendered, generated, strict=True):
+            end = self.renderer.end_token_id
+            ids = row[: row.index(end) + 1] if end in row else row
+            replies.append(
+                Reply(
+                    self.renderer.decode(ids),
+                    self._finish(ids, None),
+                    len(one.input_ids),
+                    one.num_image_tokens,
+                    len(ids),
+                    time.monotonic() - begun,
+                )
+            )
+        return replies

@@ -1,0 +1,174 @@
+"""The model: image -> vision tower -> projector -> LLM. Read this file first.
+
+Shapes: `B` batch, `T` tokens, `N` images of the whole batch, `P` patches and `M` tokens per image, `Dv` vision width,
+`D` LLM width, `V` vocabulary. The image token stands `M` times in the text for each image; the projected patches
+take the places of those tokens, in the order in which the images stand.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from mmllm.batch import Batch
+from mmllm.model.vision import TowerSpec, VisionTower
+from projector import build_projector
+
+
+class VisionLanguageConfig(PretrainedConfig):  # type: ignore[misc]
+    """What a model is made of, in plain values: enough to build it without any part's own files.
+
+    Args:
+        vision: a `TowerSpec` as a dict.
+        projector: `kind` and `options` of one of PROJECTORS.
+        text_config: the LLM's own transformers config.
+        image_token_id: the vocabulary's `<image>`.
+        num_image_tokens: how many of them stand for one image, counted by probing tower and projector.
+    """
+
+    model_type = "mmllm"
+    sub_configs = {"text_config": AutoConfig}
+
+    def __init__(
+        self,
+        vision: dict[str, Any] | None = None,
+        projector: dict[str, Any] | None = None,
+        text_config: Any = None,
+        image_token_id: int = 0,
+        num_image_tokens: int = 0,
+        **kwargs: Any,
+    ):
+        if isinstance(text_config, dict):
+            text_config = AutoConfig.for_model(**text_config)
+        self.vision = vision
+        self.projector = projector
+        self.text_config = text_config
+        self.image_token_id = image_token_id
+        self.num_image_tokens = num_image_tokens
+        if text_config is not None:
+            kwargs.setdefault("tie_word_embeddings", text_config.tie_word_embeddings)
+        super().__init__(**kwargs)
+
+
+class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """LLaVA's architecture with parts of one's choice. Paper: https://arxiv.org/abs/2304.08485"""
+
+    config_class = VisionLanguageConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: VisionLanguageConfig):
+        super().__init__(config)
+        self.vision_tower = VisionTower(TowerSpec.from_json(config.vision))
+        self.projector = build_projector(
+            config.projector["kind"],
+            vision_dim=self.vision_tower.width,
+            llm_dim=config.text_config.hidden_size,
+            **config.projector["options"],
+        )
+        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.post_init()
+
+    @classmethod
+    def assemble(
+        cls, config: VisionLanguageConfig, tower: VisionTower, projector: nn.Module, language_model: Any
+    ) -> VisionLanguageModel:
+        """A model around parts that are loaded already; nothing is built, or held in memory, twice."""
+        with torch.device("meta"):
+            model = cls(config)
+        model.vision_tower, model.projector, model.language_model = tower, projector, language_model
+        return model
+
+    def _init_weights(self, module: Any) -> None:
+        """Each part brings its own initialisation."""
+
+    def get_input_embeddings(self) -> Any:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: Any) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> Any:
+        return self.language_model.get_output_embeddings()
+
+    def get_decoder(self) -> Any:
+        return self.language_model.get_decoder()
+
+    def encode_images(self, pixel_values: Tensor) -> Tensor:  # [N, C, H, W] -> [N, P, Dv]
+        """Patch tokens of the vision tower, without gradient where the tower is frozen."""
+        is_trained = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained):
+            return self.vision_tower(pixel_values.to(next(self.vision_tower.parameters()).dtype))  # type: ignore[no-any-return]
+
+    def embed(self, input_ids: Tensor, image_features: Tensor | None) -> Tensor:
+        """Token embeddings with projected patches in the image slots: [B, T], [N, P, Dv] -> [B, T, D].
+
+        Raises ValueError where slots and image tokens do not agree in number.
+        """
+        embeds: Tensor = self.get_input_embeddings()(input_ids)
+        slots = input_ids == self.config.image_token_id  # [B, T]
+        if image_features is None:
+            if (found := int(slots.sum())) > 0:
+                raise ValueError(f"{found} image slots in the text but no image was given")
+            return embeds
+        image_embeds = self.projector(image_features).flatten(0, 1)  # [N * M, D]
+        if (found := int(slots.sum())) != len(image_embeds):
+            raise ValueError(
+                f"{found} image slots in the text but {len(image_embeds)} image tokens "
+                f"({len(image_features)} images of {self.config.num_image_tokens}); each image needs its slots"
+            )
+        if found == 0:  # a batch without images: keep the projector in the graph, for ranks that wait for its gradient
+            return embeds + 0.0 * image_embeds.sum()
+        return embeds.masked_scatter(slots.unsqueeze(-1), image_embeds.to(embeds.dtype))
+
+    def embed_batch(self, batch: Batch) -> Tensor:
+        """`embed` for a training batch; one without images still runs the projector, on none."""
+        features = batch.image_features
+        if features is None and batch.pixel_values is not None:
+            features = self.encode_images(batch.pixel_values)
+        if features is None:
+            features = torch.zeros(
+                0, self.vision_tower.num_patches, self.vision_tower.width, device=batch.input_ids.device
+            )
+        return self.embed(batch.input_ids, features)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        image_features: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits [B, T, V] of the LLM, and the mean loss where `labels` are given. `kwargs` go to the LLM."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            if image_features is None and pixel_values is not None:
+                image_features = self.encode_images(pixel_values)
+            inputs_embeds = self.embed(input_ids, image_features)  # type: ignore[arg-type]
+        return self.language_model(  # type: ignore[no-any-return]
+            inputs_embeds=inputs_embeds, attention_mask=attention_mask, labels=labels, **kwargs
+        )
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        """Images are given to the first forward alone; behind it their keys and values stand in the cache."""
+        images = {name: kwargs.pop(name, None) for name in ("pixel_values", "image_features")}
+        is_first = kwargs.get("is_first_iteration", False) or not kwargs.get("use_cache", True)
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        return {**inputs, **images} if is_first else inputs
+
+
+AutoConfig.register(VisionLanguageConfig.model_type, VisionLanguageConfig, exist_ok=True)

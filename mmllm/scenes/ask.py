@@ -1,0 +1,381 @@
+"""Questions about one scene, each with the one right answer: a plain dict of question types.
+
+An asker returns the turns of one question (a follow-up brings the turns it follows), or nothing where the
+scene cannot be asked that. Yes and no are asked equally often, and a "no" is a near miss wherever one exists.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from mmllm.scenes.tell import a, at, tell
+from mmllm.scenes.world import COLORS, MAX_VALUE, PLACES, SHAPES, SIZES, Scene, Thing
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question and its answer; `num_needed` turns right before it are needed to understand it."""
+
+    type: str
+    question: str
+    answer: str
+    num_needed: int = 0
+
+
+Asker = Callable[[Scene, random.Random], list[Turn]]
+RELATIONS: dict[str, Callable[[Thing, Thing], bool]] = {
+    "left of": lambda x, y: x.column < y.column,
+    "right of": lambda x, y: x.column > y.column,
+    "above": lambda x, y: x.row < y.row,
+    "below": lambda x, y: x.row > y.row,
+}
+ATTRIBUTE_QUESTIONS = {
+    "color": ("what color is the {}?", "what is the color of the {}?"),
+    "shape": ("what shape is the {}?", "what is the shape of the {}?"),
+    "size": ("what size is the {}?", "is the {} small or large?"),
+    "place": ("where is the {}?", "where in the picture is the {}?"),
+}
+CAPTION_REQUESTS = ("describe the picture.", "what is in the picture?", "what do you see?", "write a caption.")
+
+
+def yes_no(truth: bool) -> str:
+    return "yes" if truth else "no"
+
+
+def references(scene: Scene, thing: Thing, hidden: Iterable[str] = ()) -> list[str]:
+    """Noun phrases, without article, that name this thing alone and say nothing of the `hidden` attributes."""
+    hidden = set(hidden)
+    found = []
+    for names in (("shape",), ("color",), ("color", "shape"), ("size", "shape"), ("size", "color"), ("place",)):
+        if hidden & set(names):
+            continue
+        if sum(all(getattr(t, n) == getattr(thing, n) for n in names) for t in scene.things) == 1:
+            words = [getattr(thing, n) for n in names if n != "place"]
+            noun = " ".join(words if "shape" in names else [*words, "object"])
+            found.append(f"{noun} {at(thing.place)}" if "place" in names else noun)
+    if "shape" not in hidden and "place" not in hidden:
+        found.append(f"{thing.shape} {at(thing.place)}")
+    return found
+
+
+def refer(scene: Scene, thing: Thing, rng: random.Random, *hidden: str) -> str | None:
+    names = references(scene, thing, hidden)
+    return rng.choice(names) if names else None
+
+
+def ask_attribute(name: str) -> Asker:
+    """An asker for the `color`, `shape`, `size` or `place` of one object."""
+
+    def ask(scene: Scene, rng: random.Random) -> list[Turn]:
+        if not scene.things:
+            return []
+        thing = rng.choice(scene.things)
+        subject = refer(scene, thing, rng, name)
+        if subject is None:
+            return []
+        return [Turn(name, rng.choice(ATTRIBUTE_QUESTIONS[name]).format(subject), getattr(thing, name))]
+
+    return ask
+
+
+def ask_relation(scene: Scene, rng: random.Random) -> list[Turn]:
+    if len(scene.things) < 2:
+        return []
+    name = rng.choice(list(RELATIONS))
+    if rng.random() < 0.3:
+        anchor = rng.choice(scene.things)
+        there = [t for t in scene.things if RELATIONS[name](t, anchor)]
+        subject = refer(scene, anchor, rng, "place")
+        if len(there) == 1 and subject:
+            return [Turn("relation", f"what shape is {name} the {subject}?", there[0].shape)]
+    wanted = rng.random() < 0.5
+    pairs = [(x, y) for x in scene.things for y in scene.things if x != y and RELATIONS[name](x, y) == wanted]
+    if not pairs:
+        return []
+    x, y = rng.choice(pairs)
+    first, second = refer(scene, x, rng, "place"), refer(scene, y, rng, "place")
+    if not first or not second:
+        return []
+    return [Turn("relation", f"is the {first} {name} the {second}?", yes_no(wanted))]
+
+
+def ask_count(scene: Scene, rng: random.Random) -> list[Turn]:
+    if scene.kind == "chart":
+        return [Turn("count", "how many bars are there?", str(len(scene.bars)))]
+    if not scene.things:
+        return []
+    names = rng.choice(((), ("shape",), ("shape",), ("color",), ("size",)))
+    if not names:
+        return [Turn("count", "how many objects are there?", str(len(scene.things)))]
+    name = names[0]
+    present = [getattr(t, name) for t in scene.things]
+    # mostly something that is there: a count of zero is what `exists` asks
+    choices = {"shape": SHAPES, "color": COLORS, "size": SIZES}[name]
+    value = rng.choice(present) if rng.random() < 0.85 else rng.choice(choices)
+    noun = f"{value}s" if name == "shape" else f"{value} objects"
+    if noun == "crosss":
+        noun = "crosses"
+    return [Turn("count", f"how many {noun} are there?", str(present.count(value)))]
+
+
+def _near_misses(scene: Scene) -> list[str]:
+    """Color-shape pairs that are not there although the color is, and the shape is."""
+    there = {(t.color, t.shape) for t in scene.things}
+    colors, shapes = sorted({c for c, _ in there}), sorted({s for _, s in there})
+    return [f"{c} {s}" for c in colors for s in shapes if (c, s) not in there]
+
+
+def ask_exists(scene: Scene, rng: random.Random) -> list[Turn]:
+    wanted = rng.random() < 0.5
+    if scene.kind != "objects":
+        kinds = {"chart": "bar chart", "text": rng.choice(("word", "number"))}
+        noun = kinds[rng.choice(("chart", "text"))]
+        shown = {"bar chart"} if scene.kind == "chart" else {line.kind for line in scene.lines}
+        if scene.kind == "chart" and rng.random() < 0.7:
+            colors = [b.color for b in scene.bars]
+            color = rng.choice(colors if wanted else [c for c in COLORS if c not in colors])
+            return [Turn("exists", f"is there {a(color)} bar?", yes_no(wanted))]
+        return [Turn("exists", f"is there {a(noun)}?", yes_no(noun in shown))]
+    form = rng.choice(("pair", "pair", "shape", "color", "place"))
+    if form == "place":
+        taken = [t.place for t in scene.things]
+        places = [p for p in PLACES if (p in taken) == wanted]
+        if not places:
+            return []
+        return [Turn("exists", f"is there anything {at(rng.choice(places))}?", yes_no(wanted))]
+    if form == "pair":
+        present = [f"{t.color} {t.shape}" for t in scene.things]
+        absent = _near_misses(scene) or [f"{rng.choice(COLORS)} {t.shape}" for t in scene.things]
+    elif form == "shape":
+        present, absent = [t.shape for t in scene.things], list(SHAPES)
+    else:
+        present, absent = [f"{t.color} object" for t in scene.things], [f"{c} object" for c in COLORS]
+    nouns = present if wanted else [noun for noun in absent if noun not in present]
+    if not nouns:
+        return []
+    return [Turn("exists", f"is there {a(rng.choice(nouns))}?", yes_no(wanted))]
+
+
+def ask_compare(scene: Scene, rng: random.Random) -> list[Turn]:
+    wanted = rng.random() < 0.5
+    if scene.kind == "chart":
+        x, y = rng.sample(scene.bars, 2)
+        if x.value == y.value:
+            return []
+        taller = rng.choice(("taller", "shorter"))
+        if (x.value > y.value) != (wanted == (taller == "taller")):
+            x, y = y, x
+        return [Turn("compare", f"is the {x.color} bar {taller} than the {y.color} bar?", yes_no(wanted))]
+    if len(scene.things) < 2:
+        return []
+    one, other = rng.sample(scene.things, 2)
+    form = rng.choice(("larger", "same", "more"))
+    if form == "more":
+        shapes = sorted({t.shape for t in scene.things})
+        counts = {s: sum(t.shape == s for t in scene.things) for s in shapes}
+        pairs = [(s, t) for s in shapes for t in shapes if s != t and (counts[s] > counts[t]) == wanted]
+        if not pairs:
+            return []
+        first, second = (f"{s}es" if s == "cross" else f"{s}s" for s in rng.choice(pairs))
+        return [Turn("compare", f"are there more {first} than {second}?", yes_no(wanted))]
+    if form == "larger":
+        first, second = refer(scene, one, rng, "size", "place"), refer(scene, other, rng, "size", "place")
+        if one.size == other.size or not first or not second:
+            return []
+        word = rng.choice(("larger", "smaller"))
+        answer = one if (one.size == "large") == (word == "larger") else other
+        return [Turn("compare", f"which is {word}, the {first} or the {second}?", first if answer == one else second)]
+    name = rng.choice(("color", "shape", "size"))
+    pairs = [(x, y) for x in scene.things for y in scene.things if x != y]
+    fitting = [(x, y) for x, y in pairs if (getattr(x, name) == getattr(y, name)) == wanted]
+    if not fitting:
+        return []
+    one, other = rng.choice(fitting)
+    first, second = refer(scene, one, rng, name), refer(scene, other, rng, name)
+    if not first or not second:
+        return []
+    return [Turn("compare", f"are the {first} and the {second} the same {name}?", yes_no(wanted))]
+
+
+def ask_text(scene: Scene, rng: random.Random) -> list[Turn]:
+    if not scene.lines:
+        return []
+    line = rng.choice(scene.lines)
+    if rng.random() < 0.3:
+        return [Turn("text", f"what color is the {line.kind}?", line.color)]
+    wordings = [f"what {line.kind} is written?", f"read the {line.kind}."]
+    if len(scene.lines) == 1:
+        wordings.append("what does it say?")
+    return [Turn("text", rng.choice(wordings), line.text)]
+
+
+def ask_chart(scene: Scene, rng: random.Random) -> list[Turn]:
+    if not scene.bars:
+        return []
+    form = rng.choice(("value", "value", "most", "least", "which"))
+    values = [bar.value for bar in scene.bars]
+    bar = rng.choice(scene.bars)
+    if form == "value":
+        wording = rng.choice(("what is the value of the {} bar?", "how tall is the {} bar?"))
+        return [Turn("chart", wording.format(bar.color), str(bar.value))]
+    if form == "which":
+        if values.count(bar.value) != 1:
+            return []
+        return [Turn("chart", f"which bar has the value {bar.value}?", bar.color)]
+    extreme = max(values) if form == "most" else min(values)
+    if values.count(extreme) != 1:
+        return []
+    word = "tallest" if form == "most" else "shortest"
+    return [Turn("chart", f"which bar is the {word}?", scene.bars[values.index(extreme)].color)]
+
+
+def _ask_other_one(scene: Scene, rng: random.Random) -> list[Turn]:
+    pairs = [(x, y) for x in scene.things for y in scene.things if x != y and x.shape == y.shape]
+    pairs = [(x, y) for x, y in pairs if sum(t.shape == x.shape for t in scene.things) == 2]
+    if not pairs:
+        return []
+    one, other = rng.choice(pairs)
+    name = rng.choice(("color", "size"))
+    question = ATTRIBUTE_QUESTIONS[name][0].format(f"{one.shape} {at(one.place)}")
+    follow = Turn("follow_up", "and the other one?", getattr(other, name), num_needed=1)
+    return [Turn(name, question, getattr(one, name)), follow]
+
+
+def ask_follow_up(scene: Scene, rng: random.Random) -> list[Turn]:
+    if scene.kind == "chart":
+        one, other = rng.sample(scene.bars, 2)
+        first = Turn("chart", f"what is the value of the {one.color} bar?", str(one.value))
+        return [first, Turn("follow_up", f"and the {other.color} bar?", str(other.value), num_needed=1)]
+    if rng.random() < 0.5 and (turns := _ask_other_one(scene, rng)):
+        return turns
+    name = rng.choice(list(ATTRIBUTE_QUESTIONS))
+    turns = ask_attribute(name)(scene, rng)
+    if not turns:
+        return []
+    if rng.random() < 0.5:
+        others = [t for t in scene.things if f"the {t.shape}?" not in turns[0].question]
+        named = [(t, ref) for t in others if (ref := refer(scene, t, rng, name)) and ref not in turns[0].question]
+        if not named:
+            return []
+        thing, subject = rng.choice(named)
+        return [*turns, Turn("follow_up", f"and the {subject}?", getattr(thing, name), num_needed=1)]
+    thing = rng.choice(scene.things)
+    second = rng.choice([n for n in ATTRIBUTE_QUESTIONS if n != name])
+    subject = refer(scene, thing, rng, name, second)
+    if subject is None:
+        return []
+    first = Turn(name, ATTRIBUTE_QUESTIONS[name][0].format(subject), getattr(thing, name))
+    wording = "where is it?" if second == "place" else f"what {second} is it?"
+    return [first, Turn("follow_up", wording, getattr(thing, second), num_needed=1)]
+
+
+def ask_caption(scene: Scene, rng: random.Random) -> list[Turn]:
+    return [Turn("caption", rng.choice(CAPTION_REQUESTS), tell(scene, rng))]
+
+
+QUESTION_TYPES: dict[str, Asker] = {
+    "color": ask_attribute("color"),
+    "shape": ask_attribute("shape"),
+    "size": ask_attribute("size"),
+    "place": ask_attribute("place"),
+    "relation": ask_relation,
+    "count": ask_count,
+    "exists": ask_exists,
+    "compare": ask_compare,
+    "text": ask_text,
+    "chart": ask_chart,
+    "follow_up": ask_follow_up,
+    "caption": ask_caption,
+}
+
+
+def ask_about(scene: Scene, rng: random.Random, num_turns: int) -> list[Turn]:
+    """About `num_turns` turns of mixed types on one scene, no question twice; at most one asks for a caption."""
+    turns: list[Turn] = []
+    num_tries = 0
+    while len(turns) < num_turns and num_tries < 20 * num_turns:
+        num_tries += 1
+        name = rng.choice(list(QUESTION_TYPES))
+        if name == "caption" and any(turn.type == "caption" for turn in turns):
+            continue
+        new = QUESTION_TYPES[name](scene, rng)
+        asked = {turn.question for turn in turns}
+        if new and new[-1].question not in asked and new[0].question not in asked:
+            turns += new
+    return turns
+
+
+TWO_PICTURES = "two_pictures"
+
+
+def ask_about_two(first: Scene, second: Scene, rng: random.Random, num_turns: int) -> list[Turn]:
+    """Turns about two scenes of objects: which picture has it, which has more, same or different."""
+    turns: list[Turn] = []
+    forms = ["which", "which", "more", "same"] * 2
+    rng.shuffle(forms)
+    for form in forms[: num_turns + 2]:
+        if form == "same":
+            turns.append(Turn(TWO_PICTURES, "are the two pictures the same or different?",
+                              "same" if first == second else "different"))  # fmt: skip
+        elif form == "more" and len(first.things) != len(second.things):
+            answer = "picture 1" if len(first.things) > len(second.things) else "picture 2"
+            turns.append(Turn(TWO_PICTURES, "which picture has more objects?", answer))
+        elif form == "which" and first != second:
+            has, lacks = (first, second) if (in_first := rng.random() < 0.5) else (second, first)
+            name = rng.choice(("shape", "color"))
+            values = {getattr(t, name) for t in has.things} - {getattr(t, name) for t in lacks.things}
+            if values:
+                value = rng.choice(sorted(values))
+                noun = a(value) if name == "shape" else f"{a(value)} object"
+                turns.append(Turn(TWO_PICTURES, f"which picture has {noun}?", "picture 1" if in_first else "picture 2"))
+    unique = {turn.question: turn for turn in turns}
+    return list(unique.values())[:num_turns]
+
+
+TEXT_ONLY = "text_only"
+# fmt: off
+SMALL_TALK = (
+    ("hello.", "hello! show me a picture."),
+    ("hi!", "hello! show me a picture."),
+    ("who are you?", "a small model that looks at pictures."),
+    ("what can you do?", "i answer questions about pictures."),
+    ("thank you.", "you are welcome."),
+    ("goodbye.", "goodbye!"),
+    ("how many sides does a triangle have?", "3"),
+    ("how many sides does a square have?", "4"),
+    ("is a circle round?", "yes"),
+    ("is a square round?", "no"),
+    ("what is the opposite of left?", "right"),
+    ("what is the opposite of above?", "below"),
+    ("what is the opposite of large?", "small"),
+    ("name a color.", "red"),
+    ("name a shape.", "circle"),
+)
+# fmt: on
+NO_PICTURE = "there is no picture."
+
+
+def ask_without_picture(rng: random.Random, scene: Scene, num_turns: int) -> list[Turn]:
+    """Turns that no picture belongs to: small talk, numbers, and questions that a picture would be needed for."""
+    turns: list[Turn] = []
+    for _ in range(num_turns):
+        form = rng.choice(("talk", "more", "next", "picture"))
+        if form == "talk":
+            turns.append(Turn(TEXT_ONLY, *rng.choice(SMALL_TALK)))
+        elif form == "more":
+            x, y = rng.sample(range(MAX_VALUE + 5), 2)
+            turns.append(Turn(TEXT_ONLY, f"which is more, {x} or {y}?", str(max(x, y))))
+        elif form == "next":
+            x = rng.randrange(9)
+            turns.append(Turn(TEXT_ONLY, f"what number comes after {x}?", str(x + 1)))
+        else:
+            name = rng.choice([n for n in QUESTION_TYPES if n not in ("exists", "follow_up")])
+            asked = QUESTION_TYPES[name](scene, rng)
+            if asked:
+                turns.append(Turn(TEXT_ONLY, asked[0].question, NO_PICTURE))
+    return turns
+
+
+ALL_TYPES = (*QUESTION_TYPES, TWO_PICTURES, TEXT_ONLY)

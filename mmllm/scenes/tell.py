@@ -1,0 +1,97 @@
+"""Captions of a scene in several wordings, the facts that a caption states, and their F1 against the scene."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable
+
+from mmllm.scenes.world import COLORS, PLACES, SHAPES, SIZES, Bar, Line, Scene, Thing
+
+Fact = tuple[str, str, str]  # (what, attribute, value), as in ("top left", "color", "red")
+
+
+def at(place: str) -> str:
+    return "in the center" if place == "center" else f"at the {place}"
+
+
+def a(noun: str) -> str:
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+
+
+THING_WORDINGS: tuple[Callable[[Thing], str], ...] = (
+    lambda t: f"{a(t.size)} {t.color} {t.shape} {at(t.place)}",
+    lambda t: f"{t.place}: {t.size} {t.color} {t.shape}",
+    lambda t: f"{a(t.shape)} {at(t.place)}, {t.color} and {t.size}",
+    lambda t: f"{at(t.place)} is {a(t.color)} {t.shape}, {t.size}",
+    lambda t: f"the {t.color} one {at(t.place)} is {a(t.size)} {t.shape}",
+)
+LINE_WORDINGS: tuple[Callable[[Line], str], ...] = (
+    lambda x: f"the {x.kind} {x.text} in {x.color}",
+    lambda x: f"{x.color} {x.kind}: {x.text}",
+)
+BAR_WORDINGS: tuple[Callable[[Bar], str], ...] = (
+    lambda b: f"{b.color} {b.value}",
+    lambda b: f"the {b.color} bar is {b.value}",
+)
+
+
+def tell(scene: Scene, rng: random.Random, *, shuffled: bool = False) -> str:
+    """One caption that states every fact of the scene; things in reading order unless `shuffled`."""
+    if scene.kind == "text":
+        wording = rng.choice(LINE_WORDINGS)
+        return ". ".join(wording(line) for line in scene.lines) + "."
+    if scene.kind == "chart":
+        bar_wording = rng.choice(BAR_WORDINGS)
+        return "a bar chart: " + ", ".join(bar_wording(bar) for bar in scene.bars) + "."
+    things = list(scene.things)
+    if shuffled:
+        rng.shuffle(things)
+    thing_wording = rng.choice(THING_WORDINGS)
+    return ". ".join(thing_wording(thing) for thing in things) + "."
+
+
+def facts_of(scene: Scene) -> set[Fact]:
+    """Every fact of the scene: shape, color and size for each place, text and color for each line, value of each bar."""
+    facts = {(t.place, name, getattr(t, name)) for t in scene.things for name in ("shape", "color", "size")}
+    facts |= {(line.kind, name, getattr(line, name)) for line in scene.lines for name in ("text", "color")}
+    return facts | {("bar", bar.color, str(bar.value)) for bar in scene.bars}
+
+
+def _one_of(words: tuple[str, ...], text: str) -> str | None:
+    found = [word for word in re.findall(r"[a-z]+", text) if word in words]
+    return found[0] if len(found) == 1 else None
+
+
+def facts_in(caption: str) -> set[Fact]:
+    """The facts that a caption states, read clause by clause in any wording of this file; the rest is not counted."""
+    caption = caption.lower().strip()
+    if "bar chart" in caption:
+        pairs = re.findall(rf"\b({'|'.join(COLORS)})(?: bar is)? (\d+)", caption)
+        return {("bar", color, value) for color, value in pairs}
+    facts: set[Fact] = set()
+    for clause in caption.split("."):
+        color = _one_of(COLORS, clause)
+        written = re.search(r"\b(word|number)(?: |: )([a-z0-9]+)", clause)
+        if written:
+            facts.add((written[1], "text", written[2]))
+            if color:
+                facts.add((written[1], "color", color))
+            continue
+        place = next((name for name in PLACES if re.search(rf"\b{name}\b", clause)), None)
+        if place is None:
+            continue
+        values = {"shape": _one_of(SHAPES, clause), "color": color, "size": _one_of(SIZES, clause)}
+        facts |= {(place, name, value) for name, value in values.items() if value}
+    return facts
+
+
+def fact_counts(caption: str, scene: Scene) -> tuple[int, int, int]:
+    """(facts stated and true, facts stated, facts of the scene): sum these over pictures, then `f1`."""
+    stated, true = facts_in(caption), facts_of(scene)
+    return len(stated & true), len(stated), len(true)
+
+
+def f1(num_right: int, num_stated: int, num_true: int) -> float:
+    """Harmonic mean of precision and recall; as SPICE scores captions, https://arxiv.org/abs/1607.08822"""
+    return 2 * num_right / (num_stated + num_true) if num_stated + num_true else 0.0

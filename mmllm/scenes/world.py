@@ -1,0 +1,207 @@
+"""The embedded world: what a scene is, how one is sampled, and which split it belongs to.
+
+A scene is one of three kinds: `objects` (1-5 objects, at most one a place), `text` (a word, a number or both)
+and `chart` (2-4 bars). A scene's split follows from its content alone, so no scene of one split is in another.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import zlib
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "black")
+SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
+SIZES = ("small", "large")
+# place -> (column, row), both counted in half pictures: 0 left/top, 1 middle, 2 right/bottom
+PLACES: dict[str, tuple[int, int]] = {
+    "top left": (0, 0),
+    "top right": (2, 0),
+    "center": (1, 1),
+    "bottom left": (0, 2),
+    "bottom right": (2, 2),
+}
+# fmt: off
+WORDS = ("sun", "moon", "tree", "fish", "bird", "cat", "dog", "car", "bus", "book",
+         "cup", "hat", "door", "key", "milk", "rain", "snow", "lamp", "boat", "leaf")
+# fmt: on
+MAX_NUMBER = 99
+MAX_VALUE = 5
+
+Split = Literal["train", "val", "compositions"]
+Kind = Literal["objects", "text", "chart"]
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One drawn object."""
+
+    shape: str
+    color: str
+    size: str
+    place: str
+
+    @property
+    def column(self) -> int:
+        return PLACES[self.place][0]
+
+    @property
+    def row(self) -> int:
+        return PLACES[self.place][1]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of drawn text: a word or a number, and its color."""
+
+    kind: Literal["word", "number"]
+    text: str
+    color: str
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar of a chart; `value` is 1-5, the top of the axis is 5."""
+
+    color: str
+    value: int
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a picture shows. Things stand in reading order, lines from the top, bars from the left."""
+
+    kind: Kind
+    things: tuple[Thing, ...] = ()
+    lines: tuple[Line, ...] = ()
+    bars: tuple[Bar, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Scene:
+        """The scene of a scene-graph file. Raises ValueError where a part is missing or unknown."""
+        try:
+            return Scene(
+                kind=data["kind"],
+                things=tuple(Thing(**thing) for thing in data["things"]),
+                lines=tuple(Line(**line) for line in data["lines"]),
+                bars=tuple(Bar(**bar) for bar in data["bars"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"not a scene graph ({error}); expected kind, things, lines and bars as `mmllm scenes` writes them"
+            ) from error
+
+
+def _one_in(fraction: int, text: str) -> bool:
+    return zlib.crc32(text.encode()) % fraction == 0
+
+
+def is_held_out(part: Thing | Line | Bar) -> bool:
+    """Whether this combination (color-shape-place, color-word, color-value) is shown in `compositions` only."""
+    if isinstance(part, Thing):
+        return _one_in(7, f"{part.color} {part.shape} {part.place}")
+    if isinstance(part, Line):
+        return _one_in(7, f"{part.color} {part.text}")
+    return _one_in(7, f"{part.color} {part.value}")
+
+
+def split_of(scene: Scene) -> Split:
+    """`compositions` where any held-out combination is shown; of the rest one scene in 16 is `val`."""
+    if any(is_held_out(part) for part in (*scene.things, *scene.lines, *scene.bars)):
+        return "compositions"
+    return "val" if _one_in(16, json.dumps(scene.to_json(), sort_keys=True)) else "train"
+
+
+def _sample_things(rng: random.Random, count: int) -> tuple[Thing, ...]:
+    places = sorted(rng.sample(list(PLACES), count), key=list(PLACES).index)
+    things: list[Thing] = []
+    for place in places:
+        # repeats on purpose: counting, "the other one" and hard negatives need objects that share something
+        shape = rng.choice(things).shape if things and rng.random() < 0.3 else rng.choice(SHAPES)
+        color = rng.choice(things).color if things and rng.random() < 0.25 else rng.choice(COLORS)
+        things.append(Thing(shape, color, rng.choice(SIZES), place))
+    return tuple(things)
+
+
+def _sample_lines(rng: random.Random) -> tuple[Line, ...]:
+    word = Line("word", rng.choice(WORDS), rng.choice(COLORS))
+    number = Line("number", str(rng.randint(0, MAX_NUMBER)), rng.choice(COLORS))
+    return rng.choice(((word,), (number,), (word, number), (number, word)))
+
+
+def _sample_bars(rng: random.Random) -> tuple[Bar, ...]:
+    colors = rng.sample(COLORS, rng.randint(2, 4))
+    return tuple(Bar(color, rng.randint(1, MAX_VALUE)) for color in colors)
+
+
+def sample_any_scene(rng: random.Random, kind: Kind | None = None) -> Scene:
+    """A scene of any split; seven in ten show objects."""
+    kind = kind or rng.choices(("objects", "text", "chart"), (70, 15, 15))[0]  # type: ignore[assignment]
+    if kind == "objects":
+        return Scene("objects", things=_sample_things(rng, rng.choices((1, 2, 3, 4, 5), (2, 4, 5, 5, 3))[0]))
+    if kind == "text":
+        return Scene("text", lines=_sample_lines(rng))
+    return Scene("chart", bars=_sample_bars(rng))
+
+
+def _other(rng: random.Random, values: Iterable[Any], old: Any) -> Any:
+    return rng.choice([value for value in values if value != old])
+
+
+def change_one(scene: Scene, rng: random.Random) -> Scene:
+    """The same scene but for one attribute of one part: a near miss, of any split."""
+    if scene.kind == "objects":
+        things = list(scene.things)
+        index = rng.randrange(len(things))
+        name = rng.choice(("color", "shape", "size", "place"))
+        values: dict[str, Iterable[str]] = {"color": COLORS, "shape": SHAPES, "size": SIZES, "place": PLACES}
+        taken = {thing.place for thing in things if name == "place"}
+        if taken == set(PLACES):
+            name, taken = "size", set()
+        old = getattr(things[index], name)
+        things[index] = replace(things[index], **{name: _other(rng, [v for v in values[name] if v not in taken], old)})
+        return replace(scene, things=tuple(sorted(things, key=lambda t: list(PLACES).index(t.place))))
+    if scene.kind == "text":
+        lines = list(scene.lines)
+        index = rng.randrange(len(lines))
+        line = lines[index]
+        if rng.random() < 0.3:
+            lines[index] = replace(line, color=_other(rng, COLORS, line.color))
+        elif line.kind == "word":
+            lines[index] = replace(line, text=_other(rng, WORDS, line.text))
+        else:
+            lines[index] = replace(line, text=str(_other(rng, range(MAX_NUMBER + 1), int(line.text))))
+        return replace(scene, lines=tuple(lines))
+    bars = list(scene.bars)
+    index = rng.randrange(len(bars))
+    if rng.random() < 0.3:
+        bars[index] = replace(bars[index], color=_other(rng, [c for c in COLORS if c not in {bar.color for bar in bars}], bars[index].color))
+    else:
+        bars[index] = replace(bars[index], value=_other(rng, range(1, MAX_VALUE + 1), bars[index].value))
+    return replace(scene, bars=tuple(bars))
+
+
+def sample_scene(rng: random.Random, split: Split, kind: Kind | None = None) -> Scene:
+    """A scene of this split: scenes are drawn until one belongs to it."""
+    while True:
+        scene = sample_any_scene(rng, kind)
+        if split_of(scene) == split:
+            return scene
+
+
+MAX_NEAR_MISSES = 64
+
+
+def near_miss(scene: Scene, rng: random.Random, split: Split) -> Scene:
+    """`change_one` within this split; another scene of this kind where (nearly) every change leads out of the split."""
+    for _ in range(MAX_NEAR_MISSES):
+        changed = change_one(scene, rng)
+        if split_of(changed) == split:
+            return changed
+    return sample_scene(rng, split, scene.kind)

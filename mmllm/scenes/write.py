@@ -1,0 +1,140 @@
+"""Writes the scenes world as files: PNG pictures, a scene graph beside each, and two JSON files in LLaVA's format.
+
+Each picture follows from (seed, split, number) alone, so any number of processes gives the same bytes. The JSON
+files are written last, `conversations.json` as the very last: where it stands, the split is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from mmllm.scenes.ask import CAPTION_REQUESTS, Turn
+from mmllm.scenes.draw import draw
+from mmllm.scenes.talk import Conversation, about_none, about_one, about_two, as_text, picture_marks, twin_of
+from mmllm.scenes.tell import tell
+from mmllm.scenes.world import Scene, Split, sample_scene
+
+SPLITS: tuple[Split, ...] = ("train", "val", "compositions")
+TURNS_PER_PICTURE = 10
+TWIN_EVERY = 8  # every eighth picture is the twin of the one before it, for questions about two
+TEXT_EVERY = 16  # one conversation without picture for so many pictures
+CHUNK = 250
+
+
+def _rng(seed: int, split: str, what: str, number: int) -> random.Random:
+    return random.Random(f"{seed}/{split}/{what}/{number}")
+
+
+def scene_of(seed: int, split: Split, number: int) -> Scene:
+    """The scene of a picture. Twins stand behind scenes of objects."""
+    rng = _rng(seed, split, "scene", number)
+    if number % TWIN_EVERY == TWIN_EVERY - 1:
+        return twin_of(scene_of(seed, split, number - 1), rng, split)
+    has_twin = number % TWIN_EVERY == TWIN_EVERY - 2
+    return sample_scene(rng, split, "objects" if has_twin else None)
+
+
+def _turns_json(turns: Sequence[Turn], opening: str) -> list[dict[str, str]]:
+    rows: list[dict[str, str]] = []
+    for number, turn in enumerate(turns):
+        rows.append({"from": "human", "value": (opening if number == 0 else "") + turn.question})
+        rows.append({"from": "gpt", "value": turn.answer})
+    return rows
+
+
+def conversation_row(row_id: str, images: Sequence[str], conversation: Conversation) -> dict[str, Any]:
+    """A row of LLaVA's JSON; `types` and `needs` say for each answer what was asked, and how many turns it follows."""
+    row: dict[str, Any] = {"id": row_id}
+    if images:
+        row["image"] = images[0] if len(images) == 1 else list(images)
+    row["conversations"] = _turns_json(conversation.turns, picture_marks(len(images)) if images else "")
+    row["types"] = [turn.type for turn in conversation.turns]
+    row["needs"] = [turn.num_needed for turn in conversation.turns]
+    return row
+
+
+def picture_name(number: int) -> str:
+    return f"images/{number:06d}.png"
+
+
+def _write_chunk(folder: str, seed: int, split: Split, numbers: range) -> tuple[list[Any], list[Any]]:
+    """Draws the pictures of these numbers; returns their caption rows and conversation rows."""
+    captions: list[Any] = []
+    conversations: list[Any] = []
+    for number in numbers:
+        scene, name = scene_of(seed, split, number), picture_name(number)
+        path = Path(folder) / name
+        draw(scene, _rng(seed, split, "draw", number)).save(path, optimize=False)
+        path.with_suffix(".json").write_text(json.dumps(scene.to_json()))
+        rng = _rng(seed, split, "ask", number)
+        caption = Turn("caption", rng.choice(CAPTION_REQUESTS), tell(scene, rng))
+        captions.append(conversation_row(f"{split}-{number:06d}", [name], Conversation((scene,), (caption,))))
+        talk = about_one(scene, rng, TURNS_PER_PICTURE)
+        conversations.append(conversation_row(f"{split}-{number:06d}", [name], talk))
+        if number % TWIN_EVERY == TWIN_EVERY - 1:
+            pair = about_two(scene_of(seed, split, number - 1), scene, rng, 4)
+            names = [picture_name(number - 1), name]
+            conversations.append(conversation_row(f"{split}-{number:06d}-two", names, pair))
+        if number % TEXT_EVERY == 0:
+            conversations.append(_text_row(f"{split}-{number:06d}-text", rng, split, scene))
+    return captions, conversations
+
+
+def _text_row(row_id: str, rng: random.Random, split: Split, scene: Scene) -> dict[str, Any]:
+    """A row without picture: small talk, or the scene described in words and asked about, so that reading stays."""
+    if rng.random() < 0.5:
+        return conversation_row(row_id, [], about_none(rng, split, 5))
+    talk = about_one(scene, rng, TURNS_PER_PICTURE)
+    example = as_text(talk, rng, row_id)
+    turns = tuple(
+        Turn("text_only", message.text, turn.answer, turn.num_needed or number)
+        for number, (message, turn) in enumerate(zip(example.messages[::2], talk.turns, strict=True))
+    )
+    return conversation_row(row_id, [], Conversation((), turns))
+
+
+def _dump(rows: list[Any], path: Path) -> None:
+    partial = path.with_suffix(".part")
+    partial.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+    partial.replace(path)
+
+
+def write_split(
+    out: Path, split: Split, count: int, seed: int, *, num_processes: int, advance: Callable[[int], None]
+) -> None:
+    """Writes one split of `count` pictures, over whatever an interrupted start left there."""
+    folder = out / split
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "images").mkdir(parents=True)
+    chunks = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
+    captions: list[Any] = []
+    conversations: list[Any] = []
+    with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as pool:
+        tasks = [pool.submit(_write_chunk, str(folder), seed, split, numbers) for numbers in chunks]
+        for numbers, task in zip(chunks, tasks, strict=True):
+            told, asked = task.result()
+            captions += told
+            conversations += asked
+            advance(len(numbers))
+    _dump(captions, folder / "captions.json")
+    _dump(conversations, folder / "conversations.json")
+
+
+def write_scenes(
+    out: Path, counts: dict[Split, int], seed: int, *, num_processes: int | None = None, advance: Callable[[int], None] = lambda n: None
+) -> None:
+    """Writes the splits that have a count. Raises ValueError where something else stands in the folder."""
+    strangers = [path.name for path in out.iterdir() if path.name not in SPLITS] if out.is_dir() else []
+    if strangers:
+        raise ValueError(f"{out} holds {', '.join(sorted(strangers)[:3])}: give an empty or new folder for the scenes")
+    for split, count in counts.items():
+        if count > 0:
+            write_split(out, split, count, seed, num_processes=num_processes or os.cpu_count() or 1, advance=advance)

@@ -1,0 +1,42 @@
+"""Ranks: the one place that knows there may be several processes. Everything runs the same with one."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from mmllm.config import RunConfig
+
+
+def build_accelerator(config: RunConfig) -> Any:
+    """accelerate's Accelerator for this launch. Raises ValueError where fewer processes came up than were asked for."""
+    from accelerate import Accelerator, DataLoaderConfiguration
+
+    accelerator = Accelerator(
+        mixed_precision="bf16" if config.optim.precision == "bf16" else "no",
+        dataloader_config=DataLoaderConfiguration(),
+    )
+    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != asked:
+        raise ValueError(f"{asked} processes were launched but accelerate runs {accelerator.num_processes}; "
+                         "on CPU set ACCELERATE_USE_CPU=true")  # fmt: skip
+    return accelerator
+
+
+def all_reduce_sum(accelerator: Any, value: float) -> float:
+    """The sum of a number over all ranks."""
+    total = torch.tensor(float(value), dtype=torch.float64, device=_float64_device(accelerator.device))
+    if accelerator.num_processes > 1:
+        torch.distributed.all_reduce(total)
+    return float(total)
+
+
+def _float64_device(device: torch.device) -> torch.device:
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def share_of(indices: list[int], rank: int, world_size: int) -> list[int]:
+    """This rank's examples of a global batch: every `world_size`-th, so that lengths are alike on all ranks."""
+    return indices[rank::world_size]

@@ -1,0 +1,208 @@
+"""The training loop, the same for every stage: warm-ups, projector, instructions."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mmllm.config import RunConfig, dump_config
+from mmllm.training.distributed import all_reduce_sum, build_accelerator, share_of
+from mmllm.training.optim import Parts, build_optimizers, gradient_norm, rate_factor, set_learning_rates
+from mmllm.training.order import Order
+from mmllm.training.state import load_state, save_state, saved_steps
+from mmllm.training.tracking import Tracker
+
+MAX_IDLE_STEPS = 3  # steps in a row in which a trained part may get no gradient at all
+
+
+class TrainingError(RuntimeError):
+    """A run that must not go on; the message names the step and the examples."""
+
+
+class Interrupted(RuntimeError):
+    """The run was asked to stop; its state is saved."""
+
+
+class Stage(Protocol):
+    """What a stage brings to the loop. `module(batch)` gives the batch's loss, summed over what `count` counts."""
+
+    module: nn.Module
+    parts: Parts
+    num_examples: int
+    lengths: Sequence[int] | None
+
+    def batch(self, indices: Sequence[int]) -> Any: ...
+    def count(self, batch: Any) -> int: ...
+    def num_tokens(self, batch: Any) -> int: ...
+    def names(self, batch: Any) -> list[str]: ...
+    def validate(self, step: int) -> dict[str, float]: ...
+    def save(self, out: Path, log: list[dict[str, Any]]) -> None: ...
+
+
+@contextlib.contextmanager
+def _stop_signal() -> Iterator[list[int]]:
+    """Collects the first Ctrl-C or SIGTERM, so that the step in hand ends and its state is kept. A second one kills."""
+    received: list[int] = []
+    previous: dict[int, Any] = {}
+
+    def receive(number: int, frame: Any) -> None:
+        received.append(number)
+        signal.signal(number, previous[number])
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, receive)
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _check_norms(stage: Stage, norm: float, idle: dict[str, int], step: int, batches: Sequence[Any]) -> None:
+    """Raises TrainingError for a gradient that is not finite, or a part that gets none."""
+    names = [name for batch in batches for name in stage.names(batch)]
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    if not math.isfinite(norm):
+        raise TrainingError(
+            f"step {step + 1}: the gradient is not finite ({norm}), the update was not made. Examples of this step: "
+            f"{shown}. Lower optim.learning_rates, or look at these examples with `mmllm check`"
+        )
+    for part, named in stage.parts.items():
+        own = float(gradient_norm([parameter for _, parameter in named]))
+        idle[part] = idle.get(part, 0) + 1 if own == 0 else 0
+        if idle[part] >= MAX_IDLE_STEPS:
+            raise TrainingError(
+                f"step {step + 1}: {part} got no gradient in {MAX_IDLE_STEPS} steps, so it learns nothing. Is there an "
+                f"image in these examples, and an answer behind it? {shown}"
+            )
+
+
+class Run:
+    """One run: its stage, optimizers, order and place on disk."""
+
+    def __init__(self, config: RunConfig, stage: Stage, accelerator: Any):
+        self.config, self.stage, self.accelerator = config, stage, accelerator
+        self.out = Path(config.out)
+        self.trained = {name: p for named in stage.parts.values() for name, p in named}
+        if len(self.trained) != sum(len(named) for named in stage.parts.values()):
+            raise ValueError("a parameter stands in two parts of a stage")
+        self.module = accelerator.prepare(stage.module)
+        self.optimizers = build_optimizers(stage.parts, config.optim)
+        optim = config.optim
+        self.rank_batch = optim.batch_size * optim.accumulate_steps
+        self.order = Order(
+            stage.num_examples, self.rank_batch * accelerator.num_processes, config.seed, stage.lengths
+        )
+        self.settings = dump_config(config)
+        self.idle: dict[str, int] = {}
+
+    def resume(self) -> int:
+        """The step to start from: 0, or that of the newest saved state."""
+        states = saved_steps(self.out)
+        return load_state(states[-1], self.trained, self.optimizers, settings=self.settings) if states else 0
+
+    def batches(self, step: int) -> list[Any]:
+        """This rank's micro-batches of a step."""
+        mine = share_of(self.order.batch(step), self.accelerator.process_index, self.accelerator.num_processes)
+        size = self.config.optim.batch_size
+        return [self.stage.batch(mine[start : start + size]) for start in range(0, len(mine), size)]
+
+    def step(self, step: int) -> tuple[float, float, int]:
+        """One optimizer step: (loss per counted item, gradient norm, tokens of all ranks)."""
+        optim, world = self.config.optim, self.accelerator.num_processes
+        batches = self.batches(step)
+        num_valid = all_reduce_sum(self.accelerator, sum(self.stage.count(batch) for batch in batches))
+        if num_valid == 0:
+            names = ", ".join(name for batch in batches for name in self.stage.names(batch))
+            raise TrainingError(f"step {step + 1}: nothing to learn, no token of these examples is supervised: {names}")
+        set_learning_rates(self.optimizers, rate_factor(step, optim))
+        total = 0.0
+        for number, batch in enumerate(batches):
+            waits = number < len(batches) - 1
+            with self.accelerator.no_sync(self.module) if waits else contextlib.nullcontext():
+                loss: Tensor = self.module(batch)
+                (loss * world / num_valid).backward()  # DDP averages over ranks: the world size undoes that
+            total += float(loss.detach())
+        parameters = list(self.trained.values())
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, optim.max_grad_norm))
+        _check_norms(self.stage, norm, self.idle, step, batches)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        num_tokens = all_reduce_sum(self.accelerator, sum(self.stage.num_tokens(batch) for batch in batches))
+        return all_reduce_sum(self.accelerator, total) / num_valid, norm, int(num_tokens)
+
+    def save_state(self, step: int) -> None:
+        if self.accelerator.is_main_process:
+            keep = self.config.log.keep_checkpoints
+            save_state(self.out, step, self.trained, self.optimizers, settings=self.settings, keep=keep)
+        self.accelerator.wait_for_everyone()
+
+    def validate(self, step: int, tracker: Tracker) -> None:
+        if self.accelerator.is_main_process:
+            tracker.log(step, self.stage.validate(step))
+        self.accelerator.wait_for_everyone()
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def train(config: RunConfig, stage: Stage, accelerator: Any) -> None:
+    """Runs a stage to its end, from its newest saved state where there is one.
+
+    Raises TrainingError where going on would be wrong, Interrupted after Ctrl-C once the state is saved.
+    """
+    run = Run(config, stage, accelerator)
+    first = run.resume()
+    log, max_steps = config.log, config.optim.max_steps
+    tracker = Tracker(
+        run.out, max_steps=max_steps, first_step=first, tensorboard=log.tensorboard, is_main=accelerator.is_main_process
+    )
+    trained = sum(parameter.numel() for parameter in run.trained.values())
+    tracker.say(f"{config.stage}: {trained:,} trained parameters in {', '.join(stage.parts)}; "
+                f"{stage.num_examples:,} examples; {accelerator.num_processes} process(es) on {accelerator.device}")  # fmt: skip
+    if first:
+        tracker.say(f"goes on from step {first}")
+    losses: list[float] = []
+    tokens, since = 0, time.monotonic()
+    begun = since
+    try:
+        with _stop_signal() as stopped:
+            for step in range(first, max_steps):
+                loss, norm, num_tokens = run.step(step)
+                losses.append(loss)
+                tokens += num_tokens
+                done = step + 1
+                if _is_due(done, log.every_steps) or done == max_steps:
+                    now = time.monotonic()
+                    left = (now - begun) / (done - first) * (max_steps - done)
+                    rate = run.optimizers[0].param_groups[0]["lr"]
+                    values = {"loss": sum(losses) / len(losses), "learning_rate": rate, "grad_norm": norm}
+                    tracker.log(done, {**values, "tokens_per_second": tokens / (now - since)}, seconds_left=left)
+                    losses, tokens, since = [], 0, now
+                if _is_due(done, log.validate_every_steps) or done == max_steps:
+                    before = time.monotonic()
+                    run.validate(done, tracker)
+                    since += time.monotonic() - before
+                if _is_due(done, log.save_every_steps) or (stopped and done < max_steps):
+                    run.save_state(done)
+                if stopped and done < max_steps:
+                    raise Interrupted(f"stopped after step {done} of {max_steps}; the same command goes on from there")
+    finally:
+        tracker.close()
+    if accelerator.is_main_process:
+        tracker.finish()
+        stage.save(run.out, tracker.rows)
+    accelerator.wait_for_everyone()
+
+
+__all__ = ["Interrupted", "Run", "Stage", "TrainingError", "build_accelerator", "train"]

@@ -1,0 +1,198 @@
+"""The stages: what is trained, on what, and how it is judged while it trains."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmllm.batch import Batch, Example
+from mmllm.config import ConfigError, RunConfig, StageConfig, WarmupLanguageConfig, WarmupVisionConfig, dump_config
+from mmllm.data.check import load_examples
+from mmllm.data.collate import collate
+from mmllm.inference.engine import Engine, load_pixels
+from mmllm.model.build import build_model
+from mmllm.model.checkpoint import load_checkpoint, save_checkpoint
+from mmllm.training.card import model_card
+from mmllm.training.features import FeatureCache
+from mmllm.training.lora import add_lora, merge_lora
+from mmllm.training.loop import Stage
+from mmllm.training.losses import conversation_loss_sum, has_plain_head
+from mmllm.training.warmup import WarmupLanguage, WarmupVision
+
+
+class _ConversationLoss(nn.Module):
+    """What DDP wraps: batch -> summed loss, so that every trained part takes part in every forward."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = model
+        self.plain_head = has_plain_head(model.language_model)
+
+    def forward(self, batch: Batch) -> Tensor:
+        return conversation_loss_sum(self.model, batch, plain_head=self.plain_head)
+
+
+class ConversationStage:
+    """Stage 1 and stage 2: conversations with pictures; the settings say which parts are trained."""
+
+    def __init__(self, config: StageConfig):
+        self.config = config
+        torch.manual_seed(config.seed)
+        if config.model.checkpoint:
+            self.model, self.processor, manifest = load_checkpoint(config.model.checkpoint)
+            self.origin = {**manifest.get("origin", {}), "started_from": config.model.checkpoint}
+            if config.model.template:
+                self.processor.template = config.model.template
+        else:
+            self.model, self.processor, self.origin = build_model(config.model)
+        self.engine = Engine(self.model, self.processor, name=Path(config.out).name)
+        self.examples, report = load_examples(config.data.train, self.engine.renderer, config.data)
+        self.val_examples: list[Example] = []
+        if config.data.val:
+            self.val_examples = load_examples(config.data.val, self.engine.renderer, config.data)[0]
+            self.val_examples = spread(self.val_examples, config.log.max_val_examples)
+        self.report = report
+        self.lengths = report.lengths if config.data.group_by_length else None
+        self.num_examples = len(self.examples)
+        self._freeze()
+        self.features: FeatureCache | None = None
+        if config.data.cache_features:
+            self.features = FeatureCache(self.engine, self.examples, Path(config.out).parent / "cache")
+        self.module: nn.Module = _ConversationLoss(self.model)
+        if config.optim.gradient_checkpointing:
+            self.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.parts = self._parts()
+
+    def _freeze(self) -> None:
+        """Only the listed parts get gradients. With LoRA, of the LLM only the adapters do."""
+        self.model.requires_grad_(False)
+        train = self.config.train
+        if "vision" in train:
+            self.model.vision_tower.requires_grad_(True)
+        if "projector" in train:
+            self.model.projector.requires_grad_(True)
+        if "language" in train:
+            if self.config.lora:
+                add_lora(self.model, self.config.lora)
+            else:
+                self.model.language_model.requires_grad_(True)
+
+    def _parts(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
+        prefixes = {"vision": "vision_tower.", "projector": "projector.", "language": "language_model."}
+        return {
+            part: [(n, p) for n, p in self.model.named_parameters() if p.requires_grad and n.startswith(prefixes[part])]
+            for part in self.config.train
+        }
+
+    def _collate(self, examples: Sequence[Example], features: FeatureCache | None) -> Batch:
+        rendered = [self.engine.renderer.render_example(example) for example in examples]
+        images = [image for example in examples for image in example.images]
+        return collate(
+            rendered,
+            pad_token_id=int(self.processor.tokenizer.pad_token_id),
+            example_ids=[example.id for example in examples],
+            pixel_values=load_pixels(self.processor, images) if images and not features else None,
+            image_features=features.get(images) if images and features else None,
+        ).to(self.model.get_input_embeddings().weight.device)
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        return self._collate([self.examples[index] for index in indices], self.features)
+
+    def count(self, batch: Batch) -> int:
+        return batch.num_supervised
+
+    def num_tokens(self, batch: Batch) -> int:
+        return int(batch.attention_mask.sum())
+
+    def names(self, batch: Batch) -> list[str]:
+        return list(batch.example_ids)
+
+    @torch.no_grad()
+    def validate(self, step: int) -> dict[str, float]:
+        """Loss per supervised token on the validation data; sample answers go to `samples/`, with their pictures."""
+        if not self.val_examples:
+            return {}
+        self.model.eval()
+        total, count, size = 0.0, 0, self.config.optim.batch_size
+        for start in range(0, len(self.val_examples), size):
+            batch = self._collate(self.val_examples[start : start + size], None)
+            total += float(self.module(batch))
+            count += batch.num_supervised
+        self._write_samples(step)
+        self.model.train()
+        return {"val_loss": total / max(1, count)}
+
+    def _write_samples(self, step: int) -> None:
+        folder = Path(self.config.out) / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = [f"# Answers after step {step}\n"]
+        for example in self.val_examples[: self.config.log.num_samples]:
+            asked = Example(example.id, example.source, example.messages[: _first_answer(example)], example.images)
+            reply = self.engine.reply(asked)
+            for number, image in enumerate(example.images):
+                name = f"{example.id}-{number}.png".replace("/", "_")
+                if not (folder / name).is_file():
+                    self.engine.seen(image).save(folder / name)
+                lines.append(f"![what the model saw]({name})\n")
+            question = asked.messages[-1].text.strip()
+            right = example.messages[_first_answer(example)].text
+            lines.append(f"- question: {question}\n- answer: {reply.text}\n- reference: {right}\n")
+        (folder / f"step_{step:07d}.md").write_text("\n".join(lines))
+
+    def save(self, out: Path, log: list[dict[str, Any]]) -> None:
+        """The finished checkpoint. LoRA adapters are kept beside it and merged into the full-precision LLM."""
+        if self.config.lora:
+            merge_lora(self.model, out / "adapter")
+        settings = dump_config(self.config)
+        (out / "config.yaml").write_text(settings)
+        last = {name: value for row in log for name, value in row.items()}
+        card = model_card(out, self.config, self.origin, last, self.num_examples)
+        facts = {"origin": self.origin, "settings": settings, "figures": last}
+        save_checkpoint(out, self.model.eval(), self.processor, card=card, **facts)
+        shutil.rmtree(out / "state", ignore_errors=True)
+
+
+def _first_answer(example: Example) -> int:
+    return next(index for index, message in enumerate(example.messages) if message.role == "assistant")
+
+
+def spread(examples: list[Example], count: int) -> list[Example]:
+    """At most `count` examples, taken evenly over the whole list."""
+    if len(examples) <= count:
+        return examples
+    return [examples[index * len(examples) // count] for index in range(count)]
+
+
+def _conversation(config: RunConfig) -> Stage:
+    assert isinstance(config, StageConfig)
+    return ConversationStage(config)
+
+
+def _warmup_language(config: RunConfig) -> Stage:
+    assert isinstance(config, WarmupLanguageConfig)
+    return WarmupLanguage(config)
+
+
+def _warmup_vision(config: RunConfig) -> Stage:
+    assert isinstance(config, WarmupVisionConfig)
+    return WarmupVision(config)
+
+
+STAGES: dict[str, Callable[[RunConfig], Stage]] = {
+    "warmup_vision": _warmup_vision,
+    "warmup_language": _warmup_language,
+    "stage1": _conversation,
+    "stage2": _conversation,
+}
+
+
+def build_stage(config: RunConfig) -> Stage:
+    """The stage of a run's settings, with everything loaded and checked. Raises ConfigError or DataError."""
+    if config.stage not in STAGES:
+        raise ConfigError(f"stage: {config.stage!r} is not known; allowed: {', '.join(STAGES)}")
+    return STAGES[config.stage](config)

@@ -1,0 +1,35 @@
+"""What every projector is: the `Projector` class, the square grid its patches stand in, and the check of its counts."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+
+
+class Projector(nn.Module):
+    """Turns the patches of an image into tokens of the LLM; the module docstring of `projector` states the contract."""
+
+    def num_tokens(self, num_patches: int) -> int:
+        """M for P. Raises ValueError where this projector cannot take so many patches."""
+        raise NotImplementedError(f"{type(self).__name__} must say its num_tokens")
+
+    def forward(self, patches: Tensor) -> Tensor:  # [B, P, Dv] -> [B, M, D]
+        raise NotImplementedError(f"{type(self).__name__} must say its forward")
+
+
+def grid_side(kind: str, num_patches: int) -> int:
+    """Patches along one side of the square grid. Raises ValueError where they fill no square."""
+    side = math.isqrt(max(num_patches, 0))
+    if side < 1 or side * side != num_patches:
+        raise ValueError(
+            f"{kind} projector needs patches that fill a square grid, got {num_patches}; "
+            "use square images, keep only the patch tokens (no CLS), or take kind 'mlp' or 'linear'"
+        )
+    return side
+
+
+def check_count(kind: str, option: str, value: object) -> None:
+    """Raises ValueError where an option that counts something is no whole number from 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{kind} projector needs {option} to be a whole number >= 1, got {value!r}")

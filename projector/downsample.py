@@ -1,0 +1,62 @@
+"""Fewer tokens by place: each square of factor x factor neighbouring patches becomes one token, M == P / factor**2."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from torch import Tensor, nn
+
+from projector.contract import Projector, check_count, grid_side
+
+Mode = Literal["pixel_shuffle", "average"]
+
+
+def pixel_shuffle(patches: Tensor, factor: int) -> Tensor:  # [B, P, Dv] -> [B, P / factor**2, factor**2 * Dv]
+    """Concatenates factor x factor neighbours row by row, each with all its channels; tokens stand row by row.
+
+    The same layout as Idefics3's connector, https://arxiv.org/abs/2408.12637
+    """
+    batch, num_patches, width = patches.shape
+    side = grid_side("downsample", num_patches)
+    token_side = side // factor
+    grid = patches.reshape(batch, token_side, factor, token_side, factor, width)
+    return grid.transpose(2, 3).reshape(batch, token_side**2, factor**2 * width)
+
+
+class DownsampleProjector(Projector):
+    """Joins neighbouring patches, then LayerNorm and a two-layer MLP.
+
+    `mode` "pixel_shuffle" concatenates the channels of the `factor` x `factor` neighbours and loses nothing (InternVL
+    1.5, https://arxiv.org/abs/2404.16821, where the LayerNorm comes from too); "average" takes their mean (DeCo,
+    https://arxiv.org/abs/2405.20985).
+    """
+
+    def __init__(self, vision_dim: int, llm_dim: int, *, mode: Mode = "pixel_shuffle", factor: int = 2) -> None:
+        super().__init__()
+        check_count("downsample", "factor", factor)
+        if mode not in get_args(Mode):
+            raise ValueError(f"downsample projector has no mode {mode!r}; allowed: {', '.join(get_args(Mode))}")
+        self.mode = mode
+        self.factor = factor
+        joined_dim = vision_dim * factor**2 if mode == "pixel_shuffle" else vision_dim
+        self.layers = nn.Sequential(
+            nn.LayerNorm(joined_dim), nn.Linear(joined_dim, llm_dim), nn.GELU(), nn.Linear(llm_dim, llm_dim)
+        )
+
+    def num_tokens(self, num_patches: int) -> int:
+        side = grid_side("downsample", num_patches)
+        if side % self.factor:
+            fitting = ", ".join(str(factor) for factor in range(1, side + 1) if side % factor == 0)
+            raise ValueError(
+                f"downsample projector with factor {self.factor} cannot divide {num_patches} patches, a grid of "
+                f"{side} x {side}; factors that fit: {fitting}"
+            )
+        return (side // self.factor) ** 2
+
+    def forward(self, patches: Tensor) -> Tensor:  # [B, P, Dv] -> [B, M, D]
+        self.num_tokens(patches.shape[1])  # raises where the grid cannot be divided
+        joined = pixel_shuffle(patches, self.factor)  # [B, M, factor**2 * Dv]
+        if self.mode == "average":
+            joined = joined.unflatten(2, (self.factor**2, -1)).mean(2)  # [B, M, Dv]
+        tokens: Tensor = self.layers(joined)
+        return tokens
