@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 
 from demo.app import DEFAULT_PORT, launch
+from mmllm.errors import FAILED, report_errors
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="demo", description="Chat about pictures with a trained model, in the browser.")
+    parser = argparse.ArgumentParser(
+        prog="demo", description="Chat about pictures with a trained model, in the browser."
+    )
     parser.add_argument("model", metavar="MODEL", help="folder of a trained model, such as runs/tiny/stage2")
     parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="where the page is; the next free one if taken")
     parser.add_argument("--open", action=argparse.BooleanOptionalAction, default=False, help="open the browser")
     arguments = parser.parse_args()
     if not 1 <= arguments.port <= 65_535:
         parser.error(f"--port must be 1 to 65535, got {arguments.port}")
-    try:
+    if importlib.util.find_spec("gradio") is None:
+        print("error: the page needs gradio; install it with: pip install 'mmllm[demo]'", file=sys.stderr)
+        return FAILED
+    with report_errors():
         launch(arguments.model, port=arguments.port, open_browser=arguments.open)
-    except ImportError as error:
-        if not (error.name or "").startswith("gradio"):
-            raise
-        print(f"the page needs gradio ({error}); install it with: pip install 'mmllm[demo]'", file=sys.stderr)
-        return 1
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     return 0
 
 

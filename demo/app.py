@@ -11,13 +11,19 @@ import threading
 import webbrowser
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from demo.chat import Sessions
+    from mmllm.inference.engine import Engine
 
 HOST = "127.0.0.1"
 DEFAULT_PORT = 7860
 NUM_PORTS_TRIED = 100
+TEMP_DIR = "GRADIO_TEMP_DIR"
 # The browser itself refuses to ask any other computer for anything.
 CONTENT_POLICY = (
     "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; connect-src 'self' data: blob:; "
@@ -42,10 +48,15 @@ def free_port(wanted: int) -> int:
 def private_folder() -> Iterator[Path]:
     """A folder that only this user can read, told to Gradio, and deleted with all that was put into it."""
     folder = Path(tempfile.mkdtemp(prefix="mmllm-demo-")).resolve()
-    os.environ["GRADIO_TEMP_DIR"] = str(folder)
+    before = os.environ.get(TEMP_DIR)
+    os.environ[TEMP_DIR] = str(folder)
     try:
         yield folder
     finally:
+        if before is None:
+            os.environ.pop(TEMP_DIR)
+        else:
+            os.environ[TEMP_DIR] = before
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -64,34 +75,38 @@ class ContentPolicy:
         await self.app(scope, receive, send_with_policy)
 
 
-def _stop_on_terminate(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+@dataclass(frozen=True)
+class Served:
+    """A page that is being served."""
+
+    address: str
+    engine: Engine
+    sessions: Sessions
+    folder: Path
 
 
-def launch(model: str | Path, *, port: int = DEFAULT_PORT, open_browser: bool = False) -> None:
-    """Loads the model and serves its page until Ctrl-C. Raises ValueError where the folder holds no usable model."""
+@contextmanager
+def serving(model: str | Path, *, port: int = DEFAULT_PORT) -> Iterator[Served]:
+    """Loads the model and serves its page until the block ends. Raises ValueError where there is no usable model."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     with private_folder() as folder:
+        from mmllm.inference.engine import Engine
+
+        engine = Engine.load(model)  # before gradio is imported: what is wrong with the model is said at once
+
         from starlette.middleware import Middleware
         from starlette.middleware.trustedhost import TrustedHostMiddleware
 
         from demo.chat import MAX_FILE_SIZE, Sessions
         from demo.page import build_page
         from demo.theme import asset, build_theme
-        from mmllm.inference.engine import Engine
 
-        print(f"loading {model}", flush=True)
-        engine = Engine.load(model)
         sessions = Sessions(folder / "examples")
         page = build_page(engine, sessions, folder)
         page.queue(max_size=64)
-        found = free_port(port)
-        if found != port:
-            print(f"port {port} is taken, so the page is on the next free one, {found}", flush=True)
         _, address, _ = page.launch(
             server_name=HOST,
-            server_port=found,
+            server_port=free_port(port),
             prevent_thread_lock=True,
             share=False,
             quiet=True,
@@ -113,14 +128,28 @@ def launch(model: str | Path, *, port: int = DEFAULT_PORT, open_browser: bool = 
                 ]
             },
         )
-        print(f"{engine.name} answers at {address}  (Ctrl-C ends)", flush=True)
-        signal.signal(signal.SIGTERM, _stop_on_terminate)
-        if open_browser:
-            webbrowser.open(address)
         try:
-            threading.Event().wait()
-        except KeyboardInterrupt:
-            print("\nending", flush=True)
+            yield Served(address, engine, sessions, folder)
         finally:
             sessions.close_all()
             page.close(verbose=False)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def launch(model: str | Path, *, port: int = DEFAULT_PORT, open_browser: bool = False) -> None:
+    """Serves the page of a model until Ctrl-C or SIGTERM."""
+    print(f"loading {model}", flush=True)
+    signal.signal(signal.SIGTERM, _interrupt)
+    with serving(model, port=port) as served:
+        try:
+            if f":{port}" not in served.address:
+                print(f"port {port} is taken, so the page is on the next free one", flush=True)
+            print(f"{served.engine.name} answers at {served.address} (Ctrl-C ends)", flush=True)
+            if open_browser:
+                webbrowser.open(served.address)
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            print("\nending", flush=True)

@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from mmllm.batch import Example, ImageRef, Message, Part
+from mmllm.batch import Example, Message, message
 from mmllm.data.images import ImageError, load_image
+from mmllm.scenes.talk import picture_marks
 
 MAX_PICTURES = 4  # of one turn; a longer conversation is limited by what the model can read
 MAX_PIXELS = 40_000_000
 MAX_FILE_SIZE = "20mb"
 
 
-@dataclass
+@dataclass(eq=False)
 class Turn:
     """A question and what came of it. `finish` is that of the reply and None until there is one."""
 
@@ -38,14 +39,11 @@ class Turn:
 
 
 def user_message(text: str, num_pictures: int, first_image: int) -> Message:
-    """The words of one turn behind its pictures; two or more are numbered, as in mmllm.scenes."""
-    parts: list[Part] = []
-    for offset in range(num_pictures):
-        if num_pictures > 1:
-            parts.append(f"{chr(10) if offset else ''}Picture {offset + 1}: ")
-        parts.append(ImageRef(first_image + offset))
-    parts.append(f"\n{text}" if num_pictures else text)
-    return Message("user", tuple(parts))
+    """The words of one turn behind its pictures, written as in the data; `<image>` in the words stays words."""
+    if not num_pictures:
+        return Message("user", (text,))
+    *before, after = message("user", picture_marks(num_pictures), first_image).parts
+    return Message("user", (*before, f"{after}{text}"))
 
 
 def example_of(turns: Sequence[Turn]) -> Example:
@@ -94,9 +92,8 @@ def pictures_html(pictures: Iterable[Path]) -> str:
     for number, path in enumerate(pictures, 1):
         address = html.escape(f"gradio_api/file={quote(str(path))}")
         label = html.escape(f"Picture {number}: {path.name}")
-        links.append(
-            f'<a href="{address}" target="_blank" rel="noopener"><img src="{address}" alt="{label}" title="{label}"></a>'
-        )
+        picture = f'<img src="{address}" alt="{label}" title="{label}">'
+        links.append(f'<a href="{address}" target="_blank" rel="noopener">{picture}</a>')
     return f'<div class="pictures">{"".join(links)}</div>'
 
 
@@ -111,18 +108,20 @@ def answer_markdown(turn: Turn) -> str:
 
 
 def check_message(text: str, files: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """The pictures of a message that can be used, and what is wrong with the message, one sentence each."""
+    """The pictures of a message that may stay attached, and what is wrong with the message, one sentence each."""
     good: list[Path] = []
     problems: list[str] = []
-    for file in map(Path, files):
-        try:
-            load_image(file, max_pixels=MAX_PIXELS)
-        except ImageError as error:
-            problems.append(str(error).replace(str(file), file.name))
-        else:
-            good.append(file)
     if len(files) > MAX_PICTURES:
         problems.append(f"{len(files)} pictures are attached, one message takes up to {MAX_PICTURES}; remove some")
+        good = [Path(file) for file in files]
+    else:
+        for file in map(Path, files):
+            try:
+                load_image(file, max_pixels=MAX_PIXELS)
+            except ImageError as error:
+                problems.append(str(error).replace(str(file), file.name))
+            else:
+                good.append(file)
     if not text.strip():
         problems.append("There is no question yet; type one, then send")
     return good, problems

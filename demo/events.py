@@ -14,12 +14,11 @@ from typing import Any
 
 import gradio as gr
 
-from demo.chat import Session, Sessions, check_message, example_of, shown
-from demo.chat import turn_of_message
+from demo.chat import Session, Sessions, check_message, example_of, shown, turn_of_message
 from demo.examples import ExampleQuestion
 from demo.seen import NOTHING_YET, counts_html, seen_html
 from mmllm.data.images import ImageError, load_image
-from mmllm.inference.engine import Engine, Reply, Sampling
+from mmllm.inference.engine import Engine, Sampling
 
 logger = logging.getLogger(__name__)
 ANY_SEED = -1
@@ -69,11 +68,10 @@ class Events:
             return
         yield composer_while(writing=True), gr.skip(), gr.skip(), counts_html(None)
         try:
-            sampling = Sampling(temperature, top_p, max_new_tokens, None if seed == ANY_SEED else seed)
+            sampling = Sampling(temperature, top_p, int(max_new_tokens), None if seed == ANY_SEED else seed)
             example = example_of(session.turns[: session.turns.index(turn) + 1])
             yield gr.skip(), gr.skip(), seen_html(self.engine, example), gr.skip()
             last_update = 0.0
-            reply: Reply | None = None
             for reply in self.engine.stream(example, sampling, stop=stop):
                 turn.answer = reply.text
                 if reply.finish is None and time.monotonic() - last_update < SECONDS_BETWEEN_UPDATES:

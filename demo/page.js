@@ -10,6 +10,7 @@
     }
     for (const button of document.querySelectorAll("#side .label-wrap")) {
       button.setAttribute("aria-expanded", String(button.classList.contains("open")));
+      button.querySelector(".icon")?.setAttribute("aria-hidden", "true");
     }
   }
 

@@ -15,21 +15,26 @@ from demo.seen import NOTHING_YET, counts_html
 from demo.theme import asset
 from mmllm.inference.engine import Engine
 
-LOGO = (
-    '<svg viewBox="0 0 28 28" width="30" height="30" aria-hidden="true"><g fill="currentColor">'
-    '<rect x="1" y="1" width="7" height="7" rx="2"/><rect x="10.5" y="1" width="7" height="7" rx="2" opacity=".55"/>'
-    '<rect x="1" y="10.5" width="7" height="7" rx="2" opacity=".55"/><rect x="10.5" y="10.5" width="7" height="7" rx="2"/>'
-    '<rect x="20" y="20" width="7" height="7" rx="3.5"/><rect x="20" y="1" width="7" height="7" rx="2" opacity=".25"/>'
-    '<rect x="1" y="20" width="7" height="7" rx="2" opacity=".25"/></g></svg>'
+# (column, row, opacity): a picture's patches, some of them tokens by now
+PATCHES = ((0, 0, 1), (1, 0, 0.55), (2, 0, 0.25), (0, 1, 0.55), (1, 1, 1), (0, 2, 0.25), (2, 2, 1))
+WELCOME = (
+    "<h2>Show it something</h2><p>Attach, paste or draw a picture and ask about it, or start with one of these.</p>"
 )
-WELCOME = "<h2>Show it something</h2><p>Attach, paste or draw a picture and ask about it, or start with one of these.</p>"
 SECONDS_IN_DAY = 86_400
 MODEL_QUEUE = "model"
 
 
+def logo_html() -> str:
+    patches = "".join(
+        f'<rect x="{1 + 9.5 * column}" y="{1 + 9.5 * row}" width="7" height="7" rx="2" opacity="{opacity}"/>'
+        for column, row, opacity in PATCHES
+    )
+    return f'<svg viewBox="0 0 28 28" width="30" height="30" fill="currentColor" aria-hidden="true">{patches}</svg>'
+
+
 def header_html(model_name: str) -> str:
     return (
-        f'<header class="bar"><span class="logo">{LOGO}</span><h1>mmllm</h1>'
+        f'<header class="bar"><span class="logo">{logo_html()}</span><h1>mmllm</h1>'
         f'<span class="model" title="The model of this page">{html.escape(model_name)}</span>'
         '<button type="button" class="shade" aria-label="Switch between light and dark" title="Light or dark">'
         '<svg viewBox="0 0 20 20" width="18" height="18" aria-hidden="true"><path fill="currentColor" '
@@ -68,8 +73,8 @@ def _chat_column(events: Events) -> tuple[gr.Chatbot, gr.HTML, gr.MultimodalText
         html_attributes=gr.InputHTMLAttributes(spellcheck=False, autocapitalize="off"),
     )
     gr.HTML(
-        f'<p class="hint"><kbd>Enter</kbd> sends, <kbd>Shift</kbd>+<kbd>Enter</kbd> starts a new line. Up to {MAX_PICTURES} '
-        "pictures a message: attach, drop, paste or draw. Everything stays on this computer.</p>"
+        '<p class="hint"><kbd>Enter</kbd> sends, <kbd>Shift</kbd>+<kbd>Enter</kbd> starts a new line. '
+        f"Up to {MAX_PICTURES} pictures a message: attach, drop, paste or draw. Everything stays on this computer.</p>"
     )
     return chat, notice, composer
 
@@ -83,7 +88,9 @@ def _side_column() -> tuple[gr.HTML, list[gr.components.Component], gr.HTML, gr.
             gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0 takes the likeliest token, more is more varied"),
             gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info="Draws from the likeliest tokens of this total share"),
             gr.Slider(1, 2048, 128, step=1, label="Longest answer", info="In new tokens"),
-            gr.Number(ANY_SEED, precision=0, minimum=ANY_SEED, label="Seed", info="The same seed, the same answer; -1 is any"),
+            gr.Number(
+                ANY_SEED, precision=0, minimum=ANY_SEED, label="Seed", info="The same seed, the same answer; -1 is any"
+            ),
         ]
     with gr.Accordion("What the model saw", open=True, elem_classes="side"):
         counts = gr.HTML(counts_html(None))

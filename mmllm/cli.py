@@ -75,14 +75,17 @@ def chat(
 ) -> None:
     """Talk to a model in the terminal, or ask it one thing with --prompt."""
     with report_errors(debug=_debug):
+        from mmllm.data.images import load_image
         from mmllm.inference.chat import ask_once, talk
         from mmllm.inference.engine import Engine, Sampling
 
         sampling = Sampling(temperature, top_p, max_new_tokens, seed)
         if as_json and prompt is None:
             _usage("--json prints one answer: give the question with --prompt")
-        engine = Engine.load(model, device=device)
         images = list(image or [])
+        for path in images:
+            load_image(path)  # a wrong one is told before the model is loaded
+        engine = Engine.load(model, device=device)
         if prompt is not None:
             ask_once(engine, prompt, images, sampling, as_json=as_json)
         else:

@@ -173,15 +173,34 @@ class WarmupVisionConfig(RunConfig):
     num_val_scenes: PositiveInt = 100
 
 
+class LessonConfig(_Section):
+    """A part of the language warm-up: how much of the world is described, what is asked, for how many steps."""
+
+    steps: PositiveInt
+    num_descriptions: PositiveInt
+    num_shapes: PositiveInt = 6
+    num_colors: PositiveInt = 7
+    max_things: Annotated[int, Field(gt=0, le=5)] = 5
+    kinds: tuple[Literal["objects", "text", "chart"], ...] = ("objects", "text", "chart")
+    types: tuple[str, ...] = ()  # question types; none named: all
+    retell: Fraction = 0.3  # share of conversations that only tell the scene again in other words
+
+
 class WarmupLanguageConfig(RunConfig):
     """Training of a small causal LM, and of its tokenizer, on descriptions of scenes and questions about them."""
 
     stage: Literal["warmup_language"]
     language: dict[str, Any]  # a transformers config: model_type and its options
     vocab_size: PositiveInt = 512
-    num_descriptions: PositiveInt
+    lessons: tuple[LessonConfig, ...]
     num_turns: PositiveInt = 10
-    num_val_descriptions: PositiveInt = 800
+    num_val_descriptions: PositiveInt = 400
+
+    @model_validator(mode="after")
+    def _steps(self) -> WarmupLanguageConfig:
+        if not self.lessons:
+            raise ValueError("lessons: at least one is needed")
+        return self
 
 
 CONFIGS: dict[str, type[RunConfig]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -25,3 +26,29 @@ def browser_path() -> str:
             pytest.fail(reason)
         pytest.skip(reason)
     return found
+
+
+@pytest.fixture(scope="session")
+def tiny_parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `vision/` (open_clip) and `language/` (transformers), small, real and untrained."""
+    from tiny import make_parts
+
+    return make_parts(tmp_path_factory.mktemp("tiny") / "parts")
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_parts: Path) -> Path:
+    """A checkpoint out of `tiny_parts`. Copy it before changing it."""
+    from tiny import make_checkpoint
+
+    return make_checkpoint(tiny_parts.parent / "checkpoint", tiny_parts)
+
+
+@pytest.fixture(scope="session")
+def tiny_scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The scenes world as `mmllm scenes` writes it: 24 pictures in train, 8 in val."""
+    from mmllm.scenes.write import write_scenes
+
+    folder = tmp_path_factory.mktemp("scenes")
+    write_scenes(folder, {"train": 24, "val": 8}, 0, num_processes=1)
+    return folder

@@ -6,12 +6,16 @@ ever guessed from a folder's name.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from transformers.utils import logging as transformers_logging
 
 from mmllm.model.processor import VisionLanguageProcessor
 from mmllm.model.vlm import VisionLanguageModel
@@ -23,6 +27,18 @@ KIND = "vision-language-model"
 
 class CheckpointError(ValueError):
     """A directory that is not a complete checkpoint of this project."""
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' progress bars, which would tear ours."""
+    was_on = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            transformers_logging.enable_progress_bar()
 
 
 def file_hash(path: Path) -> str:
@@ -88,7 +104,8 @@ def save_checkpoint(
     partial = folder / "checkpoint.part"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    model.save_pretrained(partial)
+    with quiet_transformers():
+        model.save_pretrained(partial)
     processor.save_pretrained(partial)
     (partial / "README.md").write_text(card)
     write_manifest(partial, **facts)
@@ -102,7 +119,8 @@ def load_checkpoint(folder: str | Path) -> tuple[VisionLanguageModel, VisionLang
     """(model in evaluation mode, processor, manifest). A tensor that is missing, unexpected or misshapen is an error."""
     manifest = read_manifest(folder)
     try:
-        model, report = VisionLanguageModel.from_pretrained(folder, output_loading_info=True)
+        with quiet_transformers():
+                model, report = VisionLanguageModel.from_pretrained(folder, output_loading_info=True)
         processor = VisionLanguageProcessor.from_pretrained(folder)
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder} cannot be loaded: {error}") from error

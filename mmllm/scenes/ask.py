@@ -7,7 +7,7 @@ scene cannot be asked that. Yes and no are asked equally often, and a "no" is a 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from mmllm.scenes.tell import a, at, tell
@@ -291,13 +291,14 @@ QUESTION_TYPES: dict[str, Asker] = {
 }
 
 
-def ask_about(scene: Scene, rng: random.Random, num_turns: int) -> list[Turn]:
-    """About `num_turns` turns of mixed types on one scene, no question twice; at most one asks for a caption."""
+def ask_about(scene: Scene, rng: random.Random, num_turns: int, types: Sequence[str] = ()) -> list[Turn]:
+    """About `num_turns` turns of these types (default: all) on one scene, no question twice, at most one caption."""
+    names = list(types) or list(QUESTION_TYPES)
     turns: list[Turn] = []
     num_tries = 0
     while len(turns) < num_turns and num_tries < 20 * num_turns:
         num_tries += 1
-        name = rng.choice(list(QUESTION_TYPES))
+        name = rng.choice(names)
         if name == "caption" and any(turn.type == "caption" for turn in turns):
             continue
         new = QUESTION_TYPES[name](scene, rng)

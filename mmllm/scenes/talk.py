@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mmllm.batch import Example, Message
 from mmllm.scenes.ask import CAPTION_REQUESTS, Turn, ask_about, ask_about_two, ask_without_picture
 from mmllm.scenes.tell import tell
-from mmllm.scenes.world import Scene, Split, near_miss, sample_scene
+from mmllm.scenes.world import WHOLE, Limits, Scene, Split, near_miss, sample_scene
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ def twin_of(scene: Scene, rng: random.Random, split: Split) -> Scene:
     return near_miss(scene, rng, split) if form == "near" else sample_scene(rng, split, "objects")
 
 
-def about_one(scene: Scene, rng: random.Random, num_turns: int) -> Conversation:
-    return Conversation((scene,), tuple(ask_about(scene, rng, num_turns)))
+def about_one(scene: Scene, rng: random.Random, num_turns: int, types: Sequence[str] = ()) -> Conversation:
+    return Conversation((scene,), tuple(ask_about(scene, rng, num_turns, types)))
 
 
 def about_two(first: Scene, second: Scene, rng: random.Random, num_turns: int) -> Conversation:
@@ -63,17 +64,31 @@ def as_text(conversation: Conversation, rng: random.Random, example_id: str) -> 
     return Example(example_id, "text", tuple(messages))
 
 
-def sample_text(rng: random.Random, split: Split, num_turns: int, example_id: str, *, retell: float) -> tuple[Example, Conversation]:
-    """A conversation of the mix that the language warm-up learns from; `retell` is the share of mere retelling."""
-    draw = rng.random()
-    if draw < retell:
-        scene = sample_scene(rng, split, "objects" if rng.random() < 0.85 else None)
+@dataclass(frozen=True)
+class Lesson:
+    """What a language warm-up is taught for a while: how much of the world, which questions, how much retelling.
+
+    `types` empty is every kind of question, among them those about two scenes and about none.
+    """
+
+    limits: Limits = WHOLE
+    types: tuple[str, ...] = ()
+    retell: float = 0.0
+
+
+def sample_text(
+    rng: random.Random, split: Split, num_turns: int, example_id: str, lesson: Lesson
+) -> tuple[Example, Conversation]:
+    """A conversation about described scenes, as this lesson has them."""
+    draw, limits = rng.random(), lesson.limits
+    if draw < lesson.retell:
+        scene = sample_scene(rng, split, None, limits)
         conversation = retold(scene, rng, 4 if len(scene.things) < 4 else 3)
-    elif draw < retell + 0.04:
+    elif not lesson.types and draw < lesson.retell + 0.04:
         conversation = about_none(rng, split, num_turns // 2)
-    elif draw < retell + 0.12:
-        first = sample_scene(rng, split, "objects")
+    elif not lesson.types and draw < lesson.retell + 0.12:
+        first = sample_scene(rng, split, "objects", limits)
         conversation = about_two(first, twin_of(first, rng, split), rng, 4)
     else:
-        conversation = about_one(sample_scene(rng, split), rng, num_turns)
+        conversation = about_one(sample_scene(rng, split, None, limits), rng, num_turns, lesson.types)
     return as_text(conversation, rng, example_id), conversation

@@ -118,13 +118,30 @@ def split_of(scene: Scene) -> Split:
     return "val" if _one_in(16, json.dumps(scene.to_json(), sort_keys=True)) else "train"
 
 
-def _sample_things(rng: random.Random, count: int) -> tuple[Thing, ...]:
-    places = sorted(rng.sample(list(PLACES), count), key=list(PLACES).index)
+@dataclass(frozen=True)
+class Limits:
+    """How much of the world is shown: the first so many shapes and colors, at most so many objects, these kinds."""
+
+    num_shapes: int = len(SHAPES)
+    num_colors: int = len(COLORS)
+    max_things: int = len(PLACES)
+    kinds: tuple[Kind, ...] = ("objects", "text", "chart")
+
+
+WHOLE = Limits()
+KIND_WEIGHTS = {"objects": 70, "text": 15, "chart": 15}
+COUNT_WEIGHTS = (2, 4, 5, 5, 3)  # how often a scene has 1, 2, ... objects
+
+
+def _sample_things(rng: random.Random, limits: Limits) -> tuple[Thing, ...]:
+    counts = range(1, limits.max_things + 1)
+    count = rng.choices(counts, COUNT_WEIGHTS[: limits.max_things])[0]
+    shapes, colors = SHAPES[: limits.num_shapes], COLORS[: limits.num_colors]
     things: list[Thing] = []
-    for place in places:
+    for place in sorted(rng.sample(list(PLACES), count), key=list(PLACES).index):
         # repeats on purpose: counting, "the other one" and hard negatives need objects that share something
-        shape = rng.choice(things).shape if things and rng.random() < 0.3 else rng.choice(SHAPES)
-        color = rng.choice(things).color if things and rng.random() < 0.25 else rng.choice(COLORS)
+        shape = rng.choice(things).shape if things and rng.random() < 0.3 else rng.choice(shapes)
+        color = rng.choice(things).color if things and rng.random() < 0.25 else rng.choice(colors)
         things.append(Thing(shape, color, rng.choice(SIZES), place))
     return tuple(things)
 
@@ -140,11 +157,11 @@ def _sample_bars(rng: random.Random) -> tuple[Bar, ...]:
     return tuple(Bar(color, rng.randint(1, MAX_VALUE)) for color in colors)
 
 
-def sample_any_scene(rng: random.Random, kind: Kind | None = None) -> Scene:
+def sample_any_scene(rng: random.Random, kind: Kind | None = None, limits: Limits = WHOLE) -> Scene:
     """A scene of any split; seven in ten show objects."""
-    kind = kind or rng.choices(("objects", "text", "chart"), (70, 15, 15))[0]  # type: ignore[assignment]
+    kind = kind or rng.choices(limits.kinds, [KIND_WEIGHTS[kind] for kind in limits.kinds])[0]
     if kind == "objects":
-        return Scene("objects", things=_sample_things(rng, rng.choices((1, 2, 3, 4, 5), (2, 4, 5, 5, 3))[0]))
+        return Scene("objects", things=_sample_things(rng, limits))
     if kind == "text":
         return Scene("text", lines=_sample_lines(rng))
     return Scene("chart", bars=_sample_bars(rng))
@@ -187,10 +204,10 @@ def change_one(scene: Scene, rng: random.Random) -> Scene:
     return replace(scene, bars=tuple(bars))
 
 
-def sample_scene(rng: random.Random, split: Split, kind: Kind | None = None) -> Scene:
-    """A scene of this split: scenes are drawn until one belongs to it."""
+def sample_scene(rng: random.Random, split: Split, kind: Kind | None = None, limits: Limits = WHOLE) -> Scene:
+    """A scene of this split: scenes are sampled until one belongs to it."""
     while True:
-        scene = sample_any_scene(rng, kind)
+        scene = sample_any_scene(rng, kind, limits)
         if split_of(scene) == split:
             return scene
 

@@ -95,7 +95,7 @@ def _text_row(row_id: str, rng: random.Random, split: Split, scene: Scene) -> di
     talk = about_one(scene, rng, TURNS_PER_PICTURE)
     example = as_text(talk, rng, row_id)
     turns = tuple(
-        Turn("text_only", message.text, turn.answer, turn.num_needed or number)
+        Turn("text_only", message.text, turn.answer, number)  # the description stands in the first turn
         for number, (message, turn) in enumerate(zip(example.messages[::2], talk.turns, strict=True))
     )
     return conversation_row(row_id, [], Conversation((), turns))

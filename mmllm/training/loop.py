@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mmllm.config import RunConfig, dump_config
 from mmllm.training.distributed import all_reduce_sum, build_accelerator, share_of
 from mmllm.training.optim import Parts, build_optimizers, gradient_norm, rate_factor, set_learning_rates
-from mmllm.training.order import Order
+from mmllm.training.order import Order, Phases
 from mmllm.training.state import load_state, save_state, saved_steps
 from mmllm.training.tracking import Tracker
 
@@ -37,8 +37,8 @@ class Stage(Protocol):
     module: nn.Module
     parts: Parts
     num_examples: int
-    lengths: Sequence[int] | None
 
+    def order(self, batch_size: int) -> Order | Phases: ...
     def batch(self, indices: Sequence[int]) -> Any: ...
     def count(self, batch: Any) -> int: ...
     def num_tokens(self, batch: Any) -> int: ...
@@ -98,9 +98,7 @@ class Run:
         self.optimizers = build_optimizers(stage.parts, config.optim)
         optim = config.optim
         self.rank_batch = optim.batch_size * optim.accumulate_steps
-        self.order = Order(
-            stage.num_examples, self.rank_batch * accelerator.num_processes, config.seed, stage.lengths
-        )
+        self.order = stage.order(self.rank_batch * accelerator.num_processes)
         self.settings = dump_config(config)
         self.idle: dict[str, int] = {}
 

@@ -22,7 +22,9 @@ from mmllm.training.features import FeatureCache
 from mmllm.training.lora import add_lora, merge_lora
 from mmllm.training.loop import Stage
 from mmllm.training.losses import conversation_loss_sum, has_plain_head
-from mmllm.training.warmup import WarmupLanguage, WarmupVision
+from mmllm.training.order import Order
+from mmllm.training.warmup_language import WarmupLanguage
+from mmllm.training.warmup_vision import WarmupVision
 
 
 class _ConversationLoss(nn.Module):
@@ -99,6 +101,9 @@ class ConversationStage:
             pixel_values=load_pixels(self.processor, images) if images and not features else None,
             image_features=features.get(images) if images and features else None,
         ).to(self.model.get_input_embeddings().weight.device)
+
+    def order(self, batch_size: int) -> Order:
+        return Order(self.num_examples, batch_size, self.config.seed, self.lengths)
 
     def batch(self, indices: Sequence[int]) -> Batch:
         return self._collate([self.examples[index] for index in indices], self.features)

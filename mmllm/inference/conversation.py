@@ -1,0 +1,64 @@
+"""A conversation that grows turn by turn, and the prompt of its next question, worded as in the training data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from PIL import Image
+
+from mmllm.batch import Example, Message, Part, message
+from mmllm.scenes.talk import picture_marks
+
+Picture = str | Image.Image  # a path, or a picture in memory
+
+
+def user_message(text: str, num_pictures: int, first_image: int = 0) -> Message:
+    """One question: its pictures, marked as in the scenes world, then its words.
+
+    The words are taken as they are: an `<image>` that a user types never becomes a picture.
+    """
+    marks = message("user", picture_marks(num_pictures), first_image) if num_pictures else Message("user", ())
+    parts: list[Part] = list(marks.parts)
+    if parts and isinstance(parts[-1], str):  # one part with the words, for parts are tokenised one by one
+        text = parts.pop() + text  # type: ignore[operator]
+    return Message("user", (*parts, text))
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question with its pictures, and the answer to it."""
+
+    question: str
+    pictures: tuple[Picture, ...]
+    answer: str
+
+
+@dataclass
+class Conversation:
+    """The turns so far. A question becomes a turn by `add`, when its answer is there."""
+
+    turns: list[Turn] = field(default_factory=list)
+
+    def ask(self, question: str, pictures: Sequence[Picture] = ()) -> Example:
+        """All turns and this question behind them. Raises ValueError for a question without words."""
+        if not question.strip():
+            raise ValueError("the question is empty; ask something")
+        messages: list[Message] = []
+        images: list[Picture] = []
+        for turn in self.turns:
+            messages.append(user_message(turn.question, len(turn.pictures), len(images)))
+            messages.append(Message("assistant", (turn.answer,)))
+            images += turn.pictures
+        messages.append(user_message(question.strip(), len(pictures), len(images)))
+        return Example("question", "chat", tuple(messages), (*images, *pictures))
+
+    def add(self, question: str, pictures: Sequence[Picture], answer: str) -> None:
+        self.turns.append(Turn(question.strip(), tuple(pictures), answer))
+
+    def take_back(self) -> Turn | None:
+        """Removes the last turn and returns it."""
+        return self.turns.pop() if self.turns else None
+
+    def clear(self) -> None:
+        self.turns.clear()

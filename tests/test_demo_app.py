@@ -1,0 +1,387 @@
+"""The page without a browser: what the model is asked, what is refused and how, and what is kept and deleted."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+from untrained import save_untrained
+
+from demo.app import free_port, private_folder
+from demo.chat import (
+    MAX_PICTURES,
+    Sessions,
+    Turn,
+    answer_markdown,
+    check_message,
+    example_of,
+    pictures_html,
+    shown,
+    turn_of_message,
+    user_message,
+)
+from demo.events import ANY_SEED, DRAWING_PREFIX, Events
+from demo.examples import WANTED, draw_examples
+from demo.seen import counts_html, seen_html
+from mmllm.batch import ImageRef, Message, message
+from mmllm.inference.engine import Engine
+from mmllm.scenes.talk import picture_marks
+
+ROOT = Path(__file__).parent.parent
+GREEDY = (0, 1, 8, ANY_SEED)  # temperature, top-p, longest answer, seed
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    return Engine.load(save_untrained(tmp_path_factory.mktemp("untrained")))
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "red.png"
+    Image.new("RGB", (48, 32), "red").save(path)
+    return path
+
+
+@pytest.fixture
+def events(engine, tmp_path):
+    folder = tmp_path / "served"
+    return Events(engine, Sessions(folder / "examples"), draw_examples(folder / "examples"), folder)
+
+
+def tab(key="a tab"):
+    return SimpleNamespace(session_hash=key)
+
+
+def drawing(size=(20, 20)):
+    buffer = io.BytesIO()
+    Image.new("RGB", size, "blue").save(buffer, "PNG")
+    return DRAWING_PREFIX + base64.b64encode(buffer.getvalue()).decode()
+
+
+# What the model is asked
+
+
+@pytest.mark.parametrize("num_pictures", [0, 1, 2, 3])
+def test_a_question_is_written_as_in_the_training_data(num_pictures):
+    in_data = message("user", (picture_marks(num_pictures) if num_pictures else "") + "what is it?", first_image=4)
+    assert user_message("what is it?", num_pictures, first_image=4) == in_data
+
+
+def test_an_image_mark_that_a_person_types_stays_words():
+    asked = user_message("what does <image> mean?", 1, 0)
+    assert asked.parts == (ImageRef(0), "\nwhat does <image> mean?")
+
+
+def test_pictures_of_earlier_turns_stay_where_they_stand():
+    a, b, c = Path("a.png"), Path("b.png"), Path("c.png")
+    turns = [Turn("one?", (a,), "yes", "end"), Turn("two?", (), "no", "end"), Turn("three?", (b, c))]
+    example = example_of(turns)
+    assert example.images == ("a.png", "b.png", "c.png")
+    assert [m.role for m in example.messages] == ["user", "assistant", "user", "assistant", "user"]
+    assert [[p.index for p in m.parts if isinstance(p, ImageRef)] for m in example.messages] == [
+        [0],
+        [],
+        [],
+        [],
+        [1, 2],
+    ]
+    assert example.messages[-1].text == "Picture 1: \nPicture 2: \nthree?"
+
+
+def test_a_turn_that_failed_is_left_out_of_the_next_prompt():
+    turns = [Turn("too long?", (Path("a.png"),), problem="it does not fit"), Turn("short?")]
+    assert example_of(turns).messages == (Message("user", ("short?",)),)
+    assert example_of(turns).images == ()
+
+
+def test_the_pictures_of_a_turn_stopped_before_its_first_word_go_over_to_the_next():
+    turns = [Turn("what is it?", (Path("a.png"),), finish="stopped"), Turn("what color?", (Path("b.png"),))]
+    example = example_of(turns)
+    assert example.images == ("a.png", "b.png")
+    assert example.messages == (message("user", "Picture 1: <image>\nPicture 2: <image>\nwhat color?"),)
+
+
+def test_an_answer_that_was_stopped_in_the_middle_is_part_of_the_next_prompt():
+    turns = [Turn("what is it?", (), "a red", "stopped"), Turn("go on")]
+    assert [m.text for m in example_of(turns).messages] == ["what is it?", "a red", "go on"]
+
+
+# What is shown
+
+
+def test_a_place_in_the_chat_leads_back_to_its_turn():
+    turns = [Turn("one?", (Path("a.png"),), "yes", "end"), Turn("two?", (), "no", "end"), Turn("three?")]
+    assert [m["role"] for m in shown(turns)] == ["user", "user", "assistant", "user", "assistant", "user"]
+    assert [turn_of_message(turns, index) for index in range(6)] == [0, 0, 0, 1, 1, 2]
+
+
+def test_names_of_files_and_errors_are_text_and_never_markup():
+    assert "<b>" not in pictures_html([Path('x"><b>.png')])
+    assert "<b>" not in answer_markdown(Turn("?", problem="the file <b> is missing"))
+
+
+def test_a_chat_says_when_an_answer_was_stopped_or_cut_off():
+    assert "stopped" in answer_markdown(Turn("?", answer="a red", finish="stopped"))
+    assert "cut off" in answer_markdown(Turn("?", answer="a red", finish="length"))
+    assert answer_markdown(Turn("?", answer="a red", finish="end")) == "a red"
+
+
+# What is refused
+
+
+def test_a_file_that_is_no_picture_is_named(tmp_path, picture):
+    notes, cut = tmp_path / "notes.txt", tmp_path / "cut.png"
+    notes.write_text("hello")
+    cut.write_bytes(picture.read_bytes()[:-20])
+    good, problems = check_message("what is it?", [str(notes), str(picture), str(cut)])
+    assert good == [picture]
+    assert problems[0].startswith("notes.txt is not an image")
+    assert problems[1].startswith("cut.png is damaged or cut off")
+    assert str(tmp_path) not in "".join(problems)
+
+
+def test_a_picture_with_too_many_pixels_is_refused_by_its_size(tmp_path):
+    path = tmp_path / "vast.png"
+    Image.new("1", (8000, 8000)).save(path)
+    good, problems = check_message("what is it?", [str(path)])
+    assert not good
+    assert "vast.png has 8000 x 8000" in problems[0]
+
+
+def test_too_many_pictures_are_counted(picture):
+    _, problems = check_message("what is it?", [str(picture)] * (MAX_PICTURES + 1))
+    assert problems == [
+        f"{MAX_PICTURES + 1} pictures are attached, one message takes up to {MAX_PICTURES}; remove some"
+    ]
+
+
+def test_a_message_without_a_question_is_not_sent_and_stays_to_be_finished(events, picture):
+    composer, chat, notice = events.send({"text": "  ", "files": [str(picture)]}, tab())
+    assert composer["files"] == [str(picture)]
+    assert chat["__type__"] == "update"
+    assert "no question yet" in notice
+    assert events.sessions.of("a tab").turns == []
+
+
+@pytest.mark.parametrize("sent", [None, 7, "", "data:image/png;base64,%%%", DRAWING_PREFIX + "aGVsbG8="])
+def test_what_is_no_drawing_is_refused(events, sent):
+    _, notice = events.attach_drawing(SimpleNamespace(picture=sent), None, tab())
+    assert "The drawing cannot be used" in notice
+
+
+# What an answer does
+
+
+def ask(events, text, files=(), settings=GREEDY, key="a tab"):
+    events.send({"text": text, "files": [str(file) for file in files]}, tab(key))
+    return list(events.answer(*settings, tab(key)))
+
+
+def test_an_answer_streams_and_the_panel_tells_what_the_model_saw(events, picture):
+    updates = ask(events, "what <b>is</b> it?", [picture])
+    turn = events.sessions.of("a tab").turns[0]
+    assert turn.finish == "length"
+    chats = [chat for _, chat, _, _ in updates if isinstance(chat, list)]
+    assert chats[-1][-1]["content"].startswith(turn.answer)
+    panel = next(seen for _, _, seen, _ in updates if isinstance(seen, str))
+    assert "48×32 → 32×32" in panel
+    assert "<mark>&lt;image&gt;</mark>\nwhat &lt;b&gt;is&lt;/b&gt; it?" in panel
+    assert "<dd>4</dd>" in updates[-1][3]  # image tokens of a 32 px picture in 16 px patches
+    assert "<dd>8</dd>" in updates[-1][3]  # new tokens
+
+
+def test_the_same_seed_gives_the_same_answer_and_another_seed_another(events):
+    texts = []
+    for seed in (1, 1, 2):
+        ask(events, "what is it?", settings=(1.5, 1, 12, seed))
+        texts.append(events.sessions.of("a tab").turns[-1].answer)
+        events.clear(tab())
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_conversation_that_does_not_fit_says_so_in_the_chat(events, engine):
+    updates = ask(events, "word " * 5000)
+    problem = events.sessions.of("a tab").turns[0].problem
+    assert f"this model takes {engine.max_length_tokens}" in problem
+    assert "No answer." in updates[-1][1][-1]["content"]
+    ask(events, "and now?")
+    assert events.sessions.of("a tab").turns[1].answer
+
+
+def test_a_picture_that_is_gone_is_named_in_the_chat(events, picture):
+    events.send({"text": "what is it?", "files": [str(picture)]}, tab())
+    picture.unlink()
+    list(events.answer(*GREEDY, tab()))
+    assert "no image file at" in events.sessions.of("a tab").turns[0].problem
+
+
+def test_stop_ends_the_computation(events):
+    events.send({"text": "what is it?", "files": []}, tab())
+    writing = events.answer(0, 1, 2000, ANY_SEED, tab())
+    while not events.sessions.of("a tab").turns[0].answer:
+        next(writing)
+    events.stop(tab())
+    updates = list(writing)
+    assert "stopped" in updates[-1][1][-1]["content"]
+    assert not [thread for thread in threading.enumerate() if thread.name == "generate"]
+
+
+def test_a_page_that_is_no_longer_there_ends_the_computation(events):
+    events.send({"text": "what is it?", "files": []}, tab())
+    writing = events.answer(0, 1, 2000, ANY_SEED, tab())
+    turn = events.sessions.of("a tab").turns[0]
+    while not turn.answer:
+        next(writing)
+    events.leave(tab())
+    assert turn.finish == "stopped"
+    assert len(list(writing)) < 5
+    assert not [thread for thread in threading.enumerate() if thread.name == "generate"]
+
+
+def test_a_new_question_ends_the_answer_before_it(events):
+    events.send({"text": "one?", "files": []}, tab())
+    writing = events.answer(0, 1, 2000, ANY_SEED, tab())
+    while not events.sessions.of("a tab").turns[0].answer:
+        next(writing)
+    ask(events, "two?")
+    assert len(list(writing)) < 5
+    one, two = events.sessions.of("a tab").turns
+    assert (one.finish, two.finish) == ("stopped", "length")
+
+
+def test_retry_undo_edit_and_clear(events, picture):
+    turns = events.sessions.of("a tab")
+    ask(events, "one?", [picture])
+    ask(events, "two?")
+    events.retry(tab())
+    assert [turn.is_open for turn in turns.turns] == [False, True]
+    composer, chat, _ = events.undo(tab())
+    assert composer == {"text": "two?", "files": []}
+    assert len(chat) == 3
+    ask(events, "two?")
+    events.edit(SimpleNamespace(index=1, value="one more?"), tab())
+    assert [(turn.text, turn.pictures, turn.is_open) for turn in turns.turns] == [("one more?", (picture,), True)]
+    list(events.answer(*GREEDY, tab()))
+    composer, chat, _ = events.undo(tab())
+    assert composer == {"text": "one more?", "files": [str(picture)]}
+    assert chat == []
+    ask(events, "three?")
+    assert events.clear(tab())[0] == []
+    assert turns.turns == []
+
+
+def test_an_edit_to_nothing_changes_nothing(events):
+    ask(events, "one?")
+    _, notice = events.edit(SimpleNamespace(index=0, value=" "), tab())
+    assert "cannot be empty" in notice
+    assert events.sessions.of("a tab").turns[0].text == "one?"
+
+
+# What is kept
+
+
+def test_sessions_know_nothing_of_each_other(events, picture):
+    ask(events, "mine?", [picture], key="one")
+    ask(events, "yours?", key="two")
+    assert [turn.text for turn in events.sessions.of("one").turns] == ["mine?"]
+    assert example_of(events.sessions.of("two").turns).images == ()
+
+
+def test_a_closed_tab_leaves_no_picture_behind_but_those_that_others_use(events, tmp_path):
+    own, common = tmp_path / "own.png", tmp_path / "common.png"
+    for path in (own, common):
+        Image.new("RGB", (8, 8)).save(path)
+    ask(events, "mine?", [own, common], key="one")
+    ask(events, "yours?", [common], key="two")
+    events.ask_example(SimpleNamespace(index=0), tab("one"))
+    events.attach_drawing(SimpleNamespace(picture=drawing()), None, tab("one"))
+    (drawn,) = events.folder.glob("*/drawing.png")
+    events.leave(tab("one"))
+    assert not own.exists()
+    assert not drawn.exists()
+    assert common.exists()
+    assert events.examples[0].pictures[0].exists()
+
+
+def test_a_drawing_is_added_to_what_is_being_typed(events, picture):
+    composer, notice = events.attach_drawing(
+        SimpleNamespace(picture=drawing((30, 20))), {"text": "what is", "files": [str(picture)]}, tab()
+    )
+    assert not notice
+    assert composer["text"] == "what is"
+    assert composer["files"][0] == str(picture)
+    assert Image.open(composer["files"][1]).size == (30, 20)
+
+
+def test_the_private_folder_is_private_and_goes_away(monkeypatch):
+    monkeypatch.delenv("GRADIO_TEMP_DIR", raising=False)
+    with private_folder() as folder:
+        assert folder.stat().st_mode & 0o777 == 0o700
+        assert os.environ["GRADIO_TEMP_DIR"] == str(folder)
+        (folder / "picture.png").write_bytes(b"x")
+    assert not folder.exists()
+    assert "GRADIO_TEMP_DIR" not in os.environ
+
+
+# Examples, files, command
+
+
+def test_examples_are_the_same_every_time_and_have_a_right_answer(tmp_path):
+    first, second = draw_examples(tmp_path / "first"), draw_examples(tmp_path / "second")
+    assert len(first) == len(WANTED)
+    assert {len(example.pictures) for example in first} == {1, 2}
+    assert all(example.question and example.answer for example in first)
+    for one, other in zip(first, second, strict=True):
+        assert (one.question, one.answer) == (other.question, other.answer)
+        assert [p.read_bytes() for p in one.pictures] == [p.read_bytes() for p in other.pictures]
+
+
+def test_an_example_is_asked_with_its_pictures(events):
+    events.ask_example(SimpleNamespace(index=len(WANTED) - 1), tab())
+    turn = events.sessions.of("a tab").turns[0]
+    assert turn.text == events.examples[-1].question
+    assert turn.pictures == events.examples[-1].pictures
+
+
+def test_counts_are_dashes_until_there_is_a_reply():
+    assert counts_html(None).count("<dd>–</dd>") == 4
+
+
+def test_a_text_alone_has_a_prompt_and_no_picture(engine):
+    panel = seen_html(engine, example_of([Turn("hello.")]))
+    assert "hello." in panel
+    assert "<img" not in panel
+
+
+@pytest.mark.parametrize("name", ["page.css", "page.js", "pad.html", "pad.js"])
+def test_the_page_names_no_other_computer(name):
+    text = (ROOT / "demo" / name).read_text(encoding="utf-8")
+    assert "//" not in text.replace("// ", "")  # no address, with or without its scheme
+    assert "@import" not in text
+
+
+def test_a_taken_port_leads_to_the_next():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert port < free_port(port) < port + 100
+
+
+def test_a_model_that_is_not_there_is_one_readable_error(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "demo", str(tmp_path / "nothing")], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "no such folder" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,484 @@
+"""The page in headless Chromium, as people use it: everything is done by keys, clicks and files."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from PIL import Image
+from untrained import save_untrained
+
+from mmllm.scenes.ask import QUESTION_TYPES
+from mmllm.scenes.draw import draw
+from mmllm.scenes.world import sample_scene
+
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(90)]
+
+ROOT = Path(__file__).parent.parent
+# Besides running without a window: nothing that would make the browser itself talk to other computers.
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+PATIENCE_MS = 30_000
+WIDE, NARROW = {"width": 1400, "height": 900}, {"width": 400, "height": 860}
+RIGHT_OF_FIVE = 4  # answers about fresh pictures; a model that guesses has about one
+
+
+@pytest.fixture(scope="module")
+def browser(browser_path):
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as session:
+        browser = session.chromium.launch(executable_path=browser_path, args=list(FLAGS))
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """A page in this process, so that its threads can be looked at; its model never ends an answer by itself."""
+    from demo.app import serving
+
+    model = save_untrained(tmp_path_factory.mktemp("untrained"), hidden_size=256, num_layers=4)
+    with serving(model, port=free_port()) as page:
+        yield page
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Page:
+    """One tab, and what a person does in it."""
+
+    def __init__(self, tab, address):
+        from playwright.sync_api import expect
+
+        self.tab, self.expect = tab, expect
+        self.requests: list[str] = []
+        self.problems: list[str] = []
+        tab.set_default_timeout(PATIENCE_MS)
+        expect.set_options(timeout=PATIENCE_MS)
+        tab.on("request", lambda request: self.requests.append(request.url))
+        tab.on("pageerror", lambda error: self.problems.append(str(error)))
+        tab.goto(address)
+        self.typed = tab.get_by_label("Your question")
+        self.typed.wait_for()
+        self.chat = tab.get_by_role("log")
+        self.answers = tab.locator("#chat .message.bot")
+        self.questions = tab.locator("#chat .message.user:not(:has(.pictures))")
+        self.pictures = tab.locator("#chat .pictures img")
+        self.attached = tab.locator("#composer .thumbnail-item, #composer .thumbnail-small")
+        self.notice = tab.get_by_role("alert")
+        self.seen = tab.locator(".figures img")
+        self.prompt = tab.get_by_label("The exact prompt")
+
+    def button(self, name):
+        return self.tab.get_by_role("button", name=name, exact=True)
+
+    def attach(self, *files):
+        count = self.attached.count()
+        self.tab.set_input_files("#composer input[type=file]", [str(file) for file in files])
+        self.expect(self.attached).to_have_count(count + len(files))
+
+    def ask(self, text, *files):
+        if files:
+            self.attach(*files)
+        self.typed.fill(text)
+        self.typed.press("Enter")
+
+    def set(self, **settings):
+        """Sliders by the first words of their names, `longest_answer=8`."""
+        if not self.tab.get_by_label("Seed").is_visible():
+            self.button("How it answers").click()
+        for name, value in settings.items():
+            field = self.tab.get_by_role("spinbutton", name=re.compile(name.replace("_", " "), re.IGNORECASE))
+            field.fill(str(value))
+            field.press("Enter")
+
+    def wait_for_words(self, number=1):
+        self.expect(self.answers).to_have_count(number)
+        self.expect(self.answers.last).to_have_text(re.compile(r"\S"))
+
+    def wait_for_end(self, number=1):
+        """Until so many answers are there and the last one is done; the untrained model ends none by itself."""
+        self.expect(self.answers).to_have_count(number)
+        self.expect(self.answers.last).to_contain_text(re.compile("cut off|stopped|No answer"))
+        self.expect(self.button("Submit")).to_be_visible()
+
+
+@pytest.fixture
+def open_page(browser):
+    """Opens tabs, each in a browser profile of its own."""
+    contexts = []
+
+    def open_page(address, **options):
+        contexts.append(browser.new_context(**{"viewport": WIDE, **options}))
+        return Page(contexts[-1].new_page(), address)
+
+    yield open_page
+    for context in contexts:
+        context.close()
+
+
+@pytest.fixture
+def page(open_page, served):
+    page = open_page(served.address)
+    yield page
+    assert not page.problems
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "red.png"
+    Image.new("RGB", (90, 60), "red").save(path)
+    return path
+
+
+def generating():
+    return [thread for thread in threading.enumerate() if thread.name == "generate"]
+
+
+def wait_until(is_true, seconds=30):
+    end = time.monotonic() + seconds
+    while not is_true():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+# Asking
+
+
+def test_a_picture_and_a_question_get_a_streamed_answer_and_the_panel_shows_what_was_seen(page, picture):
+    page.ask("what is it?", picture)
+    page.expect(page.pictures).to_have_count(1)
+    page.wait_for_words()
+    page.wait_for_end()
+    page.expect(page.seen).to_have_count(1)
+    page.expect(page.prompt).to_contain_text("<image>\nwhat is it?")
+    page.expect(page.tab.locator(".counts")).to_contain_text("128")  # new tokens: the default of the longest answer
+    assert page.pictures.evaluate("picture => picture.naturalWidth") == 90
+    size = page.seen.evaluate("picture => [picture.naturalWidth, picture.naturalHeight]")
+    assert size == [32, 32]
+
+
+def test_several_pictures_go_with_one_question_and_stay_for_the_next(page, picture):
+    page.set(longest_answer=8)
+    page.ask("the same or different?", picture, picture)
+    page.wait_for_end()
+    page.expect(page.prompt).to_contain_text("Picture 1: <image>\nPicture 2: <image>\nthe same or different?")
+    page.ask("why?")
+    page.expect(page.prompt).to_contain_text("why?")
+    page.expect(page.prompt).to_contain_text("Picture 2: <image>\nthe same or different?")
+    page.expect(page.seen).to_have_count(2)
+    page.wait_for_end(2)
+
+
+def test_a_pasted_picture_is_attached(page):
+    page.typed.evaluate(
+        """async (typed) => {
+            const canvas = Object.assign(document.createElement("canvas"), { width: 20, height: 20 });
+            const blob = await new Promise((done) => canvas.toBlob(done));
+            const clipboardData = new DataTransfer();
+            clipboardData.items.add(new File([blob], "pasted.png", { type: "image/png" }));
+            typed.dispatchEvent(new ClipboardEvent("paste", { clipboardData, bubbles: true, cancelable: true }));
+        }"""
+    )
+    page.expect(page.attached).to_have_count(1)
+
+
+def test_a_drawing_is_attached_and_seen(page):
+    page.set(longest_answer=8)
+    page.button("Draw a picture").click()
+    canvas = page.tab.locator(".pad canvas")
+    page.tab.get_by_label("blue").check(force=True)
+    canvas.hover(position={"x": 60, "y": 60})
+    page.tab.mouse.down()
+    canvas.hover(position={"x": 200, "y": 200})
+    page.tab.mouse.up()
+    page.button("Attach to message").click()
+    page.expect(page.attached).to_have_count(1)
+    page.ask("what is it?")
+    page.wait_for_end()
+    page.expect(page.pictures).to_have_count(1)
+    color = page.pictures.evaluate(
+        """(picture) => {
+            const brush = Object.assign(document.createElement("canvas"), { width: 320, height: 320 }).getContext("2d");
+            brush.drawImage(picture, 0, 0, 320, 320);
+            return [...brush.getImageData(125, 125, 1, 1).data];
+        }"""
+    )
+    assert color[2] > 150 > color[0]
+
+
+def test_an_example_is_asked_by_one_click(page, served):
+    page.set(longest_answer=8)
+    page.tab.get_by_role("button", name=re.compile("Select example 8")).click()
+    page.expect(page.questions).to_have_count(1)
+    page.expect(page.pictures).to_have_count(2)
+    page.wait_for_end()
+
+
+def test_enter_sends_and_shift_enter_begins_a_line(page):
+    page.set(longest_answer=8)
+    page.typed.fill("one")
+    page.typed.press("Shift+Enter")
+    page.typed.press_sequentially("two")
+    page.expect(page.questions).to_have_count(0)
+    page.typed.press("Enter")
+    page.expect(page.questions).to_have_count(1)
+    page.expect(page.prompt).to_contain_text("one\ntwo")
+    page.wait_for_end()
+
+
+# Stopping
+
+
+def test_stop_stops_the_computation_and_the_page_goes_on(page):
+    page.set(longest_answer=2048)
+    page.ask("what is it?")
+    page.wait_for_words()
+    assert generating()
+    page.button("Stop").click()
+    page.expect(page.answers).to_contain_text("stopped")
+    wait_until(lambda: not generating(), seconds=5)
+    said = page.answers.inner_text()
+    page.tab.wait_for_timeout(1000)
+    assert page.answers.inner_text() == said
+    page.ask("and now?")
+    page.wait_for_words(2)
+    page.button("Stop").click()
+    page.wait_for_end(2)
+
+
+def test_closing_the_tab_ends_the_computation_and_deletes_the_pictures(open_page, served, picture):
+    page = open_page(served.address)
+    page.set(longest_answer=2048)
+    page.ask("what is it?", picture)
+    page.wait_for_words()
+    (kept,) = served.folder.rglob("red.png")
+    page.tab.close()
+    wait_until(lambda: not generating())
+    wait_until(lambda: not kept.exists())
+
+
+def test_a_new_question_ends_the_answer_that_is_being_written(page):
+    page.set(longest_answer=2048)
+    page.ask("one?")
+    page.wait_for_words()
+    page.ask("two?")
+    page.expect(page.answers.first).to_contain_text("stopped")
+    page.wait_for_words(2)
+    assert len(generating()) == 1
+    page.button("Stop").click()
+    page.wait_for_end(2)
+
+
+# Changing
+
+
+def test_regenerate_undo_edit_and_clear(page, picture):
+    page.set(longest_answer=8, temperature=1.5)
+    page.ask("one?", picture)
+    page.wait_for_end()
+    first = page.answers.inner_text()
+    page.button("Retry").click()
+    page.expect(page.answers).not_to_have_text(first)
+    page.wait_for_end()
+    page.expect(page.questions).to_have_text(["one?"])
+
+    page.ask("two?")
+    page.wait_for_end(2)
+    page.button("Undo").click()
+    page.expect(page.questions).to_have_count(1)
+    page.expect(page.typed).to_have_value("two?")
+
+    page.tab.locator("#chat").get_by_role("button", name="Edit").click()
+    edited = page.tab.locator("#chat textarea")
+    edited.fill("what color?")
+    page.tab.locator("#chat").get_by_role("button", name="Submit").click()
+    page.expect(page.questions).to_have_text(["what color?"])
+    page.expect(page.prompt).to_contain_text("<image>\nwhat color?")
+    page.wait_for_end()
+
+    page.button("Clear").first.click()
+    page.expect(page.questions).to_have_count(0)
+    page.expect(page.seen).to_have_count(0)
+    page.expect(page.tab.get_by_text("Show it something")).to_be_visible()
+
+
+# Bad input
+
+
+def test_a_file_that_is_no_picture_is_named_and_the_question_stays(page, picture, tmp_path):
+    notes = tmp_path / "notes.txt"
+    notes.write_text("hello")
+    page.ask("what is it?", notes, picture)
+    page.expect(page.notice).to_contain_text("notes.txt is not an image")
+    page.expect(page.questions).to_have_count(0)
+    page.expect(page.typed).to_have_value("what is it?")
+    page.expect(page.attached).to_have_count(1)
+
+
+def test_a_file_that_is_too_large_is_refused_with_the_limit(page, tmp_path):
+    from demo.chat import MAX_FILE_SIZE
+
+    huge = tmp_path / "huge.png"
+    huge.write_bytes(b"\x89PNG" + bytes(21 * 2**20))
+    page.tab.set_input_files("#composer input[type=file]", str(huge))
+    said = page.tab.get_by_test_id("toast-body").first
+    page.expect(said).to_contain_text("huge.png")
+    page.expect(said).to_contain_text(re.compile(MAX_FILE_SIZE.removesuffix("mb")))
+
+
+def test_a_conversation_that_is_too_long_says_so_in_the_chat(page):
+    page.ask("word " * 5000)
+    page.expect(page.chat).to_contain_text("No answer.")
+    page.expect(page.chat).to_contain_text("this model takes 4096")
+    page.wait_for_end()
+
+
+# Privacy and looks
+
+
+def test_two_tabs_do_not_see_each_other(open_page, served, picture):
+    one, other = open_page(served.address), open_page(served.address)
+    one.set(longest_answer=8)
+    other.set(longest_answer=8)
+    one.ask("mine?", picture)
+    one.wait_for_end()
+    other.expect(other.questions).to_have_count(0)
+    other.ask("yours?")
+    other.wait_for_end()
+    other.expect(other.questions).to_have_text(["yours?"])
+    other.expect(other.seen).to_have_count(0)
+    one.expect(one.questions).to_have_text(["mine?"])
+    one.ask("and mine?")
+    one.expect(one.prompt).to_contain_text("mine?")
+    one.expect(one.prompt).not_to_contain_text("yours?")
+    one.wait_for_end(2)
+
+
+def test_nothing_but_this_computer_is_asked_for_anything(page, picture):
+    page.set(longest_answer=8)
+    page.ask("what is it?", picture)
+    page.wait_for_end()
+    addresses = {urlsplit(url).hostname for url in page.requests if not url.startswith(("data:", "blob:"))}
+    assert addresses == {"127.0.0.1"}
+    blocked = page.tab.evaluate("fetch('http://example.com').then(() => 'went out', (error) => String(error))")
+    assert blocked.startswith("TypeError")
+
+
+def test_a_page_under_another_name_is_refused(served):
+    request = urllib.request.Request(served.address, headers={"Host": "elsewhere.example"})
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request)
+    assert refused.value.code == 400
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("viewport", [WIDE, NARROW], ids=["wide", "narrow"])
+def test_the_page_fits_and_every_control_has_a_name(open_page, served, viewport, scheme):
+    page = open_page(served.address, viewport=viewport, color_scheme=scheme)
+    for name in ("Draw a picture", "How it answers"):
+        page.button(name).click()
+    page.tab.get_by_label("Temperature").first.wait_for()
+    assert page.tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    assert page.tab.evaluate("document.body.classList.contains('dark')") == (scheme == "dark")
+    nameless = page.tab.evaluate(
+        """() => [...document.querySelectorAll("button, input, textarea, canvas, select")]
+            .filter((control) => control.checkVisibility() && !control.closest("[tabindex='-1']"))
+            .filter((control) => !(control.getAttribute("aria-label") || control.innerText || control.title
+                                   || control.labels?.[0]?.innerText))
+            .map((control) => control.outerHTML.slice(0, 200))"""
+    )
+    assert nameless == []
+    page.tab.get_by_role("button", name="Switch between light and dark").click()
+    assert page.tab.evaluate("document.body.classList.contains('dark')") != (scheme == "dark")
+
+
+def test_the_keyboard_shows_where_it_is(page):
+    page.typed.focus()
+    for _ in range(3):
+        page.tab.keyboard.press("Tab")
+        outline = page.tab.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+        assert outline == "solid", page.tab.evaluate("document.activeElement.outerHTML")
+
+
+# The command, with the trained model
+
+
+@contextlib.contextmanager
+def started(model, port):
+    """`python -m demo` as a person starts it; yields (process, its first lines)."""
+    command = [sys.executable, "-m", "demo", str(model), "--port", str(port)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if "answers at" in line:
+                break
+        yield process, "".join(lines)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_ctrl_c_ends_the_command_and_leaves_nothing_behind(tmp_path, monkeypatch):
+    model = save_untrained(tmp_path / "model")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with started(model, port) as (process, said):
+            assert f"port {port} is taken" in said
+            assert list(tmp_path.glob("mmllm-demo-*"))
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=30) == 0
+    assert not list(tmp_path.glob("mmllm-demo-*"))
+
+
+def test_the_trained_model_answers_about_drawn_pictures(open_page, trained_model, tmp_path):
+    asked = []
+    for seed in range(5):
+        rng = random.Random(seed)
+        scene = sample_scene(rng, "val", "objects")
+        path = tmp_path / f"picture-{seed}.png"
+        draw(scene, rng).save(path)
+        (turn,) = QUESTION_TYPES["count"](scene, rng)
+        asked.append((path, turn))
+    with started(trained_model, free_port()) as (_, said):
+        page = open_page(re.search(r"http://\S+", said).group())
+        num_right = 0
+        for path, turn in asked:
+            page.ask(turn.question, path)
+            page.wait_for_words()
+            with contextlib.suppress(AssertionError):
+                page.expect(page.answers).to_have_text(turn.answer, timeout=10_000)
+                num_right += 1
+            page.button("Clear").first.click()
+            page.expect(page.questions).to_have_count(0)
+        assert num_right >= RIGHT_OF_FIVE

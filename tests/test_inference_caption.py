@@ -1,0 +1,249 @@
+"""`mmllm caption`: one line a picture, whatever happens to the job on its way."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from mmllm.cli import app
+from mmllm.inference.caption import SUFFIXES, Ledger, _Failures, _Job, _Progress, find_pictures
+from mmllm.inference.engine import Engine, Reply, Sampling
+from mmllm.model.checkpoint import load_checkpoint, save_checkpoint
+
+WAIT_SECONDS = 100
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Five pictures, one of them down in a folder, a broken one, and a file that is none."""
+    folder = tmp_path / "pictures"
+    (folder / "deep" / "er").mkdir(parents=True)
+    for name, color in (("b.png", "red"), ("a.JPG", "blue"), ("deep/c.webp", "green"), ("deep/er/d.gif", "black")):
+        Image.new("RGB", (40, 30), color).save(folder / name)
+    Image.new("RGB", (40, 30), "white").save(folder / "by_name", "PNG")
+    (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
+    (folder / "notes.txt").write_text("not a picture")
+    return folder
+
+
+def caption(model: Path, *arguments: object) -> tuple[int, str, str]:
+    """(exit status, stdout, stderr) of the command."""
+    options = ["--max-new-tokens", "3", "--batch-size", "2"]
+    done = CliRunner().invoke(app, ["caption", str(model), *map(str, arguments), *options])
+    return done.exit_code, done.stdout, done.stderr
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def names(path: Path) -> list[str]:
+    return [Path(row["image"]).name for row in lines(path)]
+
+
+def test_folders_are_searched_for_pictures_and_files_are_always_tried(pictures: Path) -> None:
+    found, closed = find_pictures([pictures, pictures / "b.png", pictures / "notes.txt", pictures / "gone.png"])
+    relative = [str(Path(path).relative_to(pictures)) for path in found]
+    assert relative == ["a.JPG", "b.png", "broken.png", "deep/c.webp", "deep/er/d.gif", "gone.png", "notes.txt"]
+    assert closed == {}
+
+
+def test_every_picture_gets_one_line_and_a_broken_one_stops_nothing(
+    tiny_checkpoint: Path, pictures: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "new" / "captions.jsonl"
+    status, said, err = caption(tiny_checkpoint, pictures, pictures / "by_name", "--out", out, "--prompt", "write a caption.")
+    assert status == 1
+    assert names(out) == ["a.JPG", "b.png", "by_name", "c.webp", "d.gif"]
+    for row in lines(out):
+        assert row["caption"]
+        assert (row["model"], row["prompt"]) == ("checkpoint", "write a caption.")
+        assert (row["finish"], row["num_new_tokens"]) == ("length", 3)  # cut off, kept, marked
+    (failed,) = lines(out.with_name("captions.jsonl.failed.jsonl"))
+    assert failed["image"] == str(pictures / "broken.png")
+    assert "broken.png is" in failed["error"]
+    assert failed["error"] in err
+    assert "5 pictures captioned" in said
+    assert '"finish": "length"' in said
+
+
+def test_a_second_run_captions_what_is_left(tiny_checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "captions.jsonl"
+    caption(tiny_checkpoint, pictures, "--out", out)
+    before = out.read_bytes()
+    Image.new("RGB", (9, 9)).save(pictures / "broken.png")
+    status, said, err = caption(tiny_checkpoint, pictures, "--out", out)
+    assert status == 0
+    assert "4 of 5 pictures have a caption" in said
+    assert out.read_bytes().startswith(before)
+    assert names(out)[4:] == ["broken.png"]
+    assert not out.with_name("captions.jsonl.failed.jsonl").exists()
+    status, said, _ = caption(tiny_checkpoint, pictures, "--out", out, "--prompt", "another prompt")
+    assert status == 0
+    assert "5 of 5 pictures have a caption" in said
+    assert "5 of them by another model or prompt" in said
+    assert len(lines(out)) == 5
+
+
+def test_a_half_written_last_line_is_written_anew(tiny_checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "captions.jsonl"
+    caption(tiny_checkpoint, pictures, "--out", out)
+    whole = out.read_bytes()
+    last = whole.splitlines(keepends=True)[-1]
+    for kept in (1, 9, len(last) // 2, len(last) - 2):
+        out.write_bytes(whole[: -len(last) + kept])
+        caption(tiny_checkpoint, pictures, "--out", out)
+        assert out.read_bytes() == whole
+    out.write_bytes(whole[:-1])  # all but the line's end is a whole line
+    caption(tiny_checkpoint, pictures, "--out", out)
+    assert out.read_bytes() == whole
+
+
+@pytest.mark.parametrize("content", ["my only copy of the shopping list", '{"image": "a.png"}\n', "[1]\n", "{}\n{}"])
+def test_a_file_of_something_else_is_left_alone(
+    tiny_checkpoint: Path, pictures: Path, tmp_path: Path, content: str
+) -> None:
+    out = tmp_path / "list.txt"
+    out.write_text(content)
+    status, _, err = caption(tiny_checkpoint, pictures, "--out", out)
+    assert status == 1
+    assert "line 1 is not a caption" in err
+    assert out.read_text() == content
+
+
+def test_of_two_runs_on_one_file_the_second_is_refused(tiny_checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "captions.jsonl"
+    with Ledger(out):
+        status, _, err = caption(tiny_checkpoint, pictures, "--out", out)
+    assert status == 1
+    assert f"another run writes {out} now" in err
+    assert out.read_bytes() == b""
+    assert caption(tiny_checkpoint, pictures / "b.png", "--out", out)[0] == 0
+
+
+def test_a_killed_job_goes_on_and_captions_each_picture_once(
+    tiny_checkpoint: Path, tiny_scenes: Path, tmp_path: Path
+) -> None:
+    folder, out = tiny_scenes / "train" / "images", tmp_path / "captions.jsonl"
+    command = [sys.executable, "-m", "mmllm.cli", "caption", str(tiny_checkpoint), str(folder), "--out", str(out)]
+    with subprocess.Popen([*command, "--batch-size", "1", "--max-new-tokens", "300"], stderr=subprocess.PIPE) as job:
+        end = time.monotonic() + WAIT_SECONDS
+        while not out.exists() or out.read_bytes().count(b"\n") < 2:
+            assert job.poll() is None, job.stderr.read()
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        job.send_signal(signal.SIGKILL)
+    num_saved = out.read_bytes().count(b"\n")
+    assert 2 <= num_saved < 24
+    status, said, _ = caption(tiny_checkpoint, folder, "--out", out)
+    assert status == 0
+    assert f"{num_saved} of 24 pictures have a caption" in said
+    assert Counter(names(out)) == Counter(path.name for path in folder.glob("*.png"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{empty}", "--out", "{out}"], "no pictures in {empty}; searched for files that end in " + " ".join(SUFFIXES)),
+        (["{picture}", "--out", "{empty}"], "is a folder or a device"),
+        (["{picture}", "--out", "/dev/full"], "is a folder or a device"),
+        (["{picture}", "--out", "{out}", "--prompt", " "], "the prompt is empty"),
+        (["{picture}", "--out", "{out}", "--prompt", "an <image>?"], "images are given as images"),
+        (["{picture}", "--out", "{out}", "--device", "warp"], "warp"),
+    ],
+)
+def test_wrong_use_is_one_message_and_writes_no_caption(
+    tiny_checkpoint: Path, pictures: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    places = {"empty": tmp_path / "empty", "out": tmp_path / "out.jsonl", "picture": pictures / "b.png"}
+    status, _, err = caption(tiny_checkpoint, *(text.format(**places) for text in arguments))
+    assert status == 1
+    assert message.format(**places) in err
+    assert "Traceback" not in err
+    assert not places["out"].exists() or places["out"].read_bytes() == b""
+
+
+def test_a_wrong_model_is_told_before_anything_is_written(pictures: Path, tmp_path: Path) -> None:
+    status, _, err = caption(tmp_path / "gone", pictures, "--out", tmp_path / "out.jsonl")
+    assert status == 1
+    assert "no model at" in err
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_caption_without_words_is_kept_and_marked(tiny_checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
+    model, processor, _ = load_checkpoint(tiny_checkpoint)
+    with torch.no_grad():
+        model.language_model.lm_head.weight.zero_()  # then it says padding only
+    save_checkpoint(tmp_path / "mute", model, processor, card="")
+    status, said, _ = caption(tmp_path / "mute", pictures / "b.png", "--out", tmp_path / "out.jsonl")
+    (row,) = lines(tmp_path / "out.jsonl")
+    assert (status, row["caption"], row["finish"]) == (0, "", "empty")
+    assert "without words" in said
+
+
+class _Picky(Engine):
+    """An engine that has no memory left for pictures named `huge`."""
+
+    def reply_batch(self, examples, sampling):  # noqa: ANN001, ANN201
+        if any("huge" in example.id for example in examples):
+            raise RuntimeError("out of memory")
+        return super().reply_batch(examples, sampling)
+
+
+def test_a_picture_that_the_model_cannot_take_fails_alone(
+    tiny_checkpoint: Path, pictures: Path, tmp_path: Path
+) -> None:
+    shutil.copy(pictures / "b.png", pictures / "huge.png")
+    paths = [str(pictures / name) for name in ("a.JPG", "b.png", "huge.png", "deep/c.webp")]
+    model, processor, _ = load_checkpoint(tiny_checkpoint)
+    stamp = {"model": "picky", "model_hash": "", "prompt": "what?"}
+    progress = _Progress(len(paths))
+
+    def job(ledger: Ledger, out: Path) -> _Job:
+        return _Job(_Picky(model, processor, name="picky"), ledger, _Failures(out, progress), progress, stamp)
+
+    out = tmp_path / "out.jsonl"
+    with Ledger(out) as ledger:
+        job(ledger, out).run(paths, 4, Sampling(max_new_tokens=2))
+    assert names(out) == ["a.JPG", "b.png", "c.webp"]
+    assert names(tmp_path / "out.jsonl.failed.jsonl") == ["huge.png"]
+    with Ledger(tmp_path / "none.jsonl") as ledger, pytest.raises(RuntimeError, match="out of memory"):
+        job(ledger, tmp_path / "none.jsonl").run(paths[2:3], 1, Sampling(max_new_tokens=2))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_keeps_what_was_written(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    ledger = Ledger(out)
+    ledger.append([{"image": "a.png", "caption": "a"}])
+    ledger._file.close()
+    ledger._file = Path("/dev/full").open("ab")
+    with pytest.raises(OSError, match="No space left") as caught:
+        ledger.append([{"image": "b.png", "caption": "b"}])
+    assert caught.value.errno == errno.ENOSPC  # which mmllm.errors explains
+    with Ledger(out) as again:
+        assert list(again.done) == ["a.png"]
+
+
+def test_replies_are_those_of_the_chat(tiny_checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
+    from mmllm.inference.conversation import Conversation
+
+    caption(tiny_checkpoint, pictures, "--out", tmp_path / "out.jsonl", "--prompt", "what?")
+    engine = Engine.load(tiny_checkpoint)
+    for row in lines(tmp_path / "out.jsonl"):
+        reply = engine.reply(Conversation().ask("what?", [row["image"]]), Sampling(max_new_tokens=3))
+        assert isinstance(reply, Reply)
+        assert row["caption"] == reply.text
