@@ -70,7 +70,7 @@ def chat(
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total probability.")] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 128,
     seed: Annotated[Optional[int], typer.Option(help="Makes a sampled answer repeatable.")] = None,  # noqa: UP045
-    as_json: Annotated[bool, typer.Option("--json", help="Print {\"text\", ...}; needs --prompt.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help='Print {"text", ...}; needs --prompt.')] = False,
     device: Device = None,
 ) -> None:
     """Talk to a model in the terminal, or ask it one thing with --prompt."""
@@ -178,7 +178,9 @@ def scenes(
                 out, counts, seed, num_processes=num_processes,  # type: ignore[arg-type]
                 advance=lambda count: progress.update(task, advance=count),
             )  # fmt: skip
-        print(f"{counts['train']} train, {counts['val']} val and {counts['compositions']} compositions pictures in {out}")
+        print(
+            f"{counts['train']} train, {counts['val']} val and {counts['compositions']} compositions pictures in {out}"
+        )
 
 
 @app.command()

@@ -163,13 +163,22 @@ class StageConfig(RunConfig):
         return self
 
 
+class VisionLessonConfig(_Section):
+    """A part of the vision warm-up: which scenes are shown, for how many steps."""
+
+    steps: PositiveInt
+    num_scenes: PositiveInt  # each is shown with three near misses of it, as hard negatives
+    max_things: Annotated[int, Field(gt=0, le=5)] = 5
+    kinds: tuple[Literal["objects", "text", "chart"], ...] = ("objects", "text", "chart")
+
+
 class WarmupVisionConfig(RunConfig):
     """Contrastive training of a small CLIP on the scenes world."""
 
     stage: Literal["warmup_vision"]
     clip: dict[str, Any]  # open_clip's model config: embed_dim, vision_cfg, text_cfg
     tokenizer: str  # folder of the text tower's tokenizer
-    num_scenes: PositiveInt  # each is shown with three near misses of it, as hard negatives
+    lessons: Annotated[tuple[VisionLessonConfig, ...], Field(min_length=1)]
     num_val_scenes: PositiveInt = 100
 
 
@@ -192,15 +201,9 @@ class WarmupLanguageConfig(RunConfig):
     stage: Literal["warmup_language"]
     language: dict[str, Any]  # a transformers config: model_type and its options
     vocab_size: PositiveInt = 512
-    lessons: tuple[LessonConfig, ...]
+    lessons: Annotated[tuple[LessonConfig, ...], Field(min_length=1)]
     num_turns: PositiveInt = 10
     num_val_descriptions: PositiveInt = 400
-
-    @model_validator(mode="after")
-    def _steps(self) -> WarmupLanguageConfig:
-        if not self.lessons:
-            raise ValueError("lessons: at least one is needed")
-        return self
 
 
 CONFIGS: dict[str, type[RunConfig]] = {

@@ -64,7 +64,9 @@ def test_every_picture_gets_one_line_and_a_broken_one_stops_nothing(
     tiny_checkpoint: Path, pictures: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "new" / "captions.jsonl"
-    status, said, err = caption(tiny_checkpoint, pictures, pictures / "by_name", "--out", out, "--prompt", "write a caption.")
+    status, said, err = caption(
+        tiny_checkpoint, pictures, pictures / "by_name", "--out", out, "--prompt", "write a caption."
+    )
     assert status == 1
     assert names(out) == ["a.JPG", "b.png", "by_name", "c.webp", "d.gif"]
     for row in lines(out):
@@ -230,7 +232,7 @@ def test_a_full_disk_keeps_what_was_written(tmp_path: Path) -> None:
     ledger = Ledger(out)
     ledger.append([{"image": "a.png", "caption": "a"}])
     ledger._file.close()
-    ledger._file = Path("/dev/full").open("ab")
+    ledger._file = Path("/dev/full").open("ab")  # noqa: SIM115
     with pytest.raises(OSError, match="No space left") as caught:
         ledger.append([{"image": "b.png", "caption": "b"}])
     assert caught.value.errno == errno.ENOSPC  # which mmllm.errors explains

@@ -220,7 +220,9 @@ def _read_until(terminal: int, text: str) -> str:
 def test_ctrl_c_stops_an_answer_and_keeps_the_chat(tiny_checkpoint: Path) -> None:
     ours, theirs = os.openpty()
     arguments = [*COMMAND, "chat", str(tiny_checkpoint), "--max-new-tokens", "100000"]
-    with subprocess.Popen(arguments, preexec_fn=lambda: os.login_tty(theirs), env={**os.environ, "TERM": "dumb"}) as chat:
+    with subprocess.Popen(
+        arguments, preexec_fn=lambda: os.login_tty(theirs), env={**os.environ, "TERM": "dumb"}
+    ) as chat:
         try:
             os.close(theirs)
             _read_until(ours, "> ")

@@ -124,7 +124,13 @@ def test_every_problem_is_reported_at_once(tmp_path: Path, tiny_parts: Path, bad
     assert (found["without_image"], found["without_image_asking_about_one"]) == (1, 1)
     assert sum(found["left_out_by_reason"].values()) == len(found["left_out_by_reason"]) == 5
     problems = "\n".join(report["problems"])
-    for text in ("no data file at", "missing.json", "1 image files cannot be decoded", "broken.png", "val: 5 of 8 rows"):
+    for text in (
+        "no data file at",
+        "missing.json",
+        "1 image files cannot be decoded",
+        "broken.png",
+        "val: 5 of 8 rows",
+    ):
         assert text in problems
     assert any("3 val examples are in train too" in note for note in report["notes"])
     listed = [json.loads(line) for line in Path(report["bad_list"]).read_text().splitlines()]

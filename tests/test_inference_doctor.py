@@ -58,7 +58,9 @@ def test_it_knows_every_package_of_the_project() -> None:
     }
 
 
-def test_here_everything_that_is_needed_works(monkeypatch: pytest.MonkeyPatch, tiny_scenes: Path, tmp_path: Path) -> None:
+def test_here_everything_that_is_needed_works(
+    monkeypatch: pytest.MonkeyPatch, tiny_scenes: Path, tmp_path: Path
+) -> None:
     monkeypatch.chdir(tmp_path)
     status, findings = examine()
     assert status == 0
@@ -90,7 +92,12 @@ def test_a_missing_package_is_named_with_what_it_is_for() -> None:
     ("module", "error", "broken", "text"),
     [
         ("torch", "ImportError('libtorch.so: cannot open')", "torch", "libtorch.so"),
-        ("torchvision", "RuntimeError('operator torchvision::nms does not exist')", "torchvision", "nms does not exist"),
+        (
+            "torchvision",
+            "RuntimeError('operator torchvision::nms does not exist')",
+            "torchvision",
+            "nms does not exist",
+        ),
     ],
 )
 def test_a_package_that_does_not_import_is_a_line_of_the_report(

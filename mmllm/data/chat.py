@@ -34,6 +34,7 @@ class Template:
     assistant_open: str
     assistant_close: str
     default_system: str | None = None
+    keeps_user_text: bool = True  # `plain` shows the picture and nothing else, as LLaVA's stage 1 does
     strips: bool = True  # whether each turn's text is stripped, as most tokenizers' own templates do
 
 
@@ -45,7 +46,7 @@ _VICUNA_SYSTEM = (
 )
 _LLAMA3 = "<|start_header_id|>{}<|end_header_id|>\n\n"
 TEMPLATES: dict[str, Template] = {
-    "plain": Template("{bos}", "", "", "", "", "", "{eos}"),
+    "plain": Template("{bos}", "", "", "", "", "", "{eos}", keeps_user_text=False),
     "vicuna_v1": Template("{bos}", "", " ", "USER: ", " ", "ASSISTANT: ", "{eos}", default_system=_VICUNA_SYSTEM),
     "chatml": Template(
         "",
@@ -172,6 +173,8 @@ def pieces(template: Template, messages: Sequence[Message]) -> list[tuple[str | 
             raise ChatError("this chat template has no system turn, but the conversation starts with one")
         out.append((getattr(template, f"{message.role}_open"), False))
         parts: list[str | ImageRef] = list(message.parts)
+        if message.role == "user" and not template.keeps_user_text:
+            parts = [part for part in parts if isinstance(part, ImageRef)]
         if template.strips and parts:
             if isinstance(parts[0], str):
                 parts[0] = parts[0].lstrip()

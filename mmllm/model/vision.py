@@ -146,6 +146,8 @@ def load_tower(config: VisionConfig) -> VisionTower:
         )
     except (RuntimeError, FileNotFoundError, OSError) as error:
         raise ConfigError(f"model.vision: cannot load {config.source}: {error}") from error
+    # `openai` weights switch QuickGELU on whatever the config says: ask what was built
+    model_cfg["quick_gelu"] = any(type(module).__name__ == "QuickGELU" for module in clip.visual.modules())
     preprocess = open_clip.get_model_preprocess_cfg(clip)
     size = preprocess["size"]
     spec = TowerSpec(

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from mmllm.config import RunConfig, dump_config
 from mmllm.training.distributed import all_reduce_sum, build_accelerator, share_of
@@ -107,16 +108,28 @@ class Run:
         states = saved_steps(self.out)
         return load_state(states[-1], self.trained, self.optimizers, settings=self.settings) if states else 0
 
-    def batches(self, step: int) -> list[Any]:
-        """This rank's micro-batches of a step."""
-        mine = share_of(self.order.batch(step), self.accelerator.process_index, self.accelerator.num_processes)
+    def _micro_batches(self, first_step: int) -> Iterator[list[int]]:
+        """Indices of this rank's micro-batches, from a step to the end of the run."""
         size = self.config.optim.batch_size
-        return [self.stage.batch(mine[start : start + size]) for start in range(0, len(mine), size)]
+        for step in range(first_step, self.config.optim.max_steps):
+            mine = share_of(self.order.batch(step), self.accelerator.process_index, self.accelerator.num_processes)
+            yield from (mine[start : start + size] for start in range(0, len(mine), size))
 
-    def step(self, step: int) -> tuple[float, float, int]:
+    def batches(self, first_step: int) -> Iterator[Any]:
+        """This rank's micro-batches, made ahead in worker processes where `data.num_workers` asks for them."""
+        data = getattr(self.config, "data", None)
+        loader = DataLoader(
+            range(self.stage.num_examples),  # type: ignore[arg-type]
+            batch_sampler=self._micro_batches(first_step),  # type: ignore[arg-type]
+            collate_fn=self.stage.batch,
+            num_workers=data.num_workers if data else 0,
+        )
+        return iter(loader)
+
+    def step(self, step: int, data: Iterator[Any]) -> tuple[float, float, int]:
         """One optimizer step: (loss per counted item, gradient norm, tokens of all ranks)."""
         optim, world = self.config.optim, self.accelerator.num_processes
-        batches = self.batches(step)
+        batches = [next(data) for _ in range(optim.accumulate_steps)]
         num_valid = all_reduce_sum(self.accelerator, sum(self.stage.count(batch) for batch in batches))
         if num_valid == 0:
             names = ", ".join(name for batch in batches for name in self.stage.names(batch))
@@ -174,9 +187,10 @@ def train(config: RunConfig, stage: Stage, accelerator: Any) -> None:
     tokens, since = 0, time.monotonic()
     begun = since
     try:
+        data = run.batches(first)
         with _stop_signal() as stopped:
             for step in range(first, max_steps):
-                loss, norm, num_tokens = run.step(step)
+                loss, norm, num_tokens = run.step(step, data)
                 losses.append(loss)
                 tokens += num_tokens
                 done = step + 1

@@ -55,7 +55,7 @@ class Phases:
     Indices count through all pools; the last pool lasts to the end of the run.
     """
 
-    def __init__(self, pools: Sequence[tuple[int, int, Sequence[int]]], batch_size: int, seed: int):
+    def __init__(self, pools: Sequence[tuple[int, int, Sequence[int] | None]], batch_size: int, seed: int):
         self._pools: list[tuple[int, int, Order]] = []  # (first step, first index, order)
         first_step = first_index = 0
         for steps, num_examples, lengths in pools:

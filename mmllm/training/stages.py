@@ -36,6 +36,7 @@ class _ConversationLoss(nn.Module):
         self.plain_head = has_plain_head(model.language_model)
 
     def forward(self, batch: Batch) -> Tensor:
+        batch = batch.to(self.model.get_input_embeddings().weight.device)
         return conversation_loss_sum(self.model, batch, plain_head=self.plain_head)
 
 
@@ -100,7 +101,7 @@ class ConversationStage:
             example_ids=[example.id for example in examples],
             pixel_values=load_pixels(self.processor, images) if images and not features else None,
             image_features=features.get(images) if images and features else None,
-        ).to(self.model.get_input_embeddings().weight.device)
+        )
 
     def order(self, batch_size: int) -> Order:
         return Order(self.num_examples, batch_size, self.config.seed, self.lengths)

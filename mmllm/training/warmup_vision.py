@@ -18,25 +18,27 @@ from torch import Tensor, nn
 from mmllm.config import WarmupVisionConfig
 from mmllm.scenes.draw import draw
 from mmllm.scenes.tell import tell
-from mmllm.scenes.world import Scene, Split, near_miss, sample_scene
-from mmllm.training.order import Order
+from mmllm.scenes.world import Limits, Scene, Split, near_miss, sample_scene
+from mmllm.training.order import Phases
 
 NEAR_MISSES = 3  # hard negatives drawn for each scene
 
 
-def scene_group(seed: int, split: Split, number: int) -> tuple[list[Scene], random.Random]:
+def scene_group(seed: int, split: Split, number: int, limits: Limits) -> tuple[list[Scene], random.Random]:
     """A scene and near misses of it: pictures that only their details tell apart."""
     rng = random.Random(f"{seed}/{split}/pairs/{number}")
-    scenes = [sample_scene(rng, split)]
+    scenes = [sample_scene(rng, split, None, limits)]
     for _ in range(NEAR_MISSES):
         scenes.append(near_miss(rng.choice(scenes), rng, split))
     return scenes, rng
 
 
-def _draw_chunk(seed: int, split: Split, numbers: range, side_px: int, num_captions: int) -> tuple[np.ndarray, list[list[str]]]:
+def _draw_chunk(
+    seed: int, split: Split, numbers: range, limits: Limits, side_px: int, num_captions: int
+) -> tuple[np.ndarray, list[list[str]]]:
     pictures, captions = [], []
     for number in numbers:
-        scenes, rng = scene_group(seed, split, number)
+        scenes, rng = scene_group(seed, split, number, limits)
         for scene in scenes:
             picture = draw(scene, rng).resize((side_px, side_px), Image.Resampling.BICUBIC)
             pictures.append(np.asarray(picture))
@@ -71,20 +73,28 @@ class WarmupVision:
         self.mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN)[:, None, None]
         self.std = torch.tensor(open_clip.OPENAI_DATASET_STD)[:, None, None]
         self.tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
-        self.pixels, self.texts = self._draw("train", config.num_scenes)
-        self.val_pixels, self.val_texts = self._draw("val", config.num_val_scenes)
+        self.pools: list[tuple[int, int, None]] = []
+        drawn: list[tuple[np.ndarray, Tensor]] = []
+        self.val: list[tuple[np.ndarray, Tensor]] = []
+        for lesson in config.lessons:
+            limits = Limits(max_things=lesson.max_things, kinds=lesson.kinds)
+            drawn.append(self._draw("train", lesson.num_scenes, limits))
+            self.val.append(self._draw("val", config.num_val_scenes, limits))
+            self.pools.append((lesson.steps, lesson.num_scenes, None))
+        self.pixels = np.concatenate([pixels for pixels, _ in drawn])
+        self.texts = torch.cat([texts for _, texts in drawn])
         torch.manual_seed(config.seed)
         self.model: Any = CLIP(**config.clip)
         self.module: nn.Module = _ClipLoss(self.model)
         self.parts = {"vision": list(self.module.named_parameters())}
         self.num_examples = len(self.pixels) // (1 + NEAR_MISSES)
 
-    def _draw(self, split: Split, count: int) -> tuple[np.ndarray, Tensor]:
+    def _draw(self, split: Split, count: int, limits: Limits) -> tuple[np.ndarray, Tensor]:
         pictures, captions = [], []
         with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
             tasks = [
                 pool.submit(_draw_chunk, self.config.seed, split, range(start, min(start + 100, count)),
-                            self.side_px, self.NUM_CAPTIONS)
+                            limits, self.side_px, self.NUM_CAPTIONS)
                 for start in range(0, count, 100)
             ]  # fmt: skip
             for task in tasks:
@@ -101,8 +111,9 @@ class WarmupVision:
         values = torch.from_numpy(pixels[rows]).permute(0, 3, 1, 2).float().div_(255)
         return {"pixels": (values - self.mean) / self.std, "texts": texts[rows, caption], "names": list(names)}
 
-    def order(self, batch_size: int) -> Order:
-        return Order(self.num_examples, batch_size, self.config.seed)
+    def order(self, batch_size: int) -> Phases:
+        self.phases = Phases(self.pools, batch_size, self.config.seed)
+        return self.phases
 
     def batch(self, indices: Sequence[int]) -> dict[str, Any]:
         size = 1 + NEAR_MISSES
@@ -121,14 +132,18 @@ class WarmupVision:
 
     @torch.no_grad()
     def validate(self, step: int) -> dict[str, float]:
-        """Zero-shot retrieval: the share of pictures that find their caption among 200, near misses included."""
+        """Zero-shot retrieval: the share of pictures that find their caption among 200, near misses included.
+
+        With scenes that training never shows, of the lesson in hand.
+        """
+        val_pixels, val_texts = self.val[self.phases.phase(step)]
         self.model.logit_scale.clamp_(0, np.log(100))
         self.model.eval()
         hits, loss, size = 0, 0.0, 200
-        total = len(self.val_pixels) // size * size
+        total = len(val_pixels) // size * size
         for start in range(0, total, size):
             rows = np.arange(start, start + size)
-            batch = self._tensors(self.val_pixels, self.val_texts, rows, [], 0)
+            batch = self._tensors(val_pixels, val_texts, rows, [], 0)
             loss += float(self.module(batch))
             image, text, _ = self.model(batch["pixels"], batch["texts"])
             hits += int(((image @ text.T).argmax(1) == torch.arange(size)).sum())

@@ -1,0 +1,127 @@
+"""Side-by-side measurements on the embedded default, as ratios within one run: `make bench`, or `python -m bench NAME ...`.
+
+Each pair is timed in turn, several rounds, and the median round is told; results also go to bench/results/.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+ROUNDS = 7
+Work = Callable[[], object]
+
+
+def side_by_side(left: Work, right: Work, rounds: int = ROUNDS) -> tuple[float, float]:
+    """Median seconds of both, called in turn after one round that does not count."""
+    left(), right()
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(rounds):
+        for work, taken in zip((left, right), times, strict=True):
+            begun = time.perf_counter()
+            work()
+            taken.append(time.perf_counter() - begun)
+    return statistics.median(times[0]), statistics.median(times[1])
+
+
+def _stage(**changes: Any) -> Any:
+    from mmllm.config import StageConfig, load_config
+    from mmllm.training.stages import ConversationStage
+
+    config = load_config("configs/tiny/stage2.yaml", ["out=bench/results/run"])
+    assert isinstance(config, StageConfig)
+    if changes:
+        config = config.model_copy(update={"data": config.data.model_copy(update=changes)})
+    return ConversationStage(config)
+
+
+def _train_step(stage: Any, batch: Any) -> Work:
+    import torch
+
+    def work() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = stage.module(batch() if callable(batch) else batch)
+        loss.backward()
+        stage.model.zero_grad()
+
+    return work
+
+
+def supervised_rows() -> dict[str, float]:
+    """One training step with the LLM's head on supervised rows only, against the head on every row."""
+    stage, full = _stage(), _stage()
+    full.module.plain_head = False
+    batch = stage.batch(range(32))
+    ours, theirs = side_by_side(_train_step(stage, batch), _train_step(full, batch))
+    return {"head on supervised rows": ours, "head on all rows": theirs, "ratio": theirs / ours}
+
+
+def feature_cache() -> dict[str, float]:
+    """One training step, data included, with cached patch tokens against decoding and encoding each picture."""
+    cached, plain = _stage(), _stage(cache_features=False)
+    indices = list(range(32))
+    ours, theirs = side_by_side(
+        _train_step(cached, lambda: cached.batch(indices)), _train_step(plain, lambda: plain.batch(indices))
+    )
+    return {"cached features": ours, "tower in every step": theirs, "ratio": theirs / ours}
+
+
+def attention() -> dict[str, float]:
+    """One training step with eager attention against sdpa."""
+    eager, sdpa = _stage(), _stage()
+    sdpa.model.language_model.set_attn_implementation("sdpa")
+    batch = eager.batch(range(32))
+    ours, theirs = side_by_side(_train_step(eager, batch), _train_step(sdpa, batch))
+    return {"eager": ours, "sdpa": theirs, "ratio": theirs / ours}
+
+
+def batched_replies() -> dict[str, float]:
+    """Thirty-two answers in one batch against one by one."""
+    from mmllm.evaluation.tasks import find_task, read_questions
+    from mmllm.inference.engine import Engine, Sampling
+
+    engine = Engine.load("runs/tiny/stage2")
+    examples = [question.example() for question in read_questions(find_task("scenes-val"), 8)][:32]
+    sampling = replace(Sampling(), max_new_tokens=8)
+    ours, theirs = side_by_side(
+        lambda: engine.reply_batch(examples, sampling),
+        lambda: [engine.reply(example, sampling) for example in examples],
+        rounds=3,
+    )
+    return {"batch of 32": ours, "one by one": theirs, "ratio": theirs / ours}
+
+
+BENCHES: dict[str, Callable[[], dict[str, float]]] = {
+    "supervised_rows": supervised_rows,
+    "feature_cache": feature_cache,
+    "attention": attention,
+    "batched_replies": batched_replies,
+}
+
+
+def main(names: list[str]) -> int:
+    """Runs the named measurements, or all; prints one line each."""
+    if unknown := [name for name in names if name not in BENCHES]:
+        print(f"error: no measurement {unknown[0]!r}; there are {', '.join(BENCHES)}", file=sys.stderr)
+        return 2
+    results = {}
+    for name in names or BENCHES:
+        results[name] = BENCHES[name]()
+        shown = "  ".join(f"{what} {value:.3f}{'' if what == 'ratio' else ' s'}" for what, value in results[name].items())
+        print(f"{name}: {shown}", flush=True)
+    folder = Path("bench/results")
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = {"python": platform.python_version(), "machine": platform.machine(), "results": results}
+    (folder / "latest.json").write_text(json.dumps(facts, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
