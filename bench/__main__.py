@@ -1,4 +1,4 @@
-"""Side-by-side measurements on the embedded default, as ratios within one run: `make bench`, or `python -m bench NAME ...`.
+"""Side-by-side measurements on the embedded default, as ratios within one run: `python -m bench [NAME ...]`.
 
 Each pair is timed in turn, several rounds, and the median round is told; results also go to bench/results/.
 """
@@ -114,7 +114,9 @@ def main(names: list[str]) -> int:
     results = {}
     for name in names or BENCHES:
         results[name] = BENCHES[name]()
-        shown = "  ".join(f"{what} {value:.3f}{'' if what == 'ratio' else ' s'}" for what, value in results[name].items())
+        shown = "  ".join(
+            f"{what} {value:.3f}{'' if what == 'ratio' else ' s'}" for what, value in results[name].items()
+        )
         print(f"{name}: {shown}", flush=True)
     folder = Path("bench/results")
     folder.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ range or combination is one ConfigError that names the dotted path, what was giv
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -34,8 +35,14 @@ class VisionConfig(_Section):
 
     source: str
     pretrained: str | None = None  # an open_clip tag or a weights file; none for local-dir, which holds its own
-    layer: int = -2  # whose output is read; LLaVA reads the last but one
+    layer: Annotated[int, Field(lt=0)] = -2  # whose output is read; LLaVA reads the last but one
     fit: Literal["stretch", "pad", "square"] = "pad"  # how a picture that is not square becomes square
+
+    @model_validator(mode="after")
+    def _one_place_of_weights(self) -> VisionConfig:
+        if self.pretrained and self.source.startswith(("local-dir:", "hf-hub:")):
+            raise ValueError(f"{self.source} holds its own weights, so pretrained ({self.pretrained}) must be left out")
+        return self
 
 
 class ProjectorConfig(_Section):
@@ -134,10 +141,18 @@ class RunConfig(_Section):
 
     stage: str
     out: str
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     num_threads: PositiveInt | None = None  # CPU threads of one process; default: torch's own
     optim: OptimConfig
     log: LogConfig = LogConfig()
+
+    def check_rates(self, parts: Iterable[str]) -> None:
+        """Raises ValueError where the trained parts are not those that have a learning rate."""
+        if set(self.optim.learning_rates) != set(parts):
+            raise ValueError(
+                f"optim.learning_rates has {sorted(self.optim.learning_rates)} but this run trains {sorted(parts)}; "
+                "give one rate a part"
+            )
 
 
 class StageConfig(RunConfig):
@@ -146,16 +161,12 @@ class StageConfig(RunConfig):
     stage: Literal["stage1", "stage2"]
     model: ModelConfig
     data: DataConfig
-    train: tuple[Literal["vision", "projector", "language"], ...]
+    train: Annotated[tuple[Literal["vision", "projector", "language"], ...], Field(min_length=1)]
     lora: LoraConfig | None = None
 
     @model_validator(mode="after")
     def _combination(self) -> StageConfig:
-        rates = set(self.optim.learning_rates)
-        if rates != set(self.train):
-            raise ValueError(
-                f"optim.learning_rates has {sorted(rates)} but train has {sorted(self.train)}; give one rate a part"
-            )
+        self.check_rates(self.train)
         if self.lora and "language" not in self.train:
             raise ValueError("lora adapts the LLM, but train does not list language")
         if self.data.cache_features and "vision" in self.train:
@@ -181,6 +192,11 @@ class WarmupVisionConfig(RunConfig):
     lessons: Annotated[tuple[VisionLessonConfig, ...], Field(min_length=1)]
     num_val_scenes: PositiveInt = 100
 
+    @model_validator(mode="after")
+    def _rates(self) -> WarmupVisionConfig:
+        self.check_rates(["vision"])
+        return self
+
 
 class LessonConfig(_Section):
     """A part of the language warm-up: how much of the world is described, what is asked, for how many steps."""
@@ -205,6 +221,11 @@ class WarmupLanguageConfig(RunConfig):
     num_turns: PositiveInt = 10
     num_val_descriptions: PositiveInt = 400
 
+    @model_validator(mode="after")
+    def _rates(self) -> WarmupLanguageConfig:
+        self.check_rates(["language"])
+        return self
+
 
 CONFIGS: dict[str, type[RunConfig]] = {
     "stage1": StageConfig,
@@ -219,11 +240,28 @@ def _read(path: Path) -> Any:
         raise ConfigError(f"no config file at {path}; configs/README.md lists those that come with the project")
     try:
         tree = OmegaConf.load(path)
-    except (YAMLError, OmegaConfBaseException) as error:
+    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not readable YAML: {error}") from error
-    if not OmegaConf.is_dict(tree):
-        raise ConfigError(f"{path} must hold sections with keys, got {type(tree).__name__}")
+    if not OmegaConf.is_dict(tree) or not tree:
+        raise ConfigError(f"{path} must hold sections with keys, such as `optim:`; got {str(tree):.60}")
     return tree
+
+
+def _drop_options(base: Any, new: Any) -> None:
+    """A part of another `kind` does not keep the options of the one that it replaces."""
+    for key in new:
+        if key not in base or OmegaConf.is_interpolation(base, key) or OmegaConf.is_interpolation(new, key):
+            continue
+        old, fresh = base[key], new[key]
+        if OmegaConf.is_dict(old) and OmegaConf.is_dict(fresh):
+            if "kind" in fresh and fresh["kind"] != old.get("kind"):
+                old.pop("options", None)
+            _drop_options(old, fresh)
+
+
+def _merge(base: Any, new: Any) -> Any:
+    _drop_options(base, new)
+    return OmegaConf.merge(base, new)
 
 
 def _problem(error: Any, tree: Any) -> str:
@@ -257,20 +295,24 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     path = Path(path)
     tree = _read(path)
     if parent := tree.pop("extends", None):
+        if not isinstance(parent, str):
+            raise ConfigError(f"{path}: extends must name one file, got {parent!r}")
         base = _read(path.parent / parent)
         if "extends" in base:
             raise ConfigError(f"{path} extends {parent}, which extends another file; one level is allowed")
-        tree = OmegaConf.merge(base, tree)
+        tree = _merge(base, tree)
+    given = OmegaConf.create()
     for override in overrides or []:
         key, equals, _ = override.partition("=")
         if not equals or not key:
             raise ConfigError(f"override {override!r} is not of the form section.key=value")
         try:
-            tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([override]))
-        except (OmegaConfBaseException, YAMLError, ValueError) as error:
+            given = OmegaConf.merge(given, OmegaConf.from_dotlist([override]))
+            OmegaConf.merge(tree, given)
+        except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
             raise ConfigError(f"override {override!r} cannot be read: {error}") from error
     try:
-        values = OmegaConf.to_container(tree, resolve=True)
+        values = OmegaConf.to_container(_merge(tree, given), resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {error}") from error
     assert isinstance(values, dict)
@@ -287,3 +329,26 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
 def dump_config(config: RunConfig) -> str:
     """The resolved settings as YAML that runs the same run again."""
     return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+
+
+# What may change between two starts of one run, since it decides nothing about the weights. The global batch may not,
+# but how it is divided into ranks and micro-steps may.
+_FREE = ("out", "num_threads", "log", "data.num_workers", "optim.batch_size", "optim.accumulate_steps")
+
+
+def _leaves(tree: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict) or not tree:
+        return {path: tree}
+    return {
+        name: leaf
+        for key, value in tree.items()
+        for name, leaf in _leaves(value, f"{path}.{key}" if path else str(key)).items()
+    }
+
+
+def settings_differences(there: str, here: str) -> list[str]:
+    """What tells two dumped settings apart as far as it decides the weights, a line for each key."""
+    old, new = (_leaves(OmegaConf.to_container(OmegaConf.create(text))) for text in (there, here))
+    keys = [key for key in {**old, **new} if not any(f"{key}.".startswith(f"{free}.") for free in _FREE)]
+    values = [(key, old.get(key, "nothing"), new.get(key, "nothing")) for key in keys]
+    return [f"{key}: {before} there, {now} here" for key, before, now in values if before != now]

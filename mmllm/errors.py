@@ -5,12 +5,28 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import sys
 from collections.abc import Iterator
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# How writers that are not Python's own tell the operating system's error: safetensors, in the words of Rust.
+_RUST_ERROR = re.compile(r"code: (\d+), kind|\(os error (\d+)\)")
 USAGE = 2
 FAILED = 1
 INTERRUPTED = 130
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether this error, or one that it came from, says that no more can be written: no space, no quota, a file limit."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in DISK_FULL:
+            return True
+        if type(seen).__name__ == "SafetensorError" and (found := _RUST_ERROR.search(str(seen))):
+            return int(found[1] or found[2]) in DISK_FULL
+        seen = seen.__cause__ or seen.__context__
+    return False
 
 
 def _explain(error: BaseException) -> tuple[str, int] | None:
@@ -19,13 +35,17 @@ def _explain(error: BaseException) -> tuple[str, int] | None:
 
     if isinstance(error, ConfigError):
         return str(error), USAGE
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return "the disk is full. What was saved before is whole; free some space and start the same command again", FAILED
+    if is_disk_full(error):
+        return (
+            "the disk is full, or a limit on what may be written is reached. What was saved before is whole; "
+            "free some space and start the same command again",
+            FAILED,
+        )
     if isinstance(error, OSError):
         return f"{error.filename or 'a file'}: {error.strerror or error}", FAILED
     name = type(error).__name__
-    if isinstance(error, ValueError) or name in ("TrainingError", "Interrupted"):
-        return str(error), INTERRUPTED if name == "Interrupted" else FAILED
+    if isinstance(error, ValueError) or name in ("TrainingError", "InterruptedRunError"):
+        return str(error), INTERRUPTED if name == "InterruptedRunError" else FAILED
     if name == "OutOfMemoryError":
         return (
             f"out of memory: {error}\nLower optim.batch_size and raise optim.accumulate_steps, set "

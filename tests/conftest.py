@@ -52,3 +52,15 @@ def tiny_scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("scenes")
     write_scenes(folder, {"train": 24, "val": 8}, 0, num_processes=1)
     return folder
+
+
+@pytest.fixture(scope="session")
+def trained_model() -> Path:
+    """The model that `make demo` trains. Without one the test is skipped, or fails with MMLLM_REQUIRE_TRAINED."""
+    folder = Path(__file__).resolve().parent.parent / "runs" / "tiny" / "stage2"
+    if not (folder / "manifest.json").is_file():
+        reason = f"no trained model at {folder}: `make demo` trains it"
+        if os.environ.get("MMLLM_REQUIRE_TRAINED"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return folder

@@ -86,7 +86,7 @@ def test_a_second_run_captions_what_is_left(tiny_checkpoint: Path, pictures: Pat
     caption(tiny_checkpoint, pictures, "--out", out)
     before = out.read_bytes()
     Image.new("RGB", (9, 9)).save(pictures / "broken.png")
-    status, said, err = caption(tiny_checkpoint, pictures, "--out", out)
+    status, said, _ = caption(tiny_checkpoint, pictures, "--out", out)
     assert status == 0
     assert "4 of 5 pictures have a caption" in said
     assert out.read_bytes().startswith(before)
@@ -199,7 +199,7 @@ def test_a_caption_without_words_is_kept_and_marked(tiny_checkpoint: Path, pictu
 class _Picky(Engine):
     """An engine that has no memory left for pictures named `huge`."""
 
-    def reply_batch(self, examples, sampling):  # noqa: ANN001, ANN201
+    def reply_batch(self, examples, sampling):
         if any("huge" in example.id for example in examples):
             raise RuntimeError("out of memory")
         return super().reply_batch(examples, sampling)

@@ -1,6 +1,6 @@
 """Stage 1: the projector learns to show the LLM what the vision tower sees; tower and LLM stay as they are.
 
-    accelerate launch train/stage1.py configs/tiny/stage1.yaml [section.key=value ...]
+accelerate launch train/stage1.py configs/tiny/stage1.yaml [section.key=value ...]
 """
 
 from mmllm.training.run import main

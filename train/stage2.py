@@ -1,6 +1,6 @@
 """Stage 2: projector and LLM, whole or through LoRA, learn to follow instructions about pictures.
 
-    accelerate launch train/stage2.py configs/tiny/stage2.yaml [section.key=value ...]
+accelerate launch train/stage2.py configs/tiny/stage2.yaml [section.key=value ...]
 """
 
 from mmllm.training.run import main

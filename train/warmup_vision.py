@@ -1,6 +1,6 @@
 """Warm-up of the embedded default's eyes: a small CLIP, contrastively, on drawn scenes and their captions.
 
-    accelerate launch train/warmup_vision.py configs/tiny/warmup_vision.yaml [section.key=value ...]
+accelerate launch train/warmup_vision.py configs/tiny/warmup_vision.yaml [section.key=value ...]
 """
 
 from mmllm.training.run import main

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mmllm.batch import IGNORE_INDEX, Example, ImageRef, Message, Role
@@ -99,7 +99,9 @@ def own_template(tokenizer: Any) -> Template:
         closing = _render_own(tokenizer, [("user", user), ("assistant", answer)])
         close = _between(closing, answer, None)
         if not middle.startswith(close) or not asked.startswith(one):
-            raise ChatError("the tokenizer's chat template changes a turn when another follows; choose another template")
+            raise ChatError(
+                "the tokenizer's chat template changes a turn when another follows; choose another template"
+            )
         user_open = middle.removeprefix(close)
         head = one[: one.index(user)]
         if not head.endswith(user_open):
@@ -138,14 +140,23 @@ def own_template(tokenizer: Any) -> Template:
 def _compare(tokenizer: Any, template: Template, has_system: bool) -> None:
     """Renders probes both ways: several turns, awkward text, and a system turn where the template knows one."""
     probes: list[list[tuple[Role, str]]] = [
-        [("user", "Why?\n\nSay: <b> {x} & 7"), ("assistant", "Because.\n- one\n- two"), ("user", "  And? "), ("assistant", "So")],
+        [
+            ("user", "Why?\n\nSay: <b> {x} & 7"),
+            ("assistant", "Because.\n- one\n- two"),
+            ("user", "  And? "),
+            ("assistant", "So"),
+        ],
         [("user", "a"), ("assistant", "b")] * 3,
     ]
     if has_system:
         probes.append([("system", "Be kind."), *probes[0]])
     for turns in probes:
         theirs = _render_own(tokenizer, turns)
-        ours = "".join(text for text, _ in pieces(template, [Message(role, (text,)) for role, text in turns]) if isinstance(text, str))
+        ours = "".join(
+            text
+            for text, _ in pieces(template, [Message(role, (text,)) for role, text in turns])
+            if isinstance(text, str)
+        )
         if theirs != ours:
             raise ChatError(
                 "the tokenizer's chat template cannot be taken apart exactly: "
@@ -207,19 +218,17 @@ class Renderer:
         self.tokenizer = tokenizer
         self.template_name = template
         found = find_template(template, tokenizer)
-        marks = {"bos": tokenizer.bos_token or "", "eos": tokenizer.eos_token or ""}
-        fields = {
-            name: value.replace("{bos}", marks["bos"]).replace("{eos}", marks["eos"]) if isinstance(value, str) else value
-            for name, value in vars(found).items()
-        }
-        self.template = Template(**fields)
+        marks = {"{bos}": tokenizer.bos_token or "", "{eos}": tokenizer.eos_token or ""}
+        begin, close = (functools.reduce(lambda text, mark: text.replace(*mark), marks.items(), text)
+                        for text in (found.begin, found.assistant_close))  # fmt: skip
+        self.template = replace(found, begin=begin, assistant_close=close)
         self.image_token_id = image_token_id
         self.num_image_tokens = num_image_tokens
         self._encode = functools.lru_cache(maxsize=65536)(self._encode_piece)
-        close = self._encode(self.template.assistant_close)
-        if not close:
+        closing_ids = self._encode(close)
+        if not closing_ids:
             raise ChatError(f"template {template!r} ends answers with nothing; the tokenizer needs an end token")
-        self.end_token_id: int = close[0]
+        self.end_token_id: int = closing_ids[0]
 
     def _encode_piece(self, text: str) -> tuple[int, ...]:
         ids = self.tokenizer.encode(text, add_special_tokens=False)

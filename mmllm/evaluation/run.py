@@ -12,11 +12,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from mmllm.evaluation.tasks import Question, find_task, guess_accuracy, read_questions, scene_of_picture
+from mmllm.evaluation.tasks import CAPTION, Question, find_task, guess_accuracy, read_questions, scene_of_picture
 from mmllm.inference.engine import Engine, Sampling
 from mmllm.scenes.tell import f1, fact_counts
-
-CAPTION = "caption"
 
 
 def normalise(text: str) -> str:
@@ -81,7 +79,9 @@ def score(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, An
     return result
 
 
-def evaluate_task(engine: Engine, name: str, *, max_pictures: int | None, batch_size: int, progress: Any) -> dict[str, Any]:
+def evaluate_task(
+    engine: Engine, name: str, *, max_pictures: int | None, batch_size: int, progress: Any
+) -> dict[str, Any]:
     """The result of one task: `score`, beside it `shuffled` (pictures exchanged) and `guess` (no picture at all)."""
     questions = read_questions(find_task(name), max_pictures)
     bar = progress.add_task(name, total=2 * len(questions))
@@ -108,7 +108,9 @@ def show(name: str, result: dict[str, Any], console: Console) -> None:
         cells = [f"{value:.3f}", "" if wrong is None else f"{wrong:.3f}", f"{result['guess'][kind]:.3f}"]
         table.add_row(kind.replace("_", " "), str(result["counts"][kind]), *cells)
     table.add_section()
-    table.add_row("all", str(sum(result["counts"].values())), f"{result['exact']:.3f}", f"{result['shuffled']['exact']:.3f}", "")
+    table.add_row(
+        "all", str(sum(result["counts"].values())), f"{result['exact']:.3f}", f"{result['shuffled']['exact']:.3f}", ""
+    )
     if "caption_f1" in result:
         table.add_row("caption F1", "", f"{result['caption_f1']:.3f}", f"{result['shuffled']['caption_f1']:.3f}", "")
     console.print(table)
@@ -126,7 +128,9 @@ def evaluate_model(
     results = {}
     with Progress(console=console, disable=quiet) as progress:
         for name in tasks:
-            results[name] = evaluate_task(engine, name, max_pictures=max_pictures, batch_size=batch_size, progress=progress)
+            results[name] = evaluate_task(
+                engine, name, max_pictures=max_pictures, batch_size=batch_size, progress=progress
+            )
     if not quiet:
         for name, result in results.items():
             show(name, result, console)

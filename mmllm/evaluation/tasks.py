@@ -1,4 +1,4 @@
-"""Tasks: pictures with questions whose right answers are known. A plain dict; each name is a folder of `mmllm scenes`."""
+"""Tasks: pictures with questions whose right answers are known; each name is a folder of `mmllm scenes`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ TASKS: dict[str, Path] = {
     "scenes-val": Path("data/scenes/val"),
     "scenes-compositions": Path("data/scenes/compositions"),
 }
+CAPTION = "caption"  # the one type that is scored by its facts and not word by word
 
 
 class TaskError(ValueError):
@@ -66,7 +67,10 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def read_questions(folder: Path, max_pictures: int | None = None) -> list[Question]:
-    """Every question of a split, each by itself with just the turns that it follows. Raises TaskError."""
+    """Every question of a split, each by itself with just the turns that it follows. Raises TaskError.
+
+    Captions of rows without picture are left out.
+    """
     questions: list[Question] = []
     pictures: set[str] = set()
     for row in _rows(folder / "conversations.json"):
@@ -83,6 +87,8 @@ def read_questions(folder: Path, max_pictures: int | None = None) -> list[Questi
         values = [turn["value"].removeprefix(opening) for turn in row["conversations"]]
         turns = list(zip(values[::2], values[1::2], strict=True))
         for number, (kind, needed) in enumerate(zip(row["types"], row["needs"], strict=True)):
+            if kind == CAPTION and not images:
+                continue  # no scene graph to score it by
             question, answer = turns[number]
             questions.append(Question(kind, images, tuple(turns[number - needed : number]), question, answer))
     return questions

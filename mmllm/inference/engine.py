@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -173,7 +174,7 @@ class Engine:
         rendered = self._render(example, sampling)
         inputs = self._inputs([rendered], example.images)
         abandoned = threading.Event()  # the caller stopped listening, as a closed tab does
-        queue: SimpleQueue[list[int] | BaseException | None] = SimpleQueue()
+        queue: SimpleQueue[list[int] | None] = SimpleQueue()
 
         def is_stopped(ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
             halted = abandoned.is_set() or (stop is not None and stop.is_set())
@@ -184,9 +185,8 @@ class Engine:
                 with self._lock:
                     if not abandoned.is_set() and not (stop is not None and stop.is_set()):
                         self._generate(inputs, sampling, streamer=_Streamer(queue.put), stopping_criteria=[is_stopped])
+            finally:
                 queue.put(None)
-            except BaseException as error:
-                queue.put(error)
 
         def reply(ids: list[int], finish: Literal["end", "length", "stopped"] | None) -> Reply:
             text = self.renderer.decode(ids)
@@ -194,19 +194,18 @@ class Engine:
                 text, finish, len(rendered.input_ids), rendered.num_image_tokens, len(ids), time.monotonic() - begun
             )
 
-        worker = threading.Thread(target=work, name="generate", daemon=True)
-        worker.start()
+        executor = ThreadPoolExecutor(1, thread_name_prefix="generate")
+        generation = executor.submit(work)
         ids: list[int] = []
         try:
             while (new := queue.get()) is not None:
-                if isinstance(new, BaseException):
-                    raise new
                 ids += new
                 yield reply(ids, None)
+            generation.result()  # raises what the generation raised
             yield reply(ids, self._finish(ids, stop))
         finally:
             abandoned.set()
-            worker.join()
+            executor.shutdown()
 
     def _finish(self, ids: Sequence[int], stop: threading.Event | None) -> Literal["end", "length", "stopped"]:
         if ids and ids[-1] == self.renderer.end_token_id:

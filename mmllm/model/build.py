@@ -20,7 +20,10 @@ def build_model(config: ModelConfig) -> tuple[VisionLanguageModel, VisionLanguag
 
     The number of image tokens is counted by running the tower and the projector once.
     """
-    assert config.vision and config.projector and config.language and config.template
+    assert config.vision is not None
+    assert config.projector is not None
+    assert config.language is not None
+    assert config.template is not None
     tower = load_tower(config.vision)
     language_model, tokenizer = load_language(config.language)
     width = language_model.config.get_text_config().hidden_size

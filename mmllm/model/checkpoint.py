@@ -59,7 +59,9 @@ def library_versions() -> dict[str, str]:
 
 def write_manifest(folder: Path, **facts: Any) -> None:
     """The manifest of all files now in the folder, written as the last of them."""
-    files = {path.name: file_hash(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name != MANIFEST}
+    files = {
+        path.name: file_hash(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name != MANIFEST
+    }
     manifest = {"kind": KIND, "format_version": FORMAT_VERSION, **facts, "versions": library_versions(), "files": files}
     partial = folder / (MANIFEST + ".part")
     partial.write_text(json.dumps(manifest, indent=2) + "\n")
@@ -73,7 +75,11 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"no model at {folder}: there is no such folder; `make demo` trains runs/tiny/stage2")
     path = folder / MANIFEST
     if not path.is_file():
-        state = " A run was begun there and not finished; start it again and it goes on." if (folder / "state").is_dir() else ""
+        state = (
+            " A run was begun there and not finished; start it again and it goes on."
+            if (folder / "state").is_dir()
+            else ""
+        )
         raise CheckpointError(f"{folder} is not a finished checkpoint: it has no {MANIFEST}.{state}")
     try:
         manifest = json.loads(path.read_text())
@@ -85,6 +91,8 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder} has checkpoint format {manifest.get('format_version')}, this version reads {FORMAT_VERSION}"
         )
+    if not isinstance(manifest.get("files"), dict):
+        raise CheckpointError(f"{path} lists no files; copy the folder again")
     if missing := [name for name in manifest["files"] if not (folder / name).is_file()]:
         raise CheckpointError(f"{folder} lacks {', '.join(missing)}, which its manifest lists; copy the folder again")
     return manifest
@@ -104,11 +112,15 @@ def save_checkpoint(
     partial = folder / "checkpoint.part"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    with quiet_transformers():
-        model.save_pretrained(partial)
-    processor.save_pretrained(partial)
-    (partial / "README.md").write_text(card)
-    write_manifest(partial, **facts)
+    try:
+        with quiet_transformers():
+            model.save_pretrained(partial)
+        processor.save_pretrained(partial)
+        (partial / "README.md").write_text(card)
+        write_manifest(partial, **facts)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # what cannot be used shall not fill the disk
+        raise
     (folder / MANIFEST).unlink(missing_ok=True)
     for path in sorted(partial.iterdir(), key=lambda path: path.name == MANIFEST):
         path.replace(folder / path.name)
@@ -120,10 +132,16 @@ def load_checkpoint(folder: str | Path) -> tuple[VisionLanguageModel, VisionLang
     manifest = read_manifest(folder)
     try:
         with quiet_transformers():
-                model, report = VisionLanguageModel.from_pretrained(folder, output_loading_info=True)
+            model, report = VisionLanguageModel.from_pretrained(folder, output_loading_info=True)
         processor = VisionLanguageProcessor.from_pretrained(folder)
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder} cannot be loaded: {error}") from error
+    except Exception as error:  # readers of other packages fail with whatever they like on a damaged file
+        if damaged := verify_files(folder):
+            raise CheckpointError(
+                f"{folder} is damaged: {', '.join(damaged)} is not what its manifest says; copy the folder again"
+            ) from error
+        if isinstance(error, OSError | RuntimeError | ValueError | KeyError):
+            raise CheckpointError(f"{folder} cannot be loaded: {error}") from error
+        raise
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(str(name) for name in report[what]):
             shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

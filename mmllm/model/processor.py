@@ -38,6 +38,8 @@ class VisionLanguageProcessor(ProcessorMixin):  # type: ignore[misc]
         num_image_tokens: image tokens that stand for one picture.
     """
 
+    text_kwargs = {"add_special_tokens": False}  # the chat template writes them all, as the renderer does
+
     def __init__(
         self,
         image_processor: Any = None,
@@ -52,6 +54,11 @@ class VisionLanguageProcessor(ProcessorMixin):  # type: ignore[misc]
         self.image_token = IMAGE_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @property
+    def unused_input_names(self) -> list[str]:
+        """What tokenizers give and no causal LM takes."""
+        return ["token_type_ids"]
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
         """What one `<image>` becomes before tokenisation."""

@@ -22,7 +22,7 @@ INTERPOLATIONS = {"bicubic": 3, "bilinear": 2}  # open_clip's names -> PIL.Image
 
 @dataclass(frozen=True)
 class TowerSpec:
-    """What a tower is: open_clip's model config, the layer that is read, and the image transform it was trained with."""
+    """What a tower is: open_clip's model config, the layer that is read, and the image transform of its training."""
 
     model_cfg: dict[str, Any]  # open_clip's model config: embed_dim, vision_cfg, quick_gelu, ...
     layer: int  # negative, counted from the last
@@ -52,7 +52,9 @@ class VisionTower(nn.Module):
 
         self.spec = spec
         config = spec.model_cfg
-        self.encoder: Any = _build_vision_tower(config["embed_dim"], config["vision_cfg"], config.get("quick_gelu", False))
+        self.encoder: Any = _build_vision_tower(
+            config["embed_dim"], config["vision_cfg"], config.get("quick_gelu", False)
+        )
         num_layers = _num_layers(self.encoder)
         if not -num_layers <= spec.layer < 0:
             raise ConfigError(f"model.vision.layer: {spec.layer} is not a layer; this tower has -{num_layers} to -1")
@@ -120,7 +122,9 @@ def _model_cfg(source: str) -> dict[str, Any]:
         )
     config: dict[str, Any] = data.get("model_cfg", data)
     if missing := {"embed_dim", "vision_cfg"} - set(config):
-        raise ConfigError(f"model.vision.source: {source} lacks {', '.join(sorted(missing))}: no open_clip model config")
+        raise ConfigError(
+            f"model.vision.source: {source} lacks {', '.join(sorted(missing))}: no open_clip model config"
+        )
     return config
 
 

@@ -10,13 +10,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GenerationMixin,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mmllm.batch import Batch
 from mmllm.model.vision import TowerSpec, VisionTower
-from projector import build_projector
+from projector import Projector, build_projector
 
 
 class VisionLanguageConfig(PretrainedConfig):  # type: ignore[misc]
@@ -69,6 +76,8 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
 
     def __init__(self, config: VisionLanguageConfig):
         super().__init__(config)
+        assert config.vision is not None
+        assert config.projector is not None
         self.vision_tower = VisionTower(TowerSpec.from_json(config.vision))
         self.projector = build_projector(
             config.projector["kind"],
@@ -81,7 +90,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
 
     @classmethod
     def assemble(
-        cls, config: VisionLanguageConfig, tower: VisionTower, projector: nn.Module, language_model: Any
+        cls, config: VisionLanguageConfig, tower: VisionTower, projector: Projector, language_model: Any
     ) -> VisionLanguageModel:
         """A model around parts that are loaded already; nothing is built, or held in memory, twice."""
         with torch.device("meta"):
@@ -121,7 +130,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
             if (found := int(slots.sum())) > 0:
                 raise ValueError(f"{found} image slots in the text but no image was given")
             return embeds
-        image_embeds = self.projector(image_features).flatten(0, 1)  # [N * M, D]
+        image_embeds: Tensor = self.projector(image_features).flatten(0, 1)  # [N * M, D]
         if (found := int(slots.sum())) != len(image_embeds):
             raise ValueError(
                 f"{found} image slots in the text but {len(image_embeds)} image tokens "
@@ -129,7 +138,8 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
             )
         if found == 0:  # a batch without images: keep the projector in the graph, for ranks that wait for its gradient
             return embeds + 0.0 * image_embeds.sum()
-        return embeds.masked_scatter(slots.unsqueeze(-1), image_embeds.to(embeds.dtype))
+        filled: Tensor = embeds.masked_scatter(slots.unsqueeze(-1), image_embeds.to(embeds.dtype))
+        return filled
 
     def embed_batch(self, batch: Batch) -> Tensor:
         """`embed` for a training batch; one without images still runs the projector, on none."""
@@ -158,10 +168,9 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         if inputs_embeds is None:
             if image_features is None and pixel_values is not None:
                 image_features = self.encode_images(pixel_values)
-            inputs_embeds = self.embed(input_ids, image_features)  # type: ignore[arg-type]
-        return self.language_model(  # type: ignore[no-any-return]
-            inputs_embeds=inputs_embeds, attention_mask=attention_mask, labels=labels, **kwargs
-        )
+            assert input_ids is not None
+            inputs_embeds = self.embed(input_ids, image_features)
+        return self.language_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, labels=labels, **kwargs)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         """Images are given to the first forward alone; behind it their keys and values stand in the cache."""
@@ -171,4 +180,20 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         return {**inputs, **images} if is_first else inputs
 
 
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        """Every beam or sample of a row gets that row's images, however many they are."""
+        images = {name: kwargs.pop(name) for name in ("pixel_values", "image_features") if kwargs.get(name) is not None}
+        if input_ids is not None and images and expand_size > 1:
+            slots = (input_ids == self.config.image_token_id).sum(1)
+            counts = (slots // self.config.num_image_tokens).tolist()
+            for name, value in images.items():
+                rows = value.split(counts)
+                images[name] = torch.cat([row for row in rows for _ in range(expand_size)])
+        ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
+        return ids, {**kwargs, **images}
+
+
 AutoConfig.register(VisionLanguageConfig.model_type, VisionLanguageConfig, exist_ok=True)
+AutoModelForImageTextToText.register(VisionLanguageConfig, VisionLanguageModel, exist_ok=True)

@@ -40,6 +40,10 @@ ATTRIBUTE_QUESTIONS = {
 CAPTION_REQUESTS = ("describe the picture.", "what is in the picture?", "what do you see?", "write a caption.")
 
 
+def plural(shape: str) -> str:
+    return f"{shape}es" if shape == "cross" else f"{shape}s"
+
+
 def yes_no(truth: bool) -> str:
     return "yes" if truth else "no"
 
@@ -114,9 +118,7 @@ def ask_count(scene: Scene, rng: random.Random) -> list[Turn]:
     # mostly something that is there: a count of zero is what `exists` asks
     choices = {"shape": SHAPES, "color": COLORS, "size": SIZES}[name]
     value = rng.choice(present) if rng.random() < 0.85 else rng.choice(choices)
-    noun = f"{value}s" if name == "shape" else f"{value} objects"
-    if noun == "crosss":
-        noun = "crosses"
+    noun = plural(value) if name == "shape" else f"{value} objects"
     return [Turn("count", f"how many {noun} are there?", str(present.count(value)))]
 
 
@@ -158,35 +160,36 @@ def ask_exists(scene: Scene, rng: random.Random) -> list[Turn]:
     return [Turn("exists", f"is there {a(rng.choice(nouns))}?", yes_no(wanted))]
 
 
-def ask_compare(scene: Scene, rng: random.Random) -> list[Turn]:
-    wanted = rng.random() < 0.5
-    if scene.kind == "chart":
-        x, y = rng.sample(scene.bars, 2)
-        if x.value == y.value:
-            return []
-        taller = rng.choice(("taller", "shorter"))
-        if (x.value > y.value) != (wanted == (taller == "taller")):
-            x, y = y, x
-        return [Turn("compare", f"is the {x.color} bar {taller} than the {y.color} bar?", yes_no(wanted))]
-    if len(scene.things) < 2:
+def _compare_bars(scene: Scene, rng: random.Random, wanted: bool) -> list[Turn]:
+    x, y = rng.sample(scene.bars, 2)
+    if x.value == y.value:
         return []
-    one, other = rng.sample(scene.things, 2)
-    form = rng.choice(("larger", "same", "more"))
-    if form == "more":
-        shapes = sorted({t.shape for t in scene.things})
-        counts = {s: sum(t.shape == s for t in scene.things) for s in shapes}
-        pairs = [(s, t) for s in shapes for t in shapes if s != t and (counts[s] > counts[t]) == wanted]
-        if not pairs:
-            return []
-        first, second = (f"{s}es" if s == "cross" else f"{s}s" for s in rng.choice(pairs))
-        return [Turn("compare", f"are there more {first} than {second}?", yes_no(wanted))]
-    if form == "larger":
-        first, second = refer(scene, one, rng, "size", "place"), refer(scene, other, rng, "size", "place")
-        if one.size == other.size or not first or not second:
-            return []
-        word = rng.choice(("larger", "smaller"))
-        answer = one if (one.size == "large") == (word == "larger") else other
-        return [Turn("compare", f"which is {word}, the {first} or the {second}?", first if answer == one else second)]
+    taller = rng.choice(("taller", "shorter"))
+    if (x.value > y.value) != (wanted == (taller == "taller")):
+        x, y = y, x
+    return [Turn("compare", f"is the {x.color} bar {taller} than the {y.color} bar?", yes_no(wanted))]
+
+
+def _compare_counts(scene: Scene, rng: random.Random, wanted: bool) -> list[Turn]:
+    shapes = sorted({t.shape for t in scene.things})
+    counts = {s: sum(t.shape == s for t in scene.things) for s in shapes}
+    pairs = [(s, t) for s in shapes for t in shapes if s != t and (counts[s] > counts[t]) == wanted]
+    if not pairs:
+        return []
+    first, second = (plural(shape) for shape in rng.choice(pairs))
+    return [Turn("compare", f"are there more {first} than {second}?", yes_no(wanted))]
+
+
+def _compare_sizes(scene: Scene, rng: random.Random, one: Thing, other: Thing) -> list[Turn]:
+    first, second = refer(scene, one, rng, "size", "place"), refer(scene, other, rng, "size", "place")
+    if one.size == other.size or not first or not second:
+        return []
+    word = rng.choice(("larger", "smaller"))
+    answer = first if (one.size == "large") == (word == "larger") else second
+    return [Turn("compare", f"which is {word}, the {first} or the {second}?", answer)]
+
+
+def _compare_attribute(scene: Scene, rng: random.Random, wanted: bool) -> list[Turn]:
     name = rng.choice(("color", "shape", "size"))
     pairs = [(x, y) for x in scene.things for y in scene.things if x != y]
     fitting = [(x, y) for x, y in pairs if (getattr(x, name) == getattr(y, name)) == wanted]
@@ -197,6 +200,19 @@ def ask_compare(scene: Scene, rng: random.Random) -> list[Turn]:
     if not first or not second:
         return []
     return [Turn("compare", f"are the {first} and the {second} the same {name}?", yes_no(wanted))]
+
+
+def ask_compare(scene: Scene, rng: random.Random) -> list[Turn]:
+    wanted = rng.random() < 0.5
+    if scene.kind == "chart":
+        return _compare_bars(scene, rng, wanted)
+    if len(scene.things) < 2:
+        return []
+    one, other = rng.sample(scene.things, 2)
+    form = rng.choice(("larger", "same", "more"))
+    if form == "more":
+        return _compare_counts(scene, rng, wanted)
+    return _compare_sizes(scene, rng, one, other) if form == "larger" else _compare_attribute(scene, rng, wanted)
 
 
 def ask_text(scene: Scene, rng: random.Random) -> list[Turn]:
@@ -259,8 +275,8 @@ def ask_follow_up(scene: Scene, rng: random.Random) -> list[Turn]:
         named = [(t, ref) for t in others if (ref := refer(scene, t, rng, name)) and ref not in turns[0].question]
         if not named:
             return []
-        thing, subject = rng.choice(named)
-        return [*turns, Turn("follow_up", f"and the {subject}?", getattr(thing, name), num_needed=1)]
+        thing, other_subject = rng.choice(named)
+        return [*turns, Turn("follow_up", f"and the {other_subject}?", getattr(thing, name), num_needed=1)]
     thing = rng.choice(scene.things)
     second = rng.choice([n for n in ATTRIBUTE_QUESTIONS if n != name])
     subject = refer(scene, thing, rng, name, second)
@@ -313,13 +329,14 @@ TWO_PICTURES = "two_pictures"
 
 def ask_about_two(first: Scene, second: Scene, rng: random.Random, num_turns: int) -> list[Turn]:
     """Turns about two scenes of objects: which picture has it, which has more, same or different."""
+    answer = "same" if first == second else "different"
+    same = Turn(TWO_PICTURES, "are the two pictures the same or different?", answer)
     turns: list[Turn] = []
     forms = ["which", "which", "more", "same"] * 2
     rng.shuffle(forms)
     for form in forms[: num_turns + 2]:
         if form == "same":
-            turns.append(Turn(TWO_PICTURES, "are the two pictures the same or different?",
-                              "same" if first == second else "different"))  # fmt: skip
+            turns.append(same)
         elif form == "more" and len(first.things) != len(second.things):
             answer = "picture 1" if len(first.things) > len(second.things) else "picture 2"
             turns.append(Turn(TWO_PICTURES, "which picture has more objects?", answer))
@@ -331,7 +348,7 @@ def ask_about_two(first: Scene, second: Scene, rng: random.Random, num_turns: in
                 value = rng.choice(sorted(values))
                 noun = a(value) if name == "shape" else f"{a(value)} object"
                 turns.append(Turn(TWO_PICTURES, f"which picture has {noun}?", "picture 1" if in_first else "picture 2"))
-    unique = {turn.question: turn for turn in turns}
+    unique = {turn.question: turn for turn in turns or [same]}  # of equal scenes nothing else may have been asked
     return list(unique.values())[:num_turns]
 
 

@@ -192,7 +192,9 @@ def _draw_chart(canvas: _Canvas, bars: tuple[Bar, ...], rng: random.Random) -> N
         color = shade(bar.color, rng)
         box = [corner, canvas.at(x + slot * fill / 2, bottom)]
         canvas.brush.rectangle(box, fill=color, outline=_darker(color) if rng.random() < 0.3 else None)
-    canvas.brush.line([canvas.at(left, top), canvas.at(left, bottom), canvas.at(right, bottom)], fill=ink, width=line_width)
+    canvas.brush.line(
+        [canvas.at(left, top), canvas.at(left, bottom), canvas.at(right, bottom)], fill=ink, width=line_width
+    )
 
 
 def draw(scene: Scene, rng: random.Random) -> Image.Image:

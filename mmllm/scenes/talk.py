@@ -1,4 +1,4 @@
-"""Conversations about scenes: about one, about two, about none. The same ones are asked of pictures and of descriptions."""
+"""Conversations about scenes: about one, two or none. The same ones are asked of pictures and of descriptions."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ def about_none(rng: random.Random, split: Split, num_turns: int) -> Conversation
 
 def retold(scene: Scene, rng: random.Random, num_turns: int) -> Conversation:
     """The scene told again and again in other words and another order: what teaches a small LM to look things up."""
-    captions = (Turn("caption", rng.choice(CAPTION_REQUESTS), tell(scene, rng, shuffled=True)) for _ in range(num_turns))
+    captions = (
+        Turn("caption", rng.choice(CAPTION_REQUESTS), tell(scene, rng, shuffled=True)) for _ in range(num_turns)
+    )
     return Conversation((scene,), tuple(captions))
 
 

@@ -52,7 +52,7 @@ def tell(scene: Scene, rng: random.Random, *, shuffled: bool = False) -> str:
 
 
 def facts_of(scene: Scene) -> set[Fact]:
-    """Every fact of the scene: shape, color and size for each place, text and color for each line, value of each bar."""
+    """Every fact of the scene: shape, color and size of each place, text and color of each line, value of each bar."""
     facts = {(t.place, name, getattr(t, name)) for t in scene.things for name in ("shape", "color", "size")}
     facts |= {(line.kind, name, getattr(line, name)) for line in scene.lines for name in ("text", "color")}
     return facts | {("bar", bar.color, str(bar.value)) for bar in scene.bars}

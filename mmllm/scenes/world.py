@@ -113,7 +113,8 @@ def is_held_out(part: Thing | Line | Bar) -> bool:
 
 def split_of(scene: Scene) -> Split:
     """`compositions` where any held-out combination is shown; of the rest one scene in 16 is `val`."""
-    if any(is_held_out(part) for part in (*scene.things, *scene.lines, *scene.bars)):
+    parts: list[Thing | Line | Bar] = [*scene.things, *scene.lines, *scene.bars]
+    if any(is_held_out(part) for part in parts):
         return "compositions"
     return "val" if _one_in(16, json.dumps(scene.to_json(), sort_keys=True)) else "train"
 
@@ -198,7 +199,10 @@ def change_one(scene: Scene, rng: random.Random) -> Scene:
     bars = list(scene.bars)
     index = rng.randrange(len(bars))
     if rng.random() < 0.3:
-        bars[index] = replace(bars[index], color=_other(rng, [c for c in COLORS if c not in {bar.color for bar in bars}], bars[index].color))
+        bars[index] = replace(
+            bars[index],
+            color=_other(rng, [c for c in COLORS if c not in {bar.color for bar in bars}], bars[index].color),
+        )
     else:
         bars[index] = replace(bars[index], value=_other(rng, range(1, MAX_VALUE + 1), bars[index].value))
     return replace(scene, bars=tuple(bars))

@@ -16,7 +16,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from mmllm.scenes.ask import CAPTION_REQUESTS, Turn
+from mmllm.scenes.ask import CAPTION_REQUESTS, TEXT_ONLY, Turn
 from mmllm.scenes.draw import draw
 from mmllm.scenes.talk import Conversation, about_none, about_one, about_two, as_text, picture_marks, twin_of
 from mmllm.scenes.tell import tell
@@ -95,7 +95,8 @@ def _text_row(row_id: str, rng: random.Random, split: Split, scene: Scene) -> di
     talk = about_one(scene, rng, TURNS_PER_PICTURE)
     example = as_text(talk, rng, row_id)
     turns = tuple(
-        Turn("text_only", message.text, turn.answer, number)  # the description stands in the first turn
+        # the description stands in the first turn; a retelling of it has no one right answer, and stays a caption
+        Turn(turn.type if turn.type == "caption" else TEXT_ONLY, message.text, turn.answer, number)
         for number, (message, turn) in enumerate(zip(example.messages[::2], talk.turns, strict=True))
     )
     return conversation_row(row_id, [], Conversation((), turns))
@@ -129,7 +130,12 @@ def write_split(
 
 
 def write_scenes(
-    out: Path, counts: dict[Split, int], seed: int, *, num_processes: int | None = None, advance: Callable[[int], None] = lambda n: None
+    out: Path,
+    counts: dict[Split, int],
+    seed: int,
+    *,
+    num_processes: int | None = None,
+    advance: Callable[[int], None] = lambda n: None,
 ) -> None:
     """Writes the splits that have a count. Raises ValueError where something else stands in the folder."""
     strangers = [path.name for path in out.iterdir() if path.name not in SPLITS] if out.is_dir() else []

@@ -35,7 +35,9 @@ What it says about pictures unlike its training data is a guess.
 """
 
 
-def model_card(out: Path, config: StageConfig, origin: dict[str, Any], figures: dict[str, Any], num_examples: int) -> str:
+def model_card(
+    out: Path, config: StageConfig, origin: dict[str, Any], figures: dict[str, Any], num_examples: int
+) -> str:
     """The README.md of a checkpoint directory."""
     shown = {name: value for name, value in figures.items() if name not in ("step", "grad_norm", "learning_rate")}
     return _CARD.format(
@@ -45,5 +47,6 @@ def model_card(out: Path, config: StageConfig, origin: dict[str, Any], figures: 
         steps=config.optim.max_steps,
         num_examples=num_examples,
         parts="\n".join(f"| {part.replace('_', ' ')} | {source} |" for part, source in origin.items()),
-        figures="\n".join(f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in shown.items()) or "| none | |",
+        figures="\n".join(f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in shown.items())
+        or "| none | |",
     )

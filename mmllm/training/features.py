@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,18 @@ from mmllm.inference.engine import Engine, load_pixels
 CHUNK = 128
 
 
+def _reserve(path: Path, num_bytes: int) -> None:
+    """A file of this size, its room on disk taken: writing into a memory map on a full disk would kill the process."""
+    try:
+        with path.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, num_bytes)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+
+
 class FeatureCache:
-    """Patch tokens [images, P, Dv] in bfloat16, in a file named by the hash of tower, transform and every image's bytes."""
+    """Patch tokens [images, P, Dv] in bfloat16, in a file named by the hash of tower, transform and image bytes."""
 
     def __init__(self, engine: Engine, examples: Sequence[Example], folder: Path):
         self.paths = sorted({str(image) for example in examples for image in example.images})
@@ -48,8 +59,9 @@ class FeatureCache:
 
     @torch.inference_mode()
     def _fill(self, engine: Engine, shape: tuple[int, int, int]) -> None:
-        partial = self.file.with_name(f"{self.file.name}.{torch.initial_seed()}.part")
-        values = np.memmap(partial, np.int16, "w+", shape=shape)
+        partial = self.file.with_name(f"{self.file.name}.{os.getpid()}.part")
+        _reserve(partial, int(np.prod(shape)) * np.dtype(np.int16).itemsize)
+        values = np.memmap(partial, np.int16, "r+", shape=shape)
         device = engine.model.get_input_embeddings().weight.device
         tower = engine.model.vision_tower.eval()
         for start in range(0, len(self.paths), CHUNK):

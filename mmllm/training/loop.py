@@ -17,18 +17,19 @@ from torch.utils.data import DataLoader
 from mmllm.config import RunConfig, dump_config
 from mmllm.training.distributed import all_reduce_sum, build_accelerator, share_of
 from mmllm.training.optim import Parts, build_optimizers, gradient_norm, rate_factor, set_learning_rates
-from mmllm.training.order import Order, Phases
+from mmllm.training.order import Order, Phases, seed_of
 from mmllm.training.state import load_state, save_state, saved_steps
 from mmllm.training.tracking import Tracker
 
-MAX_IDLE_STEPS = 3  # steps in a row in which a trained part may get no gradient at all
+MAX_IDLE_STEPS = 3  # steps in a row in which a trained part may get no gradient though it should
+SAME_STOP_SECONDS = 2  # launchers pass a Ctrl-C on to their processes, which got it from the terminal already
 
 
 class TrainingError(RuntimeError):
     """A run that must not go on; the message names the step and the examples."""
 
 
-class Interrupted(RuntimeError):
+class InterruptedRunError(RuntimeError):
     """The run was asked to stop; its state is saved."""
 
 
@@ -36,30 +37,35 @@ class Stage(Protocol):
     """What a stage brings to the loop. `module(batch)` gives the batch's loss, summed over what `count` counts."""
 
     module: nn.Module
-    parts: Parts
     num_examples: int
+
+    @property
+    def parts(self) -> Parts: ...
 
     def order(self, batch_size: int) -> Order | Phases: ...
     def batch(self, indices: Sequence[int]) -> Any: ...
     def count(self, batch: Any) -> int: ...
     def num_tokens(self, batch: Any) -> int: ...
+    def reaches(self, part: str, batch: Any) -> bool: ...  # whether this batch can teach the part anything
     def names(self, batch: Any) -> list[str]: ...
     def validate(self, step: int) -> dict[str, float]: ...
     def save(self, out: Path, log: list[dict[str, Any]]) -> None: ...
 
 
 @contextlib.contextmanager
-def _stop_signal() -> Iterator[list[int]]:
-    """Collects the first Ctrl-C or SIGTERM, so that the step in hand ends and its state is kept. A second one kills."""
-    received: list[int] = []
+def _stop_signal() -> Iterator[list[float]]:
+    """Collects Ctrl-C and SIGTERM, so that the step in hand ends and its state is kept. A later, second one kills."""
+    received: list[float] = []
     previous: dict[int, Any] = {}
 
     def receive(number: int, frame: Any) -> None:
-        received.append(number)
-        signal.signal(number, previous[number])
+        received.append(time.monotonic())
+        if received[-1] - received[0] > SAME_STOP_SECONDS:
+            signal.signal(number, previous[number])
+            signal.raise_signal(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, receive)
+    for signal_number in (signal.SIGINT, signal.SIGTERM):
+        previous[signal_number] = signal.signal(signal_number, receive)
     try:
         yield received
     finally:
@@ -77,13 +83,20 @@ def _check_norms(stage: Stage, norm: float, idle: dict[str, int], step: int, bat
             f"{shown}. Lower optim.learning_rates, or look at these examples with `mmllm check`"
         )
     for part, named in stage.parts.items():
-        own = float(gradient_norm([parameter for _, parameter in named]))
-        idle[part] = idle.get(part, 0) + 1 if own == 0 else 0
-        if idle[part] >= MAX_IDLE_STEPS:
+        if float(gradient_norm([parameter for _, parameter in named])) > 0:
+            idle[part] = 0
+        elif any(stage.reaches(part, batch) for batch in batches):
+            idle[part] = idle.get(part, 0) + 1
+        if idle.get(part, 0) >= MAX_IDLE_STEPS:
             raise TrainingError(
-                f"step {step + 1}: {part} got no gradient in {MAX_IDLE_STEPS} steps, so it learns nothing. Is there an "
-                f"image in these examples, and an answer behind it? {shown}"
+                f"step {step + 1}: {part} got no gradient in {MAX_IDLE_STEPS} steps, so it learns nothing. Does an "
+                f"answer stand behind the images of these examples? {shown}"
             )
+
+
+def _ignore_interrupt(worker: int) -> None:
+    """A worker process gets the terminal's Ctrl-C too; only the run itself decides when it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class Run:
@@ -98,15 +111,18 @@ class Run:
         self.module = accelerator.prepare(stage.module)
         self.optimizers = build_optimizers(stage.parts, config.optim)
         optim = config.optim
-        self.rank_batch = optim.batch_size * optim.accumulate_steps
-        self.order = stage.order(self.rank_batch * accelerator.num_processes)
+        self.global_batch = optim.batch_size * optim.accumulate_steps * accelerator.num_processes
+        self.order = stage.order(self.global_batch)
         self.settings = dump_config(config)
         self.idle: dict[str, int] = {}
 
     def resume(self) -> int:
         """The step to start from: 0, or that of the newest saved state."""
         states = saved_steps(self.out)
-        return load_state(states[-1], self.trained, self.optimizers, settings=self.settings) if states else 0
+        if not states:
+            return 0
+        facts: dict[str, Any] = {"settings": self.settings, "global_batch": self.global_batch}
+        return load_state(states[-1], self.trained, self.optimizers, **facts)
 
     def _micro_batches(self, first_step: int) -> Iterator[list[int]]:
         """Indices of this rank's micro-batches, from a step to the end of the run."""
@@ -115,21 +131,32 @@ class Run:
             mine = share_of(self.order.batch(step), self.accelerator.process_index, self.accelerator.num_processes)
             yield from (mine[start : start + size] for start in range(0, len(mine), size))
 
+    def _batch(self, indices: Sequence[int]) -> Any:
+        """A micro-batch, or what is wrong with its data: an error that a worker raises would bring its traceback."""
+        try:
+            return self.stage.batch(indices)
+        except ValueError as error:
+            return error
+
     def batches(self, first_step: int) -> Iterator[Any]:
         """This rank's micro-batches, made ahead in worker processes where `data.num_workers` asks for them."""
         data = getattr(self.config, "data", None)
-        loader = DataLoader(
+        loader: DataLoader[Any] = DataLoader(
             range(self.stage.num_examples),  # type: ignore[arg-type]
-            batch_sampler=self._micro_batches(first_step),  # type: ignore[arg-type]
-            collate_fn=self.stage.batch,
+            batch_sampler=self._micro_batches(first_step),
+            collate_fn=self._batch,
             num_workers=data.num_workers if data else 0,
+            worker_init_fn=_ignore_interrupt,
         )
         return iter(loader)
 
     def step(self, step: int, data: Iterator[Any]) -> tuple[float, float, int]:
         """One optimizer step: (loss per counted item, gradient norm, tokens of all ranks)."""
         optim, world = self.config.optim, self.accelerator.num_processes
+        torch.manual_seed(seed_of(self.config.seed, step, self.accelerator.process_index))
         batches = [next(data) for _ in range(optim.accumulate_steps)]
+        if wrong := [batch for batch in batches if isinstance(batch, ValueError)]:
+            raise wrong[0]
         num_valid = all_reduce_sum(self.accelerator, sum(self.stage.count(batch) for batch in batches))
         if num_valid == 0:
             names = ", ".join(name for batch in batches for name in self.stage.names(batch))
@@ -154,12 +181,14 @@ class Run:
     def save_state(self, step: int) -> None:
         if self.accelerator.is_main_process:
             keep = self.config.log.keep_checkpoints
-            save_state(self.out, step, self.trained, self.optimizers, settings=self.settings, keep=keep)
+            facts: dict[str, Any] = {"settings": self.settings, "global_batch": self.global_batch}
+            save_state(self.out, step, self.trained, self.optimizers, **facts, keep=keep)
         self.accelerator.wait_for_everyone()
 
     def validate(self, step: int, tracker: Tracker) -> None:
         if self.accelerator.is_main_process:
-            tracker.log(step, self.stage.validate(step))
+            if figures := self.stage.validate(step):
+                tracker.log(step, figures)
         self.accelerator.wait_for_everyone()
 
 
@@ -170,7 +199,7 @@ def _is_due(step: int, every: int) -> bool:
 def train(config: RunConfig, stage: Stage, accelerator: Any) -> None:
     """Runs a stage to its end, from its newest saved state where there is one.
 
-    Raises TrainingError where going on would be wrong, Interrupted after Ctrl-C once the state is saved.
+    Raises TrainingError where going on would be wrong, InterruptedRunError after Ctrl-C once the state is saved.
     """
     run = Run(config, stage, accelerator)
     first = run.resume()
@@ -205,10 +234,11 @@ def train(config: RunConfig, stage: Stage, accelerator: Any) -> None:
                     before = time.monotonic()
                     run.validate(done, tracker)
                     since += time.monotonic() - before
-                if _is_due(done, log.save_every_steps) or (stopped and done < max_steps):
+                stops = done < max_steps and all_reduce_sum(accelerator, len(stopped)) > 0  # on all ranks, or on none
+                if _is_due(done, log.save_every_steps) or stops:
                     run.save_state(done)
-                if stopped and done < max_steps:
-                    raise Interrupted(f"stopped after step {done} of {max_steps}; the same command goes on from there")
+                if stops:
+                    raise InterruptedRunError(f"stopped after step {done} of {max_steps}; the same command goes on from there")
     finally:
         tracker.close()
     if accelerator.is_main_process:
@@ -217,4 +247,4 @@ def train(config: RunConfig, stage: Stage, accelerator: Any) -> None:
     accelerator.wait_for_everyone()
 
 
-__all__ = ["Interrupted", "Run", "Stage", "TrainingError", "build_accelerator", "train"]
+__all__ = ["InterruptedRunError", "Run", "Stage", "TrainingError", "build_accelerator", "train"]

@@ -24,7 +24,9 @@ def _is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
 
 
 def build_optimizers(parts: Parts, config: OptimConfig) -> list[torch.optim.Optimizer]:
-    """AdamW over all parts, or Muon (https://kellerjordan.github.io/posts/muon/) on hidden matrices and AdamW on the rest.
+    """AdamW over all parts, or Muon on hidden matrices and AdamW on the rest.
+
+    Muon: https://kellerjordan.github.io/posts/muon/
 
     Every parameter group carries `peak`, the learning rate that the schedule scales.
     """

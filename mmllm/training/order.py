@@ -9,6 +9,11 @@ import numpy as np
 MEGABATCH = 32  # batches among which examples of like length are brought together
 
 
+def seed_of(seed: int, step: int, rank: int) -> int:
+    """What random numbers of this step, such as dropout, begin with."""
+    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0])
+
+
 class Order:
     """The global batch of every step. Each epoch is a new permutation; its incomplete last batch is left out.
 

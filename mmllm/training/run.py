@@ -40,5 +40,7 @@ def main(stage: str | None = None, arguments: list[str] | None = None) -> None:
             raise ConfigError(f"usage: {Path(sys.argv[0]).name} CONFIG.yaml [section.key=value ...]")
         config = load_config(given[0], given[1:])
         if stage and config.stage != stage:
-            raise ConfigError(f"{given[0]} is for {config.stage}, this script runs {stage}: use train/{config.stage}.py")
+            raise ConfigError(
+                f"{given[0]} is for {config.stage}, this script runs {stage}: use train/{config.stage}.py"
+            )
         run(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmllm.batch import Batch, Example
+from mmllm.batch import Batch, Example, ImageRef
 from mmllm.config import ConfigError, RunConfig, StageConfig, WarmupLanguageConfig, WarmupVisionConfig, dump_config
 from mmllm.data.check import load_examples
 from mmllm.data.collate import collate
+from mmllm.data.sources import DataError
 from mmllm.inference.engine import Engine, load_pixels
 from mmllm.model.build import build_model
 from mmllm.model.checkpoint import load_checkpoint, save_checkpoint
@@ -25,6 +27,9 @@ from mmllm.training.losses import conversation_loss_sum, has_plain_head
 from mmllm.training.order import Order
 from mmllm.training.warmup_language import WarmupLanguage
 from mmllm.training.warmup_vision import WarmupVision
+
+
+_NO_FILE_NAME = re.compile(r"[^\w.-]")  # characters of an id that a file name better does without
 
 
 class _ConversationLoss(nn.Module):
@@ -70,11 +75,15 @@ class ConversationStage:
         if config.optim.gradient_checkpointing:
             self.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
         self.parts = self._parts()
+        self._set_modes()
 
     def _freeze(self) -> None:
         """Only the listed parts get gradients. With LoRA, of the LLM only the adapters do."""
-        self.model.requires_grad_(False)
         train = self.config.train
+        in_pictures = {"vision", "projector"} & set(train)
+        if in_pictures and not any(example.images for example in self.examples):
+            raise DataError(f"train lists {' and '.join(sorted(in_pictures))}, but no example of data.train has an image")
+        self.model.requires_grad_(False)
         if "vision" in train:
             self.model.vision_tower.requires_grad_(True)
         if "projector" in train:
@@ -84,6 +93,11 @@ class ConversationStage:
                 add_lora(self.model, self.config.lora)
             else:
                 self.model.language_model.requires_grad_(True)
+
+    def _set_modes(self) -> None:
+        """Training mode, also for a frozen LLM (transformers checkpoints gradients in no other); not for a frozen tower."""
+        self.model.train()
+        self.model.vision_tower.train("vision" in self.config.train)
 
     def _parts(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
         prefixes = {"vision": "vision_tower.", "projector": "projector.", "language": "language_model."}
@@ -115,6 +129,9 @@ class ConversationStage:
     def num_tokens(self, batch: Batch) -> int:
         return int(batch.attention_mask.sum())
 
+    def reaches(self, part: str, batch: Batch) -> bool:
+        return part == "language" or batch.pixel_values is not None or batch.image_features is not None
+
     def names(self, batch: Batch) -> list[str]:
         return list(batch.example_ids)
 
@@ -130,7 +147,7 @@ class ConversationStage:
             total += float(self.module(batch))
             count += batch.num_supervised
         self._write_samples(step)
-        self.model.train()
+        self._set_modes()
         return {"val_loss": total / max(1, count)}
 
     def _write_samples(self, step: int) -> None:
@@ -138,10 +155,10 @@ class ConversationStage:
         folder.mkdir(parents=True, exist_ok=True)
         lines = [f"# Answers after step {step}\n"]
         for example in self.val_examples[: self.config.log.num_samples]:
-            asked = Example(example.id, example.source, example.messages[: _first_answer(example)], example.images)
+            asked = _first_question(example)
             reply = self.engine.reply(asked)
-            for number, image in enumerate(example.images):
-                name = f"{example.id}-{number}.png".replace("/", "_")
+            for number, image in enumerate(asked.images):
+                name = f"{_NO_FILE_NAME.sub('_', example.id)[-100:]}-{number}.png"
                 if not (folder / name).is_file():
                     self.engine.seen(image).save(folder / name)
                 lines.append(f"![what the model saw]({name})\n")
@@ -165,6 +182,13 @@ class ConversationStage:
 
 def _first_answer(example: Example) -> int:
     return next(index for index, message in enumerate(example.messages) if message.role == "assistant")
+
+
+def _first_question(example: Example) -> Example:
+    """The conversation up to its first answer, with the images that stand there."""
+    messages = example.messages[: _first_answer(example)]
+    num_images = sum(isinstance(part, ImageRef) for message in messages for part in message.parts)
+    return Example(example.id, example.source, messages, example.images[:num_images])
 
 
 def spread(examples: list[Example], count: int) -> list[Example]:

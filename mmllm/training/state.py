@@ -1,4 +1,7 @@
-"""What a run needs to go on exactly where it stopped: trained weights, optimizers, generators. Written atomically."""
+"""What a run needs to go on exactly where it stopped: trained weights and optimizers. Written whole or not at all.
+
+No random generator is kept: order, dropout and all else that is random follow from the seed, step and rank.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from mmllm.config import ConfigError, settings_differences
 
 STATE_FILE = "state.pt"
 
@@ -30,9 +35,10 @@ def save_state(
     optimizers: Sequence[torch.optim.Optimizer],
     *,
     settings: str,
+    global_batch: int,
     keep: int,
 ) -> Path:
-    """The state after `step` steps. Older ones go once the new one is complete; `keep` stay."""
+    """The state after `step` steps. Older ones go once the new one is complete; `keep` stay. Raises OSError."""
     target = out / "state" / f"step_{step:07d}"
     partial = target.with_name(f"part_{step:07d}")
     shutil.rmtree(partial, ignore_errors=True)
@@ -41,11 +47,15 @@ def save_state(
         "step": step,
         "weights": {name: parameter.detach() for name, parameter in trained.items()},
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-        "generator": torch.get_rng_state(),
-        "cuda_generators": torch.cuda.get_rng_state_all(),
         "settings": settings,
+        "global_batch": global_batch,
     }
-    torch.save(state, partial / STATE_FILE)
+    try:
+        with (partial / STATE_FILE).open("wb") as file:  # opened here, so that a full disk is an OSError
+            torch.save(state, file)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # what cannot be used shall not fill the disk
+        raise
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
     for old in saved_steps(out)[:-keep]:
@@ -53,24 +63,37 @@ def save_state(
     return target
 
 
+def check_same_run(out: Path, there: str, here: str) -> None:
+    """Raises ConfigError where the settings of what stands in `out` are not those given now."""
+    if differences := settings_differences(there, here):
+        listed = "\n".join(f"  {line}" for line in differences)
+        raise ConfigError(
+            f"{out} holds a run with other settings:\n{listed}\n"
+            f"give another out=FOLDER, remove {out} to begin anew, or go on with {out / 'config.yaml'}"
+        )
+
+
 def load_state(
-    folder: Path, trained: Mapping[str, nn.Parameter], optimizers: Sequence[torch.optim.Optimizer], *, settings: str
+    folder: Path,
+    trained: Mapping[str, nn.Parameter],
+    optimizers: Sequence[torch.optim.Optimizer],
+    *,
+    settings: str,
+    global_batch: int,
 ) -> int:
-    """Puts a saved state back and returns its step. Raises ValueError where it is another run's."""
+    """Puts a saved state back and returns its step. Raises ConfigError where it is another run's."""
     state: dict[str, Any] = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
-    if state["settings"] != settings:
-        raise ValueError(
-            f"{folder} is the state of a run with other settings; remove {folder.parent.parent} to begin anew, "
-            "or give the settings of that run (its config.yaml)"
+    check_same_run(folder.parent.parent, state["settings"], settings)
+    if (saved := state.get("global_batch", global_batch)) != global_batch:
+        raise ConfigError(
+            f"{folder} was saved with {saved} examples a step, now there are {global_batch}; processes x "
+            "optim.batch_size x optim.accumulate_steps must stay the same, so that the same examples follow"
         )
     if set(state["weights"]) != set(trained):
-        raise ValueError(f"{folder} holds other parameters than this run trains")
+        raise ConfigError(f"{folder} holds other parameters than this run trains; remove it to begin anew")
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(state["weights"][name])
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
-    torch.set_rng_state(state["generator"])
-    if state["cuda_generators"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda_generators"])
     return int(state["step"])

@@ -1,4 +1,4 @@
-"""What a run tells: JSON lines always, TensorBoard where asked, progress on the terminal, a plot and a table at the end."""
+"""What a run tells: JSON lines, TensorBoard where asked, progress on the terminal, a plot and a table at the end."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ class Tracker:
             self._board = _open_tensorboard(out)
         if sys.stdout.isatty():
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-            self._progress = Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self.console)
+            self._progress = Progress(
+                *columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self.console
+            )
             self._task = self._progress.add_task("training", total=max_steps, completed=first_step)
             self._progress.start()
 
@@ -63,7 +65,11 @@ class Tracker:
                 self._board.add_scalar(name, value, step)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if name != "grad_norm")
         if self._progress and "loss" in values:
-            self._progress.update(self._task, completed=step, description=f"loss {values['loss']:.3f}  {values.get('tokens_per_second', 0):.0f} tok/s")
+            self._progress.update(
+                self._task,
+                completed=step,
+                description=f"loss {values['loss']:.3f}  {values.get('tokens_per_second', 0):.0f} tok/s",
+            )
         else:
             left = "" if seconds_left is None else f"  left {seconds_left / 60:.1f} min"
             self.say(f"step {step}/{self.max_steps}  {shown}{left}")

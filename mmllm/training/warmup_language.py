@@ -42,7 +42,12 @@ def build_tokenizer(texts: Sequence[str], vocab_size: int) -> Any:
     tokenizer = Tokenizer(models.BPE())
     # a leading space before every piece: "red" as an answer is the same token as " red" in a sentence
     tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Lowercase(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip(), normalizers.Prepend(" ")]
+        [
+            normalizers.Lowercase(),
+            normalizers.Replace(Regex(r"\s+"), " "),
+            normalizers.Strip(),
+            normalizers.Prepend(" "),
+        ]
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -59,7 +64,9 @@ def build_tokenizer(texts: Sequence[str], vocab_size: int) -> Any:
     )
     tokenizer.train_from_iterator(texts, trainer)
     end = "<|end|>"  # only where special tokens are asked for, as CLIP's text tower does
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {end}", special_tokens=[(end, tokenizer.token_to_id(end))])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {end}", special_tokens=[(end, tokenizer.token_to_id(end))]
+    )
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token=end, extra_special_tokens=[IMAGE_TOKEN]
     )
@@ -67,12 +74,16 @@ def build_tokenizer(texts: Sequence[str], vocab_size: int) -> Any:
     return fast
 
 
-def _render_chunk(folder: str, seed: int, split: Split, numbers: range, num_turns: int, lesson: Lesson) -> list[tuple[Any, list[str]]]:
+def _render_chunk(
+    folder: str, seed: int, split: Split, numbers: range, num_turns: int, lesson: Lesson
+) -> list[tuple[Any, list[str]]]:
     """Rendered conversations of these numbers, each with the question type of every answer."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    renderer = Renderer(tokenizer, OWN_TEMPLATE, image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), num_image_tokens=1)
+    renderer = Renderer(
+        tokenizer, OWN_TEMPLATE, image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), num_image_tokens=1
+    )
     rows = []
     for number in numbers:
         rng = random.Random(f"{seed}/{split}/text/{number}")
@@ -155,11 +166,13 @@ class WarmupLanguage:
         self.rows: list[Any] = []
         self.pools: list[tuple[int, int, list[int]]] = []
         self.val_pools: list[list[Any]] = []
-        for lesson in config.lessons:
-            rows = self._render("train", lesson.num_descriptions, _lesson(lesson, retell=lesson.retell))
-            self.pools.append((lesson.steps, len(rows), [len(row[0][0]) for row in rows]))
-            self.rows += rows
-            self.val_pools.append(self._render("val", config.num_val_descriptions, _lesson(lesson, retell=0.0)))
+        with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+            for lesson in config.lessons:
+                rows = self._render(pool, "train", lesson.num_descriptions, _lesson(lesson, retell=lesson.retell))
+                self.pools.append((lesson.steps, len(rows), [len(row[0][0]) for row in rows]))
+                self.rows += rows
+                asked = _lesson(lesson, retell=0.0)
+                self.val_pools.append(self._render(pool, "val", config.num_val_descriptions, asked))
         options = dict(config.language)
         attention = options.pop("attention", "sdpa")
         text_config = AutoConfig.for_model(
@@ -181,17 +194,11 @@ class WarmupLanguage:
             texts += [message.text for message in example.messages]
         return texts
 
-    def _render(self, split: Split, count: int, lesson: Lesson) -> list[Any]:
-        rows: list[Any] = []
-        with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-            tasks = [
-                pool.submit(_render_chunk, str(self.out), self.config.seed, split,
-                            range(start, min(start + CHUNK, count)), self.config.num_turns, lesson)
-                for start in range(0, count, CHUNK)
-            ]  # fmt: skip
-            for task in tasks:
-                rows += task.result()
-        return rows
+    def _render(self, pool: ProcessPoolExecutor, split: Split, count: int, lesson: Lesson) -> list[Any]:
+        chunks = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
+        settings = str(self.out), self.config.seed, split
+        tasks = [pool.submit(_render_chunk, *settings, chunk, self.config.num_turns, lesson) for chunk in chunks]
+        return [row for task in tasks for row in task.result()]
 
     def _collate(self, rows: Sequence[Any], names: Sequence[str]) -> Batch:
         rendered = [Rendered(ids.tolist(), answers.tolist(), 0) for (ids, answers), _ in rows]
@@ -209,6 +216,9 @@ class WarmupLanguage:
 
     def num_tokens(self, batch: Batch) -> int:
         return int(batch.attention_mask.sum())
+
+    def reaches(self, part: str, batch: Batch) -> bool:
+        return True
 
     def names(self, batch: Batch) -> list[str]:
         return list(batch.example_ids)
@@ -238,12 +248,14 @@ class WarmupLanguage:
         # a caption may be worded in several ways, so its exact match says nothing
         exact = {name: sum(hits) / len(hits) for name, hits in sorted(right.items()) if name != "caption"}
         overall = [hit for name, hits in right.items() if name != "caption" for hit in hits]
-        return {"val_loss": total / count, "exact": sum(overall) / len(overall), **{f"exact_{k}": v for k, v in exact.items()}}
+        return {
+            "val_loss": total / count,
+            "exact": sum(overall) / len(overall),
+            **{f"exact_{k}": v for k, v in exact.items()},
+        }
 
     def save(self, out: Path, log: list[dict[str, Any]]) -> None:
         """The LM and its tokenizer as transformers writes them, in bf16, with the figures of the last validation."""
         self.model.to(torch.bfloat16).save_pretrained(out)
         self.tokenizer.save_pretrained(out)
         (out / "figures.json").write_text(json.dumps(log[-1], indent=2) + "\n")
-
-

@@ -105,9 +105,13 @@ class WarmupVision:
             [text for texts in captions for text in texts], padding="max_length", truncation=True,
             max_length=self.config.clip["text_cfg"]["context_length"], return_tensors="np",
         )["input_ids"]  # fmt: skip
-        return np.concatenate(pictures), torch.from_numpy(ids.astype(np.int64)).view(len(captions), self.NUM_CAPTIONS, -1)
+        return np.concatenate(pictures), torch.from_numpy(ids.astype(np.int64)).view(
+            len(captions), self.NUM_CAPTIONS, -1
+        )
 
-    def _tensors(self, pixels: np.ndarray, texts: Tensor, rows: Any, names: Sequence[str], caption: int) -> dict[str, Any]:
+    def _tensors(
+        self, pixels: np.ndarray, texts: Tensor, rows: Any, names: Sequence[str], caption: int
+    ) -> dict[str, Any]:
         values = torch.from_numpy(pixels[rows]).permute(0, 3, 1, 2).float().div_(255)
         return {"pixels": (values - self.mean) / self.std, "texts": texts[rows, caption], "names": list(names)}
 
@@ -126,6 +130,9 @@ class WarmupVision:
 
     def num_tokens(self, batch: dict[str, Any]) -> int:
         return int((batch["texts"] != 0).sum())
+
+    def reaches(self, part: str, batch: dict[str, Any]) -> bool:
+        return True
 
     def names(self, batch: dict[str, Any]) -> list[str]:
         return list(batch["names"])
@@ -164,7 +171,9 @@ class WarmupVision:
             "resize_mode": "squash",
         }
         preprocess = {k: [round(x, 8) for x in v] if isinstance(v, list) else v for k, v in preprocess.items()}
-        (out / "open_clip_config.json").write_text(json.dumps({"model_cfg": clip, "preprocess_cfg": preprocess}, indent=2) + "\n")
+        (out / "open_clip_config.json").write_text(
+            json.dumps({"model_cfg": clip, "preprocess_cfg": preprocess}, indent=2) + "\n"
+        )
         weights = {name: value.to(torch.bfloat16).contiguous() for name, value in self.model.state_dict().items()}
         save_file(weights, str(out / "open_clip_model.safetensors"))
         self.tokenizer.save_pretrained(out)
