@@ -7,6 +7,7 @@ Lengths are in pixels, y goes down; `x` and `y` are arrays [H, W] around the sha
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -166,7 +167,7 @@ def _strokes(text: str) -> list[tuple[Array, Array]]:
     for index, letter in enumerate(text):
         for stroke in GLYPHS[letter].split():
             corners = [np.array((int(x) + 5.9 * index, int(y)), float) for x, y in stroke.split("-")]
-            ends += list(zip(corners, corners[1:], strict=False))
+            ends += list(itertools.pairwise(corners))
     return ends
 
 

@@ -1,6 +1,6 @@
 """Answers a question about scenes by reading its words; written apart from `mmllm.scenes.ask`, to check it.
 
-A question that means no one thing in the scene, or that no rule here reads, is Unanswerable.
+A question that means no one thing in the scene, or that no rule here reads, is an UnanswerableError.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ LEFT_TO_RIGHT = ("left", "center", "right")
 TOP_TO_BOTTOM = ("top", "center", "bottom")
 
 
-class Unanswerable(ValueError):
+class UnanswerableError(ValueError):
     """Not one right answer: the words mean nothing, or more than one thing, in this scene."""
 
 
@@ -28,7 +28,7 @@ def same(truth: bool) -> str:
 
 def only(found: Sequence[str], words: str) -> str:
     if len(found) != 1:
-        raise Unanswerable(f"{words!r} fits {len(found)} things")
+        raise UnanswerableError(f"{words!r} fits {len(found)} things")
     return found[0]
 
 
@@ -36,7 +36,7 @@ def matching(scene: Scene, words: str) -> list[Thing]:
     """All things that a noun phrase without article fits."""
     found = re.fullmatch(NOUN, words)
     if not found:
-        raise Unanswerable(f"not a thing: {words!r}")
+        raise UnanswerableError(f"not a thing: {words!r}")
     size, color, shape, place = found.groups()
     wanted = {"size": size, "color": color, "place": place and re.sub("^(in|at) the ", "", place)}
     if shape != "object":
@@ -98,14 +98,14 @@ def shape_beside(scene: Scene, side: str, words: str) -> str:
 def larger(scene: Scene, word: str, first: str, second: str) -> str:
     one, other = the(scene, first), the(scene, second)
     if one.size == other.size:
-        raise Unanswerable(f"both are {one.size}")
+        raise UnanswerableError(f"both are {one.size}")
     return first if (one.size == "large") == (word == "larger") else second
 
 
 def taller(scene: Scene, first: str, word: str, second: str) -> str:
     one, other = bar(scene, first).value, bar(scene, second).value
     if one == other:
-        raise Unanswerable(f"both bars are {one}")
+        raise UnanswerableError(f"both bars are {one}")
     return same(one > other if word == "taller" else one < other)
 
 
@@ -117,14 +117,14 @@ def extreme_bar(scene: Scene, word: str) -> str:
 def alike(scene: Scene, first: str, second: str, name: str) -> str:
     one, other = the(scene, first), the(scene, second)
     if one == other:
-        raise Unanswerable(f"{first!r} and {second!r} are one thing")
+        raise UnanswerableError(f"{first!r} and {second!r} are one thing")
     return same(getattr(one, name) == getattr(other, name))
 
 
 def beside(scene: Scene, first: str, side: str, second: str) -> str:
     one, other = the(scene, first), the(scene, second)
     if one == other:
-        raise Unanswerable(f"{first!r} and {second!r} are one thing")
+        raise UnanswerableError(f"{first!r} and {second!r} are one thing")
     return same(lies(one, side, other))
 
 
@@ -202,7 +202,7 @@ def answer_two(first: Scene, second: Scene, question: str) -> str:
     if found := re.fullmatch(r"which picture has an? (.+)\?", question):
         has = [there_is(scene, found[1]) for scene in (first, second)]
         return only([f"picture {n + 1}" for n in (0, 1) if has[n]], question)
-    raise Unanswerable(f"no rule reads {question!r}")
+    raise UnanswerableError(f"no rule reads {question!r}")
 
 
 def answer(scenes: Sequence[Scene], questions: Sequence[str]) -> str:
@@ -218,7 +218,7 @@ def answer(scenes: Sequence[Scene], questions: Sequence[str]) -> str:
             return rule(scene, *found.groups())
     if asked := attribute_in(question):
         return attribute(scene, *asked)
-    raise Unanswerable(f"no rule reads {question!r}")
+    raise UnanswerableError(f"no rule reads {question!r}")
 
 
 # fmt: off
@@ -252,6 +252,6 @@ def read_caption(caption: str) -> Scene:
         elif found := next((m for pattern in LINE_CLAUSES if (m := pattern.fullmatch(clause))), None):
             lines.append(Line(**found.groupdict()))  # type: ignore[arg-type]
         else:
-            raise Unanswerable(f"no rule reads {clause!r}")
+            raise UnanswerableError(f"no rule reads {clause!r}")
     things.sort(key=lambda thing: list(PLACES).index(thing.place))
     return Scene("objects" if things else "text", things=tuple(things), lines=tuple(lines))

@@ -70,10 +70,19 @@ TEMPLATES: dict[str, Template] = {
 OWN_TEMPLATE = "tokenizer"
 
 
-def _render_own(tokenizer: Any, turns: Sequence[tuple[str, str]], *, prompt: bool = False) -> str:
+def _render_own(tokenizer: Any, turns: Sequence[tuple[str, str]], *, prompt: bool = False, **variables: Any) -> str:
     messages = [{"role": role, "content": text} for role, text in turns]
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **variables)
     return text
+
+
+def _refuse_dates(tokenizer: Any, turns: Sequence[tuple[str, str]], rendered: str) -> None:
+    """What `strftime_now` gives to templates is today's date; with another one the text must be the same."""
+    if _render_own(tokenizer, turns, strftime_now=lambda pattern: "Dd4") != rendered:
+        raise ChatError(
+            "the tokenizer's chat template writes today's date, so a model would be asked otherwise than it was "
+            f"trained; choose one of {', '.join(TEMPLATES)}"
+        )
 
 
 def _between(text: str, first: str, second: str | None) -> str:
@@ -93,6 +102,7 @@ def own_template(tokenizer: Any) -> Template:
     user, answer, again, system = "Uu0", "Aa1", "Uu2", "Ss3"
     try:
         one = _render_own(tokenizer, [("user", user)])
+        _refuse_dates(tokenizer, [("user", user)], one)
         asked = _render_own(tokenizer, [("user", user)], prompt=True)
         two = _render_own(tokenizer, [("user", user), ("assistant", answer), ("user", again)])
         middle = _between(two, answer, again)
@@ -110,12 +120,18 @@ def own_template(tokenizer: Any) -> Template:
             with_system = _render_own(tokenizer, [("system", system), ("user", user)])
         except TemplateError:
             with_system = ""
-        begin, system_open, system_close = head.removesuffix(user_open), "", ""
+        begin, system_open, system_close, default_system = head.removesuffix(user_open), "", "", None
         if system in with_system:
+            _refuse_dates(tokenizer, [("system", system), ("user", user)], with_system)
             system_close = _between(with_system, system, user).removesuffix(user_open)
             system_open = with_system[: with_system.index(system)]
-            shared = len(begin) if system_open.startswith(begin) else 0
-            begin, system_open = (begin, system_open[shared:]) if shared or not begin else ("", system_open)
+            default = begin.removeprefix(system_open).removesuffix(system_close)
+            if system_open and begin == f"{system_open}{default}{system_close}":
+                begin, default_system = "", default
+            elif system_open.startswith(begin):
+                system_open = system_open.removeprefix(begin)
+            else:
+                begin = ""
         spaced = _render_own(tokenizer, [("user", f"  {user}  ")])
         template = Template(
             begin=begin,
@@ -125,9 +141,10 @@ def own_template(tokenizer: Any) -> Template:
             user_close=_between(one, user, None),
             assistant_open=asked.removeprefix(one),
             assistant_close=close,
+            default_system=default_system,
             strips=f"  {user}" not in spaced,
         )
-        _compare(tokenizer, template, with_system != "")
+        _compare(tokenizer, template, system in with_system)
     except TemplateError as error:
         raise ChatError(f"the tokenizer's chat template cannot be rendered: {error}") from error
     except ValueError as error:
@@ -198,6 +215,32 @@ def pieces(template: Template, messages: Sequence[Message]) -> list[tuple[str | 
     return [(piece, flag) for piece, flag in out if piece != ""]
 
 
+def jinja_template(template: Template) -> str:
+    """The template as the Jinja text that transformers and others render chats with, images included.
+
+    A message's content is a text, or a list of `{"type": "image"}` and `{"type": "text", "text": ...}`.
+    """
+    roles = ["user", "assistant"]
+    if template.system_open or template.system_close:
+        roles.append("system")
+    opens, closes = ({role: getattr(template, f"{role}_{side}") for role in roles} for side in ("open", "close"))
+    begin = "{{ " + ascii(template.begin) + " }}"
+    if template.default_system:
+        system = template.default_system.strip() if template.strips else template.default_system
+        system = ascii(template.system_open + system + template.system_close)
+        begin += "{% if not messages or messages[0].role != 'system' %}{{ " + system + " }}{% endif %}"
+    shown = "true" if template.keeps_user_text else "m.role != 'user'"
+    return (
+        "{% set open = " + ascii(opens) + " %}{% set close = " + ascii(closes) + " %}" + begin + "{% for m in messages %}"
+        "{% if m.role not in open %}{{ raise_exception('this chat template has no turn of ' + m.role) }}{% endif %}"
+        "{% set content %}{% if m.content is not string %}{% for part in m.content %}{% if part.type == 'image' %}"
+        "<image>{% elif " + shown + " %}{{ part.text }}{% endif %}{% endfor %}"
+        "{% elif " + shown + " %}{{ m.content }}{% endif %}{% endset %}"
+        "{{ open[m.role] }}{{ " + ("content | trim" if template.strips else "content") + " }}{{ close[m.role] }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ open.assistant }}{% endif %}"
+    )
+
+
 @dataclass(frozen=True)
 class Rendered:
     """Token ids of a conversation, and which of them are answers (supervised, end token included)."""
@@ -229,6 +272,11 @@ class Renderer:
         if not closing_ids:
             raise ChatError(f"template {template!r} ends answers with nothing; the tokenizer needs an end token")
         self.end_token_id: int = closing_ids[0]
+        if self.end_token_id not in {*tokenizer.get_added_vocab().values(), *tokenizer.all_special_ids}:
+            raise ChatError(
+                f"template {template!r} ends answers with {close!r}, which this tokenizer has no special token for, so "
+                "an answer would end wherever these characters stand; choose another template"
+            )
 
     def _encode_piece(self, text: str) -> tuple[int, ...]:
         ids = self.tokenizer.encode(text, add_special_tokens=False)

@@ -128,6 +128,14 @@ def _model_cfg(source: str) -> dict[str, Any]:
     return config
 
 
+def needs_quick_gelu(name: str, pretrained: str | None) -> bool:
+    """Whether these weights were trained with QuickGELU, as all of OpenAI's; open_clip would build GELU and warn."""
+    import open_clip
+
+    known = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else {}
+    return bool(known.get("quick_gelu", False))
+
+
 def load_tower(config: VisionConfig) -> VisionTower:
     """The pretrained tower of a run's settings. Raises ConfigError where it has no weights or no such layer."""
     import open_clip
@@ -146,11 +154,13 @@ def load_tower(config: VisionConfig) -> VisionTower:
         name = Path(name).stem
     try:
         clip: Any = open_clip.create_model(
-            name, pretrained=None if is_local else config.pretrained, require_pretrained=True
+            name,
+            pretrained=None if is_local else config.pretrained,
+            require_pretrained=True,
+            force_quick_gelu=needs_quick_gelu(name, config.pretrained),
         )
     except (RuntimeError, FileNotFoundError, OSError) as error:
         raise ConfigError(f"model.vision: cannot load {config.source}: {error}") from error
-    # `openai` weights switch QuickGELU on whatever the config says: ask what was built
     model_cfg["quick_gelu"] = any(type(module).__name__ == "QuickGELU" for module in clip.visual.modules())
     preprocess = open_clip.get_model_preprocess_cfg(clip)
     size = preprocess["size"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shutil
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -244,6 +245,7 @@ def train(config: RunConfig, stage: Stage, accelerator: Any) -> None:
     if accelerator.is_main_process:
         tracker.finish()
         stage.save(run.out, tracker.rows)
+        shutil.rmtree(run.out / "state", ignore_errors=True)  # the run is finished: nothing to go on from
     accelerator.wait_for_everyone()
 
 

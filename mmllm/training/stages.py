@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from mmllm.batch import Batch, Example, ImageRef
 from mmllm.config import ConfigError, RunConfig, StageConfig, WarmupLanguageConfig, WarmupVisionConfig, dump_config
+from mmllm.data.chat import jinja_template
 from mmllm.data.check import load_examples
 from mmllm.data.collate import collate
 from mmllm.data.sources import DataError
@@ -59,6 +59,7 @@ class ConversationStage:
         else:
             self.model, self.processor, self.origin = build_model(config.model)
         self.engine = Engine(self.model, self.processor, name=Path(config.out).name)
+        self._describe_chat()
         self.examples, report = load_examples(config.data.train, self.engine.renderer, config.data)
         self.val_examples: list[Example] = []
         if config.data.val:
@@ -76,6 +77,13 @@ class ConversationStage:
             self.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
         self.parts = self._parts()
         self._set_modes()
+
+    def _describe_chat(self) -> None:
+        """What programs other than this one read from a checkpoint: the chat template, and what ends an answer."""
+        self.processor.chat_template = jinja_template(self.engine.renderer.template)
+        settings = self.model.generation_config
+        settings.eos_token_id = self.engine.renderer.end_token_id
+        settings.pad_token_id = int(self.processor.tokenizer.pad_token_id)
 
     def _freeze(self) -> None:
         """Only the listed parts get gradients. With LoRA, of the LLM only the adapters do."""
@@ -177,7 +185,6 @@ class ConversationStage:
         card = model_card(out, self.config, self.origin, last, self.num_examples)
         facts = {"origin": self.origin, "settings": settings, "figures": last}
         save_checkpoint(out, self.model.eval(), self.processor, card=card, **facts)
-        shutil.rmtree(out / "state", ignore_errors=True)
 
 
 def _first_answer(example: Example) -> int:
