@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,18 @@ app = typer.Typer(
 _debug = False
 
 Model = Annotated[Path, typer.Argument(help="A checkpoint folder, such as runs/tiny/stage2.")]
-Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, mps; default: a GPU where there is one.")]  # noqa: UP045
+
+
+def _device(name: Optional[str]) -> Optional[str]:  # noqa: UP045
+    if name is not None and not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise typer.BadParameter(f"{name!r} is none of cpu, mps, cuda, cuda:0, cuda:1 ...")
+    return name
+
+
+Device = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="cpu, cuda, cuda:1, mps; default: a GPU where there is one.", callback=_device),
+]
 
 
 @app.callback()

@@ -318,7 +318,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     assert isinstance(values, dict)
     stage = values.get("stage")
     if stage not in CONFIGS:
-        raise ConfigError(f"stage: {stage!r} is not known; allowed: {', '.join(CONFIGS)}")
+        what = "missing" if stage is None else f"{stage!r} is not known"
+        raise ConfigError(f"{path} cannot be used:\n  stage: {what}; allowed: {', '.join(CONFIGS)}")
     try:
         return CONFIGS[stage].model_validate(values)
     except ValidationError as error:

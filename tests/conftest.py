@@ -64,3 +64,15 @@ def trained_model() -> Path:
             pytest.fail(reason)
         pytest.skip(reason)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_runs(tiny_parts: Path) -> Path:
+    """A folder with `stage1.yaml` and `stage2.yaml`: runs of six steps on sixteen conversations in `data/`."""
+    from tiny_runs import make_data, write_settings
+
+    folder = tiny_parts.parent / "runs"
+    data = make_data(folder / "data")
+    write_settings(folder / "stage1.yaml", tiny_parts, data, stage="stage1", train=("projector",))
+    write_settings(folder / "stage2.yaml", tiny_parts, data, train=("projector", "language"))
+    return folder

@@ -163,7 +163,6 @@ def test_a_killed_job_goes_on_and_captions_each_picture_once(
         (["{picture}", "--out", "/dev/full"], "is a folder or a device"),
         (["{picture}", "--out", "{out}", "--prompt", " "], "the prompt is empty"),
         (["{picture}", "--out", "{out}", "--prompt", "an <image>?"], "images are given as images"),
-        (["{picture}", "--out", "{out}", "--device", "warp"], "warp"),
     ],
 )
 def test_wrong_use_is_one_message_and_writes_no_caption(
@@ -176,6 +175,12 @@ def test_wrong_use_is_one_message_and_writes_no_caption(
     assert message.format(**places) in err
     assert "Traceback" not in err
     assert not places["out"].exists() or places["out"].read_bytes() == b""
+
+
+def test_an_unknown_device_is_wrong_usage(tiny_checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
+    status, _, err = caption(tiny_checkpoint, pictures, "--out", tmp_path / "out.jsonl", "--device", "warp")
+    assert status == 2
+    assert "'warp' is none of cpu, mps, cuda" in err
 
 
 def test_a_wrong_model_is_told_before_anything_is_written(pictures: Path, tmp_path: Path) -> None:

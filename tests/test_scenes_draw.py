@@ -5,11 +5,11 @@ from __future__ import annotations
 import colorsys
 import itertools
 import random
-from collections import Counter
 
 import numpy as np
 import other_renderer
 import pytest
+from matplotlib.colors import rgb_to_hsv
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -31,31 +31,38 @@ def pixels(picture: Image.Image) -> NDArray[np.float64]:
 def far_from_paper(values: NDArray[np.float64]) -> NDArray[np.bool_]:
     """Where something is drawn: not near the commonest color, which is the background."""
     flat = values.reshape(-1, 3)
-    paper = np.array(Counter(map(tuple, flat)).most_common(1)[0][0])
-    return np.linalg.norm(values - paper, axis=-1) > 0.25
+    _, first, counts = np.unique(np.rint(flat * 255) @ (1, 256, 65536), return_index=True, return_counts=True)
+    return np.linalg.norm(values - flat[first[counts.argmax()]], axis=-1) > 0.25
 
 
-def hue_of(values: NDArray[np.float64], color: str) -> float:
-    """The hue in degrees of what is drawn: the median over its most saturated pixels, edges in black left out."""
-    drawn = [colorsys.rgb_to_hsv(*pixel) for pixel in values[far_from_paper(values)]]
-    drawn = sorted((hsv for hsv in drawn if hsv[2] > 0.3), key=lambda hsv: hsv[1])
-    assert drawn, f"nothing {color} is drawn"
-    hue = float(np.median([(360 * hsv[0] + 180) % 360 - 180 for hsv in drawn[len(drawn) // 2 :]]))
-    return hue if color == "red" else hue % 360
+def hues(values: NDArray[np.float64], color: str) -> NDArray[np.float64]:
+    """Hues in degrees, those of red around 0."""
+    found = 360 * rgb_to_hsv(values)[..., 0]
+    return (found + 180) % 360 - 180 if color == "red" else found
 
 
-def is_dark(values: NDArray[np.float64]) -> bool:
-    drawn = values[far_from_paper(values)]
-    return bool(np.percentile(drawn.max(axis=-1), 10) < 0.2)
+def is_of(values: NDArray[np.float64], color: str) -> NDArray[np.bool_]:
+    """Which of these RGB values people would call by this name."""
+    _, saturation, value = np.moveaxis(rgb_to_hsv(values), -1, 0)
+    if color == "black":
+        return value < 0.2
+    (low, high), hue = SHADES[color][0], hues(values, color)
+    return (low - 4 <= hue) & (hue <= high + 4) & (saturation > 0.38) & (value > 0.2)
 
 
 def assert_color(picture: Image.Image, color: str) -> None:
+    """What is drawn most clearly has the hue of its name; edges in black are left out."""
     values = pixels(picture)
+    drawn = values[far_from_paper(values)]
+    value = drawn.max(axis=-1)
     if color == "black":
-        assert is_dark(values)
+        assert np.percentile(value, 5) < 0.35
         return
+    drawn = drawn[value > 0.3]
+    saturation = rgb_to_hsv(drawn)[:, 1]
+    hue = np.median(hues(drawn[saturation >= np.percentile(saturation, 75)], color))
     low, high = SHADES[color][0]
-    assert low - 4 <= hue_of(values, color) <= high + 4
+    assert low - 5 <= hue <= high + 5
 
 
 @pytest.mark.parametrize("color", COLORS)
@@ -91,16 +98,7 @@ def test_a_filled_thing_has_its_color_at_its_center(color, shape):
     for seed in range(12):
         values = pixels(draw(one(shape, color), random.Random(seed)))
         height, width, _ = values.shape
-        middle = values[height // 2, width // 2]
-        hue, saturation, value = colorsys.rgb_to_hsv(*middle)
-        low, high = SHADES[color][0]
-        if color == "black":
-            hits += value < 0.2
-        else:
-            hits += (
-                saturation > 0.4
-                and low - 4 <= (360 * hue if color != "red" else (360 * hue + 180) % 360 - 180) <= high + 4
-            )
+        hits += bool(is_of(values[height // 2, width // 2], color))
     assert hits >= 7
 
 
@@ -135,13 +133,9 @@ def test_bars_are_as_tall_as_their_values(paint):
     for _ in range(25):
         bars = tuple(Bar(color, rng.randint(1, 5)) for color in rng.sample(colors, rng.randint(2, 4)))
         values = pixels(paint(Scene("chart", bars=bars), rng))
-        hsv = np.array([colorsys.rgb_to_hsv(*pixel) for pixel in values.reshape(-1, 3)]).reshape(values.shape)
         heights = []
         for bar in bars:
-            low, high = SHADES[bar.color][0]
-            hue = 360 * hsv[..., 0]
-            hue = np.where(hue > 345, hue - 360, hue)
-            mask = (hue > low - 3) & (hue < high + 3) & (hsv[..., 1] > 0.38) & (hsv[..., 2] > 0.2)
+            mask = is_of(values, bar.color)
             num_per_row = mask.sum(axis=1)
             heights.append(int((num_per_row > num_per_row.max() / 2).sum()))
         tallest = max(range(len(bars)), key=lambda index: bars[index].value)

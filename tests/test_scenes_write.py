@@ -91,15 +91,17 @@ def test_an_interrupted_start_leaves_no_conversations_and_the_next_one_is_whole(
     def stop(count: int) -> None:
         raise KeyboardInterrupt
 
-    write_scenes(tmp_path, {"val": 4}, 0, num_processes=1)
-    whole = contents(tmp_path)
-    assert "val/conversations.json" in whole
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val" / "conversations.json").write_text("an earlier one")
     with pytest.raises(KeyboardInterrupt):
         write_scenes(tmp_path, {"val": 4}, 0, num_processes=1, advance=stop)
     assert not list(tmp_path.rglob("conversations.json")), "a split is complete where conversations.json stands"
     assert not list(tmp_path.rglob("captions.json"))
+    stray = tmp_path / "val" / "images" / "999999.png"
+    stray.touch()
     write_scenes(tmp_path, {"val": 4}, 0, num_processes=1)
-    assert contents(tmp_path) == whole
+    assert not stray.exists()
+    assert len(json.loads((tmp_path / "val" / "conversations.json").read_text())) == 5, "four pictures and a text"
 
 
 def test_a_folder_with_something_else_in_it_is_refused_and_left_alone(tmp_path):
@@ -156,6 +158,6 @@ def test_a_file_in_the_place_of_the_folder_is_told(tmp_path):
     (tmp_path / "file").write_text("mine")
     code, _, err = scenes(tmp_path / "file", "--train", 1, "--num-processes", 1)
     assert code == 1
-    assert err.startswith("error: ")
+    assert "error: " in err
     assert str(tmp_path / "file") in err
     assert (tmp_path / "file").read_text() == "mine"

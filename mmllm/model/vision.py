@@ -58,7 +58,7 @@ class VisionTower(nn.Module):
         num_layers = _num_layers(self.encoder)
         if not -num_layers <= spec.layer < 0:
             raise ConfigError(f"model.vision.layer: {spec.layer} is not a layer; this tower has -{num_layers} to -1")
-        self.encoder.prune_intermediate_layers(indices=[num_layers + spec.layer], prune_norm=True, prune_head=True)
+        _prune(self.encoder, num_layers + spec.layer)
         self.num_patches, self.width = self._probe()
 
     @torch.no_grad()
@@ -81,12 +81,31 @@ class VisionTower(nn.Module):
         return maps.flatten(2).transpose(1, 2)
 
 
+RESNET_STAGES = ("layer1", "layer2", "layer3", "layer4")  # of open_clip's ModifiedResNet, behind its stem
+
+
 def _num_layers(encoder: Any) -> int:
     if hasattr(encoder, "transformer"):
         return len(encoder.transformer.resblocks)
     if hasattr(encoder, "trunk"):
-        return len(encoder.trunk.blocks) if hasattr(encoder.trunk, "blocks") else len(encoder.trunk.feature_info)
-    return 5  # ModifiedResNet: stem and four stages
+        return len(encoder.trunk.feature_info)
+    return 1 + len(RESNET_STAGES)
+
+
+def _prune(encoder: Any, index: int) -> None:
+    """Takes away what stands behind layer `index`: layers, norm, pooling and head. It would only be run and saved."""
+    if hasattr(encoder, "transformer"):
+        encoder.prune_intermediate_layers(indices=[index], prune_norm=True, prune_head=True)
+        encoder.attn_pool = encoder.attn_pool_contrastive = None
+    elif hasattr(encoder, "trunk"):  # a timm model
+        if not hasattr(encoder.trunk, "prune_intermediate_layers"):
+            raise ConfigError(f"model.vision.source: layers of timm's {type(encoder.trunk).__name__} cannot be read")
+        encoder.trunk.prune_intermediate_layers(indices=[index], prune_norm=True, prune_head=True)
+        encoder.head = nn.Identity()
+    else:
+        for name in RESNET_STAGES[index:]:
+            setattr(encoder, name, nn.Identity())
+        encoder.attnpool = nn.Identity()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,0 +1,135 @@
+"""Checkpoint directories: written whole or not at all, and refused with the reason where something is wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mmllm.model.checkpoint import (
+    MANIFEST,
+    CheckpointError,
+    load_checkpoint,
+    read_manifest,
+    save_checkpoint,
+    verify_files,
+    write_manifest,
+)
+
+WEIGHTS = "model.safetensors"
+PROJECTOR = "projector.layers.0.weight"
+
+
+@pytest.fixture
+def copy(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "copy"))
+
+
+def refused(folder: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(folder)
+    assert "\n" not in str(caught.value).split("cannot be loaded")[0]
+    return str(caught.value)
+
+
+def edit(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    """Other weights, with a manifest that vouches for them."""
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    write_manifest(folder)
+
+
+def name_of_projector(folder: Path) -> str:
+    return next(name for name in load_file(folder / WEIGHTS) if name.startswith("projector.") and name.endswith("weight"))
+
+
+def test_a_missing_tensor_is_named_and_never_made_up(copy: Path) -> None:
+    name = name_of_projector(copy)
+    edit(copy, lambda tensors: tensors.pop(name))
+    assert refused(copy) == f"{copy} does not fit its config, missing keys: {name}"
+
+
+def test_many_missing_tensors_are_named_and_counted(copy: Path) -> None:
+    edit(copy, lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith("language_model.")])
+    assert "missing keys: language_model." in refused(copy)
+    assert " more" in refused(copy)
+
+
+def test_a_tensor_too_many_is_named(copy: Path) -> None:
+    edit(copy, lambda tensors: tensors.update({"projector.extra.weight": torch.zeros(2)}))
+    assert refused(copy) == f"{copy} does not fit its config, unexpected keys: projector.extra.weight"
+
+
+def test_a_tensor_of_another_shape_is_named(copy: Path) -> None:
+    name = name_of_projector(copy)
+    edit(copy, lambda tensors: tensors.update({name: tensors[name][:1].clone()}))
+    text = refused(copy)
+    assert name in text
+    assert "shape" in text or "mismatched" in text
+
+
+def test_a_missing_file_is_named(copy: Path) -> None:
+    (copy / "tokenizer.json").unlink()
+    assert refused(copy) == f"{copy} lacks tokenizer.json, which its manifest lists; copy the folder again"
+
+
+def test_what_is_no_checkpoint_is_not_taken_for_one(copy: Path, tmp_path: Path) -> None:
+    nowhere = tmp_path / "nowhere"
+    assert f"no model at {nowhere}: there is no such folder" in refused(nowhere)
+    (copy / MANIFEST).unlink()
+    assert refused(copy) == f"{copy} is not a finished checkpoint: it has no manifest.json."
+    (copy / "state").mkdir()
+    assert "A run was begun there and not finished; start it again and it goes on." in refused(copy)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"kind": ', "is damaged: "),
+        ("[1, 2]", "does not describe a vision-language-model"),
+        ('{"kind": "image-generator"}', "does not describe a vision-language-model"),
+        ('{"kind": "vision-language-model", "format_version": 99, "files": {}}', "has checkpoint format 99, this version reads 1"),
+        ('{"kind": "vision-language-model", "format_version": 1}', "lists no files"),
+    ],
+)  # fmt: skip
+def test_a_manifest_that_cannot_be_used_says_why(copy: Path, text: str, expected: str) -> None:
+    (copy / MANIFEST).write_text(text)
+    assert expected in refused(copy)
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "tokenizer.json", "config.json", "processor_config.json"])
+def test_a_damaged_file_is_named(copy: Path, name: str) -> None:
+    whole = (copy / name).read_bytes()
+    (copy / name).write_bytes(whole[: len(whole) // 2])
+    assert verify_files(copy) == [name]
+    assert f"{copy} is damaged: {name} is not what its manifest says; copy the folder again" in refused(copy)
+
+
+def test_the_manifest_vouches_for_every_file(tiny_checkpoint: Path) -> None:
+    manifest = read_manifest(tiny_checkpoint)
+    files = {path.name for path in tiny_checkpoint.iterdir() if path.is_file()} - {MANIFEST}
+    assert set(manifest["files"]) == files
+    assert {WEIGHTS, "config.json", "tokenizer.json", "chat_template.jinja", "processor_config.json"} <= files
+    assert verify_files(tiny_checkpoint) == []
+
+
+def test_a_save_that_fails_leaves_the_old_checkpoint_as_it_was(copy: Path) -> None:
+    model, processor, manifest = load_checkpoint(copy)
+    with torch.no_grad():
+        next(model.projector.parameters()).add_(1)
+    with pytest.raises(TypeError):
+        save_checkpoint(copy, model, processor, card="", figures=object())
+    assert json.loads((copy / MANIFEST).read_text()) == manifest
+    assert verify_files(copy) == []
+    assert not (copy / "checkpoint.part").exists()
+    save_checkpoint(copy, model, processor, card="new")
+    assert (copy / "README.md").read_text() == "new"
+    assert torch.equal(*(next(m.projector.parameters()) for m in (model, load_checkpoint(copy)[0])))

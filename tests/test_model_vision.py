@@ -1,0 +1,144 @@
+"""The vision tower: the layer that is asked for, exactly as open_clip computes it, and nothing behind it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from open_clip.model import _build_vision_tower
+from tiny import CLIP, SIDE_PX
+
+from mmllm.config import ConfigError, VisionConfig
+from mmllm.model.vision import TowerSpec, VisionTower, load_tower, needs_quick_gelu
+
+PIXELS = torch.rand(2, 3, SIDE_PX, SIDE_PX, generator=torch.Generator().manual_seed(0))
+
+# One config of each kind of encoder that open_clip builds.
+ENCODERS: dict[str, dict[str, Any]] = {
+    "vit": {"layers": 3, "width": 16, "head_width": 8, "patch_size": 8, "image_size": 32},
+    "vit without ln_pre, average pool": {
+        "layers": 3, "width": 16, "head_width": 8, "patch_size": 16, "image_size": 32, "no_ln_pre": True,
+        "pool_type": "avg", "final_ln_after_pool": True,
+    },
+    "vit with attentional pool": {
+        "layers": 2, "width": 16, "head_width": 8, "patch_size": 8, "image_size": 32, "attentional_pool": True,
+        "attn_pooler_heads": 2,
+    },
+    "resnet": {"layers": [1, 1, 1, 1], "width": 8, "image_size": 64},
+    "timm": {"timm_model_name": "test_vit", "timm_pool": "avg", "timm_proj": "linear", "image_size": 32},
+}  # fmt: skip
+
+
+def spec_of(vision_cfg: dict[str, Any], layer: int) -> TowerSpec:
+    config = {"embed_dim": 16, "vision_cfg": vision_cfg}
+    side = int(vision_cfg["image_size"])
+    return TowerSpec(config, layer, side, (0.5,) * 3, (0.5,) * 3, "bicubic", "a test")
+
+
+def load(source: str, **options: Any) -> VisionTower:
+    return load_tower(VisionConfig(source=source, **options))
+
+
+def refused(source: str, **options: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(source, **options)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("layer", [-1, -2])
+def test_a_pretrained_tower_says_what_open_clip_says_at_that_layer(tiny_parts: Path, layer: int) -> None:
+    tower = load(f"local-dir:{tiny_parts / 'vision'}", layer=layer).eval()
+    visual = open_clip.create_model(f"local-dir:{tiny_parts / 'vision'}", require_pretrained=True).visual.eval()
+    seen: list[torch.Tensor] = []
+    blocks = visual.transformer.resblocks
+    blocks[layer].register_forward_hook(lambda block, args, output: seen.append(output))
+    with torch.no_grad():
+        patches = tower(PIXELS)
+        visual(PIXELS)
+        own = visual.forward_intermediates(PIXELS, indices=[len(blocks) + layer])["image_intermediates"][0]
+    assert torch.equal(patches, seen[0][:, 1:]), "patches in their order, without CLS"
+    assert torch.equal(patches, own.flatten(2).transpose(1, 2))
+    assert (tower.num_patches, tower.width) == patches.shape[1:] == (16, 32)
+
+
+def test_nothing_stands_behind_the_layer_that_is_read(tiny_parts: Path) -> None:
+    shallow = load(f"local-dir:{tiny_parts / 'vision'}", layer=-2)
+    deep = load(f"local-dir:{tiny_parts / 'vision'}", layer=-1)
+    assert [len(tower.encoder.transformer.resblocks) for tower in (shallow, deep)] == [1, 2]
+    names = [name for name, _ in deep.named_parameters()]
+    assert not [name for name in names if "ln_post" in name or name.endswith("encoder.proj")]
+    shallow(PIXELS).square().sum().backward()
+    assert [name for name, p in shallow.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("layer", [-1, -2])
+def test_every_kind_of_encoder_is_read_as_open_clip_reads_it(name: str, layer: int) -> None:
+    torch.manual_seed(0)
+    tower = VisionTower(spec_of(ENCODERS[name], layer)).eval()
+    encoder = _build_vision_tower(16, ENCODERS[name], False).eval()
+    names = encoder.state_dict()
+    encoder.load_state_dict({**names, **tower.encoder.state_dict()})
+    side = tower.spec.image_size_px
+    pixels = torch.rand(2, 3, side, side)
+    with torch.no_grad():
+        patches = tower(pixels)
+        all_layers = encoder.forward_intermediates(pixels, intermediates_only=True)["image_intermediates"]
+    assert torch.allclose(patches, all_layers[layer].flatten(2).transpose(1, 2), atol=1e-5)
+    assert (tower.num_patches, tower.width) == patches.shape[1:]
+    assert VisionTower(TowerSpec.from_json(json.loads(json.dumps(tower.spec.to_json())))).num_patches == tower.num_patches
+
+
+def test_a_layer_that_is_not_there_is_refused_with_those_that_are(tiny_parts: Path) -> None:
+    text = refused(f"local-dir:{tiny_parts / 'vision'}", layer=-3)
+    assert text == "model.vision.layer: -3 is not a layer; this tower has -2 to -1"
+
+
+def test_an_unknown_name_brings_names_that_are_near() -> None:
+    text = refused("ViT-B-31", pretrained="openai")
+    assert "open_clip has no model 'ViT-B-31'; near it: " in text
+    assert "ViT-B-32" in text
+    assert "local-dir:FOLDER, FILE.json, hf-hub:ORG/NAME" in text
+    assert "near it: nothing" in refused("%%%%", pretrained="openai")
+
+
+def test_a_tower_without_weights_is_refused_with_the_tags_there_are() -> None:
+    text = refused("ViT-B-32")
+    assert "model.vision.pretrained: ViT-B-32 needs a weights file or one of open_clip's tags (openai, " in text
+    assert "an untrained tower sees nothing" in text
+    assert "cannot load ViT-B-32: " in refused("ViT-B-32", pretrained="nowhere.safetensors")
+
+
+def test_files_that_are_no_tower_are_named(tiny_parts: Path, tmp_path: Path) -> None:
+    assert refused("local-dir:nowhere") == "model.vision.source: no folder nowhere"
+    assert "cannot read nowhere.json" in refused("nowhere.json", pretrained="x")
+    path = tmp_path / "odd.json"
+    path.write_text("[]")
+    assert "must hold an open_clip config, got list" in refused(str(path), pretrained="x")
+    path.write_text('{"embed_dim": 3}')
+    assert "lacks vision_cfg: no open_clip model config" in refused(str(path), pretrained="x")
+    folder = Path(shutil.copytree(tiny_parts / "vision", tmp_path / "vision"))
+    (folder / "open_clip_model.safetensors").unlink()
+    assert "model.vision: cannot load" in refused(f"local-dir:{folder}")
+
+
+def test_a_config_file_with_weights_is_the_same_tower(tiny_parts: Path, tmp_path: Path) -> None:
+    path = tmp_path / "tiny-test-tower.json"
+    path.write_text(json.dumps(CLIP))
+    weights = tiny_parts / "vision" / "open_clip_model.safetensors"
+    tower = load(str(path), pretrained=str(weights), layer=-1).eval()
+    same = load(f"local-dir:{tiny_parts / 'vision'}", layer=-1).eval()
+    assert torch.equal(tower(PIXELS), same(PIXELS))
+    assert tower.spec.source == f"{path} {weights}"
+
+
+def test_weights_trained_with_quick_gelu_get_it() -> None:
+    assert needs_quick_gelu("ViT-L-14-336", "openai")
+    assert not needs_quick_gelu("ViT-B-32", "laion2b_s34b_b79k")
+    assert not needs_quick_gelu("ViT-B-32", None)
+    assert not needs_quick_gelu("some-file", "weights.pt")
