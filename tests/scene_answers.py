@@ -110,8 +110,9 @@ def taller(scene: Scene, first: str, word: str, second: str) -> str:
 
 
 def extreme_bar(scene: Scene, word: str) -> str:
-    value = (max if word == "tallest" else min)(b.value for b in scene.bars)
-    return only([b.color for b in scene.bars if b.value == value], word)
+    values = sorted(b.value for b in scene.bars)
+    extreme = values[-1 if word == "tallest" else 0] if values else None
+    return only([b.color for b in scene.bars if b.value == extreme], word)
 
 
 def alike(scene: Scene, first: str, second: str, name: str) -> str:

@@ -14,7 +14,6 @@ from types import SimpleNamespace
 
 import pytest
 from PIL import Image
-from untrained import save_untrained
 
 from demo.app import free_port, private_folder
 from demo.chat import (
@@ -41,8 +40,8 @@ GREEDY = (0, 1, 8, ANY_SEED)  # temperature, top-p, longest answer, seed
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory):
-    return Engine.load(save_untrained(tmp_path_factory.mktemp("untrained")))
+def engine(tiny_checkpoint):
+    return Engine.load(tiny_checkpoint)
 
 
 @pytest.fixture
@@ -66,6 +65,10 @@ def drawing(size=(20, 20)):
     buffer = io.BytesIO()
     Image.new("RGB", size, "blue").save(buffer, "PNG")
     return DRAWING_PREFIX + base64.b64encode(buffer.getvalue()).decode()
+
+
+def generating():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("generate")]
 
 
 # What the model is asked
@@ -142,7 +145,8 @@ def test_a_chat_says_when_an_answer_was_stopped_or_cut_off():
 def test_a_file_that_is_no_picture_is_named(tmp_path, picture):
     notes, cut = tmp_path / "notes.txt", tmp_path / "cut.png"
     notes.write_text("hello")
-    cut.write_bytes(picture.read_bytes()[:-20])
+    Image.effect_noise((64, 64), 50).save(cut)
+    cut.write_bytes(cut.read_bytes()[:2000])
     good, problems = check_message("what is it?", [str(notes), str(picture), str(cut)])
     assert good == [picture]
     assert problems[0].startswith("notes.txt is not an image")
@@ -230,10 +234,11 @@ def test_stop_ends_the_computation(events):
     writing = events.answer(0, 1, 2000, ANY_SEED, tab())
     while not events.sessions.of("a tab").turns[0].answer:
         next(writing)
+    assert generating()
     events.stop(tab())
     updates = list(writing)
     assert "stopped" in updates[-1][1][-1]["content"]
-    assert not [thread for thread in threading.enumerate() if thread.name == "generate"]
+    assert not generating()
 
 
 def test_a_page_that_is_no_longer_there_ends_the_computation(events):
@@ -245,7 +250,7 @@ def test_a_page_that_is_no_longer_there_ends_the_computation(events):
     events.leave(tab())
     assert turn.finish == "stopped"
     assert len(list(writing)) < 5
-    assert not [thread for thread in threading.enumerate() if thread.name == "generate"]
+    assert not generating()
 
 
 def test_a_new_question_ends_the_answer_before_it(events):

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,7 @@ def test_here_everything_that_is_needed_works(
     monkeypatch.chdir(tmp_path)
     status, findings = examine()
     assert status == 0
-    assert findings["packages", "torch"]["text"] == torch.__version__
+    assert findings["packages", "torch"]["text"] == version("torch")
     assert findings["torch", "torchvision"]["state"] == "ok"
     assert findings["files", "scenes"]["state"] == findings["files", "tiny weights"]["state"] == "note"
     assert "mmllm scenes data/scenes" in findings["files", "scenes"]["text"]

@@ -24,7 +24,6 @@ from mmllm.model.checkpoint import (
 )
 
 WEIGHTS = "model.safetensors"
-PROJECTOR = "projector.layers.0.weight"
 
 
 @pytest.fixture
@@ -35,7 +34,6 @@ def copy(tiny_checkpoint: Path, tmp_path: Path) -> Path:
 def refused(folder: Path) -> str:
     with pytest.raises(CheckpointError) as caught:
         load_checkpoint(folder)
-    assert "\n" not in str(caught.value).split("cannot be loaded")[0]
     return str(caught.value)
 
 
@@ -71,9 +69,7 @@ def test_a_tensor_too_many_is_named(copy: Path) -> None:
 def test_a_tensor_of_another_shape_is_named(copy: Path) -> None:
     name = name_of_projector(copy)
     edit(copy, lambda tensors: tensors.update({name: tensors[name][:1].clone()}))
-    text = refused(copy)
-    assert name in text
-    assert "shape" in text or "mismatched" in text
+    assert refused(copy) == f"{copy} does not fit its config, mismatched keys: {name} [1] for [128]"
 
 
 def test_a_missing_file_is_named(copy: Path) -> None:

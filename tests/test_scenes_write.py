@@ -130,7 +130,7 @@ def test_the_command_says_what_it_wrote(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "OUT"),
+        ([], "Missing argument"),
         (["new", "--train", "-1"], "--train"),
         (["new", "--val", "many"], "--val"),
         (["new", "--num-processes", "0"], "--num-processes"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -185,8 +184,16 @@ def decode_all(paths: Sequence[str], *, advance: Callable[[int], None] = lambda 
     return undecodable
 
 
+def _content(example: Example) -> Any:
+    return example.images, example.messages
+
+
 def num_repeated(examples: Sequence[Example]) -> int:
     """How many examples say the same about the same image files as an earlier one."""
-    on_disk = (example for example in examples if all(isinstance(image, str) for image in example.images))
-    counts = Counter((example.images, example.messages) for example in on_disk)
-    return sum(count - 1 for count in counts.values())
+    return len(examples) - len({_content(example) for example in examples})
+
+
+def num_shared(examples: Sequence[Example], others: Sequence[Example]) -> int:
+    """How many examples say the same about the same image files as one of the others."""
+    known = {_content(example) for example in others}
+    return sum(_content(example) in known for example in examples)

@@ -44,7 +44,7 @@ def ask_once(engine: Engine, prompt: str, images: list[Path], sampling: Sampling
     if as_json:
         print(json.dumps({**dataclasses.asdict(reply), "model": engine.name}))
         return
-    print(_printable(reply.text))
+    print(printable(reply.text))
     if reply.finish == "length":
         print(f"({_figures(reply)})", file=sys.stderr)
 
@@ -54,7 +54,8 @@ def talk(engine: Engine, images: list[Path], sampling: Sampling) -> None:
     Terminal(engine, sampling, [load_image(path) for path in images]).run()
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
+    """The text without what would command a terminal."""
     return _CONTROLS.sub("", text)
 
 
@@ -143,11 +144,12 @@ class Terminal:
         return True
 
     def _error(self, text: object) -> None:
-        self.notes.print(f"error: {_printable(str(text))}", style="red")
+        self.notes.print(f"error: {printable(str(text))}", style="red")
 
     def _show(self, text: str) -> None:
         if not text:
             self._error("/image needs the path of a picture")
+            return
         for path in _paths(text):
             try:
                 picture = load_image(path)
@@ -196,7 +198,7 @@ class Terminal:
         try:
             for reply in replies:
                 text = reply.text if reply.finish else reply.text.rstrip(UNFINISHED_CHARACTER)
-                text = _printable(text)
+                text = printable(text)
                 if text.startswith(shown) and text != shown:
                     status.stop()
                     self.out.out(text[len(shown) :], end="", highlight=False)

@@ -17,7 +17,17 @@ from rich.table import Table
 from mmllm.batch import IMAGE_TOKEN, Example
 from mmllm.config import ConfigError, ModelConfig, StageConfig, load_config
 from mmllm.data.chat import Renderer
-from mmllm.data.check import Report, Row, choose_examples, decode_all, image_paths, num_repeated, read_rows, refusal
+from mmllm.data.check import (
+    Report,
+    Row,
+    choose_examples,
+    decode_all,
+    image_paths,
+    num_repeated,
+    num_shared,
+    read_rows,
+    refusal,
+)
 from mmllm.data.sources import BadRow
 from mmllm.model.checkpoint import read_manifest
 from mmllm.model.language import load_tokenizer
@@ -129,11 +139,8 @@ def check_data(config_path: Path, overrides: list[str], *, as_json: bool) -> boo
     found = _examine(config, text_side)
     for name, findings in found.items():
         _judge(name, findings, text_side, problems, notes)
-    if "val" in found:
-        examples = [findings.examples for findings in found.values()]
-        both = num_repeated([example for part in examples for example in part])
-        if shared := both - sum(num_repeated(part) for part in examples):
-            notes.append(f"{shared} val examples are in train too, so val says too little")
+    if "val" in found and (shared := num_shared(found["val"].examples, found["train"].examples)):
+        notes.append(f"{shared} val examples are in train too, so val says too little")
     quarantine = _write_quarantine(Path(config.out) / "check" / "bad.jsonl", found)
     result = {
         "config": str(config_path),

@@ -31,12 +31,14 @@ class CheckpointError(ValueError):
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without transformers' progress bars, which would tear ours."""
-    was_on = transformers_logging.is_progress_bar_enabled()
+    """Without transformers' progress bars, which would tear ours, and without its reports: what is wrong we say."""
+    was_on, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
+        transformers_logging.set_verbosity(verbosity)
         if was_on:
             transformers_logging.enable_progress_bar()
 
@@ -132,7 +134,9 @@ def load_checkpoint(folder: str | Path) -> tuple[VisionLanguageModel, VisionLang
     manifest = read_manifest(folder)
     try:
         with quiet_transformers():
-            model, report = VisionLanguageModel.from_pretrained(folder, output_loading_info=True)
+            model, report = VisionLanguageModel.from_pretrained(
+                folder, output_loading_info=True, ignore_mismatched_sizes=True
+            )
         processor = VisionLanguageProcessor.from_pretrained(folder)
     except Exception as error:  # readers of other packages fail with whatever they like on a damaged file
         if damaged := verify_files(folder):
@@ -142,8 +146,9 @@ def load_checkpoint(folder: str | Path) -> tuple[VisionLanguageModel, VisionLang
         if isinstance(error, OSError | RuntimeError | ValueError | KeyError):
             raise CheckpointError(f"{folder} cannot be loaded: {error}") from error
         raise
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if names := sorted(str(name) for name in report[what]):
+    sizes = [f"{name} {list(saved)} for {list(own)}" for name, saved, own in report["mismatched_keys"]]
+    for what, keys in {**report, "mismatched_keys": sizes}.items():
+        if names := sorted(map(str, keys)):
             shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
             raise CheckpointError(f"{folder} does not fit its config, {what.replace('_', ' ')}: {shown}")
     return model.eval(), processor, manifest

@@ -166,7 +166,7 @@ class ConversationStage:
             asked = _first_question(example)
             reply = self.engine.reply(asked)
             for number, image in enumerate(asked.images):
-                name = f"{_NO_FILE_NAME.sub('_', example.id)[-100:]}-{number}.png"
+                name = f"{_NO_FILE_NAME.sub('_', example.id)[-80:]}-{number}.png"
                 if not (folder / name).is_file():
                     self.engine.seen(image).save(folder / name)
                 lines.append(f"![what the model saw]({name})\n")

@@ -1,0 +1,176 @@
+"""The loop: what the loss averages over, several processes as one, and the guards that stop a run that is no use."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_runs import log_of, losses_of, settings_of, train_in_process, weights_of
+
+from mmllm.batch import Example, message
+from mmllm.data.images import ImageError
+from mmllm.data.sources import DataError
+from mmllm.training.distributed import share_of
+from mmllm.training.loop import TrainingError, build_accelerator, train
+from mmllm.training.order import Order
+from mmllm.training.stages import ConversationStage
+
+ROOT = Path(__file__).parent.parent
+UNGROUPED = "data.group_by_length=false"
+
+
+@pytest.fixture
+def stage(tiny_runs: Path, tmp_path: Path) -> ConversationStage:
+    return ConversationStage(settings_of(tiny_runs / "stage2.yaml", tmp_path / "out"))
+
+
+def run(stage: ConversationStage) -> None:
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train(stage.config, stage, build_accelerator(stage.config))
+
+
+def stopped(stage: ConversationStage) -> str:
+    with pytest.raises(TrainingError) as caught:
+        run(stage)
+    return str(caught.value)
+
+
+def test_the_loss_does_not_depend_on_how_a_batch_is_divided(tiny_runs: Path, tmp_path: Path) -> None:
+    config = tiny_runs / "stage2.yaml"
+    whole = train_in_process(config, tmp_path / "whole")
+    halves = train_in_process(config, tmp_path / "halves", "optim.batch_size=2", "optim.accumulate_steps=2")
+    ones = train_in_process(config, tmp_path / "ones", "optim.batch_size=1", "optim.accumulate_steps=4")
+    assert len(losses_of(whole)) == 6
+    for other in (halves, ones):
+        assert losses_of(other) == pytest.approx(losses_of(whole), abs=1e-4)
+        norms = [[row["grad_norm"] for row in log_of(out)] for out in (whole, other)]
+        assert norms[1] == pytest.approx(norms[0], rel=1e-3)
+
+
+def test_the_first_loss_is_that_of_every_supervised_token_of_the_batch(tiny_runs: Path, tmp_path: Path) -> None:
+    stage = ConversationStage(settings_of(tiny_runs / "stage2.yaml", tmp_path / "out", UNGROUPED))
+    indices = Order(16, 4, seed=3).batch(0)
+    with torch.no_grad():
+        sums = [float(stage.module(stage.batch([index]))) for index in indices]
+    num_tokens = sum(stage.batch([index]).num_supervised for index in indices)
+    assert num_tokens == stage.count(stage.batch(indices))
+    out = train_in_process(tiny_runs / "stage2.yaml", tmp_path / "run", UNGROUPED)
+    assert losses_of(out)[0] == pytest.approx(sum(sums) / num_tokens, abs=1e-4)
+    assert losses_of(out)[-1] < losses_of(out)[0], "and it learns"
+
+
+def mixed_seed() -> int:
+    """A seed whose first steps give two ranks of two: pictures on one rank and none on the other, and both on one."""
+    for seed in range(200):
+        order = Order(16, 4, seed)
+        shares = [[sorted(index >= 12 for index in share_of(order.batch(step), rank, 2)) for rank in (0, 1)] for step in range(4)]
+        if any(
+            pair in ([[True, True], [False, False]], [[False, False], [True, True]]) for pair in shares
+        ) and any([False, True] in pair for pair in shares):
+            return seed
+    raise AssertionError("no seed mixes pictures and text in this way")
+
+
+def test_two_processes_are_one_with_twice_the_batch(tiny_runs: Path, tmp_path: Path) -> None:
+    shared = [UNGROUPED, f"seed={mixed_seed()}", "optim.max_steps=4", f"data.val=[{{path: {tiny_runs}/data/val.json}}]"]
+    one = train_in_process(tiny_runs / "stage2.yaml", tmp_path / "one", *shared)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    two = tmp_path / "two"
+    arguments = [ROOT / "train" / "stage2.py", tiny_runs / "stage2.yaml", f"out={two}", *shared, "optim.batch_size=2"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, *map(str, arguments)], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 process(es)" in done.stdout
+    assert losses_of(two) == pytest.approx(losses_of(one), abs=1e-4)
+    assert [row["val_loss"] for row in log_of(two) if "val_loss" in row] == pytest.approx(
+        [row["val_loss"] for row in log_of(one) if "val_loss" in row], abs=1e-4
+    )
+    ours, theirs = weights_of(one), weights_of(two)
+    for name, value in ours.items():
+        torch.testing.assert_close(theirs[name], value, rtol=0, atol=2e-3, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_fewer_processes_than_launched_are_refused(tiny_runs: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes were launched but accelerate runs 1; .*ACCELERATE_USE_CPU=true"):
+        build_accelerator(settings_of(tiny_runs / "stage2.yaml", tmp_path))
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_update(stage: ConversationStage) -> None:
+    before = {name: p.detach().clone() for name, p in stage.model.language_model.named_parameters()}
+    with torch.no_grad():
+        next(stage.model.projector.parameters()).fill_(float("nan"))
+    text = stopped(stage)
+    first = Order(16, 4, 3, stage.lengths).batch(0)
+    assert text.startswith("step 1: the gradient is not finite (nan), the update was not made. Examples of this step: ")
+    assert ", ".join(stage.examples[index].id for index in first) in text
+    assert "Lower optim.learning_rates, or look at these examples with `mmllm check`" in text
+    assert all(torch.equal(p, before[name]) for name, p in stage.model.language_model.named_parameters())
+
+
+def replace_examples(stage: ConversationStage, *messages: Any, images: tuple[Any, ...] = ()) -> None:
+    """Other conversations in place of those that were read, and were checked then."""
+    stage.examples = [Example(f"odd-{number}", "", tuple(messages), images) for number in range(16)]
+
+
+def test_a_projector_that_gets_no_gradient_stops_the_run(stage: ConversationStage) -> None:
+    picture = stage.examples[0].images[:1]
+    replace_examples(stage, message("user", "hi"), message("assistant", "yes"), message("user", "<image>"), images=picture)
+    text = stopped(stage)
+    assert text.startswith("step 3: projector got no gradient in 3 steps, so it learns nothing. Does an answer stand")
+    assert "odd-" in text
+
+
+def test_conversations_without_pictures_do_not_stop_a_run(stage: ConversationStage) -> None:
+    replace_examples(stage, message("user", "hi"), message("assistant", "yes"))
+    before = {name: p.detach().clone() for name, p in stage.model.projector.named_parameters()}
+    run(stage)
+    assert len(losses_of(Path(stage.config.out))) == 6
+    assert all(torch.equal(p, before[name]) for name, p in stage.model.projector.named_parameters())
+
+
+def test_a_step_with_nothing_to_learn_stops_the_run(stage: ConversationStage) -> None:
+    replace_examples(stage, message("user", "is anybody there?"))
+    text = stopped(stage)
+    assert text.startswith("step 1: nothing to learn, no token of these examples is supervised: odd-")
+    assert text.count("odd-") == 4
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> list[str]:
+    path.write_text(json.dumps(rows))
+    return [f"data.train=[{{path: {path}}}]"]
+
+
+def test_a_projector_without_any_picture_to_learn_from_is_refused(tiny_runs: Path, tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "yes"}]
+    data = write_rows(tmp_path / "text.json", [{"conversations": turns}] * 8)
+    with pytest.raises(DataError, match="train lists projector, but no example of data.train has an image"):
+        train_in_process(tiny_runs / "stage1.yaml", tmp_path / "out", *data)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_picture_that_cannot_be_decoded_is_named_in_one_line(tiny_runs: Path, tmp_path: Path, num_workers: int) -> None:
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "yes"}]
+    data = write_rows(tmp_path / "rows.json", [{"image": "broken.png", "conversations": turns}] * 8)
+    with pytest.raises(ImageError) as caught:
+        train_in_process(tiny_runs / "stage2.yaml", tmp_path / "out", *data, f"data.num_workers={num_workers}")
+    assert str(caught.value).startswith(f"{tmp_path / 'broken.png'} is not an image that can be read")
+    assert "Traceback" not in str(caught.value)
+
+
+def test_worker_processes_change_nothing(tiny_runs: Path, tmp_path: Path) -> None:
+    alone = train_in_process(tiny_runs / "stage2.yaml", tmp_path / "alone", "optim.max_steps=3")
+    helped = train_in_process(tiny_runs / "stage2.yaml", tmp_path / "helped", "optim.max_steps=3", "data.num_workers=1")
+    assert losses_of(helped) == losses_of(alone)

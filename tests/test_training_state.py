@@ -1,0 +1,245 @@
+"""A run that is killed, interrupted, out of disk or started twice ends in the weights of one that never stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_runs import log_of, losses_of, train_in_process, weights_of
+
+from mmllm.config import ConfigError
+from mmllm.errors import is_disk_full
+from mmllm.model.checkpoint import load_checkpoint, verify_files
+from mmllm.training import loop
+from mmllm.training.loop import Interrupted
+from mmllm.training.run import main
+from mmllm.training.state import saved_steps
+
+ROOT = Path(__file__).parent.parent
+LORA = ("lora.rank=4", "lora.dropout=0.3")
+
+# Runs a stage and does something to its own process as step STEP (from 0) begins.
+DRIVER = """
+import os, signal, sys
+from mmllm.training import loop, run
+whole_step = loop.Run.step
+def step(self, number, data):
+    if number == {step}:
+        os.kill(os.getpid(), signal.{signal})
+    return whole_step(self, number, data)
+loop.Run.step = step
+run.main("stage2", sys.argv[1:])
+"""
+
+
+def start(config: Path, out: Path, *overrides: str, step: int, signal_name: str) -> subprocess.CompletedProcess[str]:
+    code = DRIVER.format(step=step, signal=signal_name)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, str(config), f"out={out}", *overrides]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def before_step(monkeypatch: pytest.MonkeyPatch, number: int, action: Any) -> None:
+    """Calls `action` as this step (from 0) of the next run begins."""
+    whole_step = loop.Run.step
+
+    def step(self: Any, current: int, data: Any) -> Any:
+        if current == number:
+            action()
+        return whole_step(self, current, data)
+
+    monkeypatch.setattr(loop.Run, "step", step)
+
+
+def interrupt(number: int = signal.SIGTERM) -> None:
+    os.kill(os.getpid(), number)
+
+
+def assert_same_run(out: Path, unbroken: Path) -> None:
+    ours, theirs = weights_of(out), weights_of(unbroken)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    assert [row["step"] for row in log_of(out)] == [row["step"] for row in log_of(unbroken)]
+    assert losses_of(out) == losses_of(unbroken)
+
+
+def test_a_killed_run_with_dropout_ends_in_the_same_weights(tiny_runs: Path, tmp_path: Path) -> None:
+    config, out = tiny_runs / "stage2.yaml", tmp_path / "out"
+    val = f"data.val=[{{path: {tiny_runs}/data/val.json}}]"
+    overrides = [*LORA, "log.save_every_steps=2", "log.validate_every_steps=3", val]
+    killed = start(config, out, *overrides, step=5, signal_name="SIGKILL")
+    assert killed.returncode == -signal.SIGKILL
+    assert [path.name for path in saved_steps(out)] == ["step_0000004"]
+    assert not (out / "manifest.json").exists()
+    train_in_process(config, out, *overrides)
+    assert_same_run(out, train_in_process(config, tmp_path / "unbroken", *overrides))
+    undropped = train_in_process(config, tmp_path / "undropped", *overrides, "lora.dropout=0")
+    assert losses_of(undropped) != losses_of(out), "dropout was at work"
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_an_interrupted_run_goes_on_where_it_stopped(
+    tiny_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    config, out = tiny_runs / "stage2.yaml", tmp_path / "out"
+    override = f"optim.kind={kind}"
+    with monkeypatch.context() as patch:
+        before_step(patch, 2, interrupt)
+        with pytest.raises(Interrupted, match="stopped after step 3 of 6; the same command goes on from there"):
+            train_in_process(config, out, override)
+    assert [path.name for path in saved_steps(out)] == ["step_0000003"]
+    assert [row["step"] for row in log_of(out)] == [1, 2, 3]
+    train_in_process(config, out, override)
+    assert_same_run(out, train_in_process(config, tmp_path / "unbroken", override))
+    assert not (out / "state").exists(), "a finished run needs none"
+
+
+def test_ctrl_c_ends_with_130_and_one_line_and_the_state_is_there(tiny_runs: Path, tmp_path: Path) -> None:
+    done = start(tiny_runs / "stage2.yaml", tmp_path / "out", step=1, signal_name="SIGINT")
+    assert done.returncode == 130
+    assert done.stderr.strip().splitlines()[-1] == (
+        "error: stopped after step 2 of 6; the same command goes on from there"
+    )
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in saved_steps(tmp_path / "out")] == ["step_0000002"]
+
+
+def test_a_second_ctrl_c_is_the_same_one_at_first_and_kills_later(
+    tiny_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_runs / "stage2.yaml"
+
+    def twice() -> None:
+        interrupt(signal.SIGINT)
+        interrupt(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        before_step(patch, 2, twice)
+        with pytest.raises(Interrupted):
+            train_in_process(config, tmp_path / "soon")
+        patch.setattr(loop, "SAME_STOP_SECONDS", -1)
+        with pytest.raises(KeyboardInterrupt):
+            train_in_process(config, tmp_path / "later")
+
+
+def test_only_as_many_states_are_kept_as_asked_for_and_half_written_ones_are_none(
+    tiny_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = ("log.save_every_steps=1", "log.keep_checkpoints=2")
+    with monkeypatch.context() as patch:
+        before_step(patch, 4, interrupt)
+        with pytest.raises(Interrupted):
+            train_in_process(tiny_runs / "stage2.yaml", tmp_path, *overrides)
+    for name in ("step_0000009", "part_0000006", "step_zero"):
+        (tmp_path / "state" / name).mkdir()
+    (tmp_path / "state" / "part_0000006" / "state.pt").write_bytes(b"half of it")
+    assert [path.name for path in saved_steps(tmp_path)] == ["step_0000004", "step_0000005"]
+
+
+@pytest.fixture
+def interrupted(tiny_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    with monkeypatch.context() as patch:
+        before_step(patch, 2, interrupt)
+        with pytest.raises(Interrupted):
+            train_in_process(tiny_runs / "stage2.yaml", tmp_path / "out")
+    return tmp_path / "out"
+
+
+def test_the_state_of_a_run_with_other_settings_is_refused_and_kept(tiny_runs: Path, interrupted: Path) -> None:
+    config, settings = tiny_runs / "stage2.yaml", (interrupted / "config.yaml").read_text()
+    with pytest.raises(ConfigError) as caught:
+        train_in_process(config, interrupted, "optim.max_steps=9", "seed=4")
+    assert str(caught.value) == (
+        f"{interrupted} holds a run with other settings:\n  seed: 3 there, 4 here\n  optim.max_steps: 6 there, 9 here\n"
+        f"give another out=FOLDER, remove {interrupted} to begin anew, or go on with {interrupted / 'config.yaml'}"
+    )
+    assert (interrupted / "config.yaml").read_text() == settings
+    (interrupted / "config.yaml").unlink()
+    with pytest.raises(ConfigError, match="optim.max_steps: 6 there, 9 here"):
+        train_in_process(config, interrupted, "optim.max_steps=9")
+    assert len(saved_steps(interrupted)) == 1
+
+
+def test_a_moved_run_may_be_divided_otherwise_but_not_see_other_batches(
+    tiny_runs: Path, interrupted: Path, tmp_path: Path
+) -> None:
+    config, moved = tiny_runs / "stage2.yaml", tmp_path / "moved"
+    shutil.move(interrupted, moved)
+    with pytest.raises(ConfigError, match="was saved with 4 examples a step, now there are 2; processes x optim"):
+        train_in_process(config, moved, "optim.batch_size=2")
+    divided = ("optim.batch_size=2", "optim.accumulate_steps=2", "log.every_steps=2", "num_threads=2")
+    train_in_process(config, moved, *divided)
+    assert load_checkpoint(moved)[2]["kind"] == "vision-language-model"
+    torch.set_num_threads(1)
+
+
+def test_a_finished_run_says_so_and_is_left_alone(tiny_runs: Path, tmp_path: Path, capsys: Any) -> None:
+    config, out = tiny_runs / "stage2.yaml", tmp_path / "out"
+    train_in_process(config, out, "optim.max_steps=1")
+    times = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    capsys.readouterr()
+    main("stage2", [str(config), f"out={out}", "optim.max_steps=1", "log.every_steps=5"])
+    assert capsys.readouterr().out == (
+        f"{out} is finished: `mmllm chat {out}`. To train it again, remove it or give another out=FOLDER\n"
+    )
+    with pytest.raises(SystemExit) as ended:
+        main("stage2", [str(config), f"out={out}", "optim.max_steps=2"])
+    assert ended.value.code == 2
+    assert "holds a run with other settings:\n  optim.max_steps: 1 there, 2 here\n" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == times
+
+
+@contextlib.contextmanager
+def largest_file(num_bytes: int) -> Iterator[None]:
+    """As on a full disk, no file of this process can grow beyond so many bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, previous)
+
+
+@pytest.mark.parametrize("full_at", [3, 5], ids=["while a state is saved", "while the checkpoint is saved"])
+def test_a_full_disk_is_told_and_what_was_saved_before_is_whole(
+    tiny_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, full_at: int
+) -> None:
+    config, out = tiny_runs / "stage2.yaml", tmp_path / "out"
+    every = "log.save_every_steps=2" if full_at == 3 else "log.save_every_steps=5"
+    disk = contextlib.ExitStack()
+    with monkeypatch.context() as patch, disk, pytest.raises(SystemExit) as ended:
+        before_step(patch, full_at, lambda: disk.enter_context(largest_file(60_000)))
+        main("stage2", [str(config), f"out={out}", every])
+    assert ended.value.code == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: the disk is full, or a limit on what may be written is reached. What was saved before")
+    assert "Traceback" not in error
+    assert [path.name for path in saved_steps(out)] == [f"step_000000{2 if full_at == 3 else 5}"]
+    assert [path.name for path in (out / "state").iterdir()] == [path.name for path in saved_steps(out)]
+    assert not (out / "checkpoint.part").exists()
+    assert not (out / "manifest.json").exists()
+    train_in_process(config, out, every)
+    assert verify_files(out) == []
+    assert_same_run(out, train_in_process(config, tmp_path / "unbroken", every))
+
+
+def test_a_cache_that_does_not_fit_on_the_disk_leaves_no_file(tiny_runs: Path, tmp_path: Path) -> None:
+    overrides = ("data.cache_features=true", "optim.max_steps=1")
+    with largest_file(4096), pytest.raises(OSError, match="File too large") as caught:
+        train_in_process(tiny_runs / "stage2.yaml", tmp_path / "out", *overrides)
+    assert is_disk_full(caught.value)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
