@@ -243,7 +243,7 @@ def _read(path: Path) -> Any:
     except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not readable YAML: {error}") from error
     if not OmegaConf.is_dict(tree) or not tree:
-        raise ConfigError(f"{path} must hold sections with keys, such as `optim:`; got {str(tree):.60}")
+        raise ConfigError(f"{path} must hold sections with keys, such as `optim:`; got {tree!s:.60}")
     return tree
 
 
@@ -301,7 +301,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         if "extends" in base:
             raise ConfigError(f"{path} extends {parent}, which extends another file; one level is allowed")
         tree = _merge(base, tree)
-    given = OmegaConf.create()
+    given: Any = OmegaConf.create()
     for override in overrides or []:
         key, equals, _ = override.partition("=")
         if not equals or not key:

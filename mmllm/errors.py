@@ -18,7 +18,7 @@ INTERRUPTED = 130
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether this error, or one that it came from, says that no more can be written: no space, no quota, a file limit."""
+    """Whether this error, or one behind it, says that no more can be written: no space, no quota, a file limit."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno in DISK_FULL:

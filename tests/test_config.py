@@ -92,11 +92,20 @@ def test_all_problems_are_told_at_once(write: Any) -> None:
         ({"train": "projector"}, "train: Input should be a valid tuple"),
         ({"out": False}, "out: Input should be a valid string (given: False)"),
         ({"optim__batch_size": 0}, "optim.batch_size: Input should be greater than 0 (given: 0)"),
-        ({"optim__warmup_fraction": 1.5}, "optim.warmup_fraction: Input should be less than or equal to 1 (given: 1.5)"),
-        ({"optim__learning_rates": {"projector": -1, "language": 1}}, "optim.learning_rates.projector: Input should be"),
+        (
+            {"optim__warmup_fraction": 1.5},
+            "optim.warmup_fraction: Input should be less than or equal to 1 (given: 1.5)",
+        ),
+        (
+            {"optim__learning_rates": {"projector": -1, "language": 1}},
+            "optim.learning_rates.projector: Input should be",
+        ),
         ({"seed": -1}, "seed: Input should be greater than or equal to 0 (given: -1)"),
         ({"model__vision__layer": 0}, "model.vision.layer: Input should be less than 0 (given: 0)"),
-        ({"model__vision__fit": "crop"}, "model.vision.fit: Input should be 'stretch', 'pad' or 'square' (given: 'crop')"),
+        (
+            {"model__vision__fit": "crop"},
+            "model.vision.fit: Input should be 'stretch', 'pad' or 'square' (given: 'crop')",
+        ),
         ({"optim__kind": "sgd"}, "optim.kind: Input should be 'adamw' or 'muon' (given: 'sgd')"),
         ({"lora": {"dropout": 1.0}}, "lora.dropout: Input should be less than 1"),
         ({"train": []}, "train: Tuple should have at least 1 item"),
@@ -120,7 +129,10 @@ def test_what_has_no_default_must_be_given(write: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"train": ["projector"]}, "optim.learning_rates has ['language', 'projector'] but this run trains ['projector']"),
+        (
+            {"train": ["projector"]},
+            "optim.learning_rates has ['language', 'projector'] but this run trains ['projector']",
+        ),
         (
             {"train": ["projector"], "optim__learning_rates": {"projector": 1}, "lora": {"rank": 2}},
             "lora adapts the LLM, but train does not list language",
@@ -134,7 +146,10 @@ def test_what_has_no_default_must_be_given(write: Any) -> None:
             "data.cache_features keeps the frozen tower's output, but train lists vision",
         ),
         ({"model__checkpoint": "runs/y"}, "model: checkpoint already holds vision, projector, language"),
-        ({"model": {"vision": {"source": "x"}}}, "model: needs vision, projector, language and template, or checkpoint"),
+        (
+            {"model": {"vision": {"source": "x"}}},
+            "model: needs vision, projector, language and template, or checkpoint",
+        ),
         ({"model": {}}, "got nothing"),
         (
             {"model__vision": {"source": "local-dir:x", "pretrained": "y"}},
@@ -165,7 +180,9 @@ def test_a_file_that_cannot_be_read_is_named(write: Any, tmp_path: Path) -> None
     assert "stage: missing; allowed: stage1, stage2, warmup_vision" in refused(write("only a word"))
     (tmp_path / "latin.yaml").write_bytes("stage: größe".encode("latin-1"))
     assert "latin.yaml is not readable YAML" in refused(tmp_path / "latin.yaml")
-    assert "stage: 'stage9' is not known; allowed: stage1, stage2, warmup_vision" in refused(write(settings(stage="stage9")))
+    assert "stage: 'stage9' is not known; allowed: stage1, stage2, warmup_vision" in refused(
+        write(settings(stage="stage9"))
+    )
 
 
 def test_a_config_extends_one_other_and_no_more(write: Any) -> None:

@@ -188,7 +188,9 @@ def test_a_default_system_text_stands_only_where_no_other_does() -> None:
     assert template.default_system == "You are a helpful assistant."
     assert own_template(build_tokenizer(OWN["chatml"])).default_system is None
     render = renderer(chat_template=OWN["qwen2"])
-    assert render.text(TALK[:1]).startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user")
+    assert render.text(TALK[:1]).startswith(
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user"
+    )
     assert "helpful" not in render.text([SYSTEM, *TALK])
 
 
@@ -209,12 +211,12 @@ def test_what_strips_and_what_does_not_is_kept() -> None:
             "writes today's date",
         ),
         (CHATML.replace("{{ '<|im_start|>'", "{{ loop.index ~ '<|im_start|>'"), "opens the first user turn unlike"),
-        (CHATML.replace("{{ '<|im_start|>'", "{{ messages | length ~ '<|im_start|>'"), "changes a turn|unlike later|exactly"),
+        (CHATML.replace("{{ '<|im_start|>'", "{{ messages | length ~ '<|im_start|>'"), "changes a turn|unlike later|exactly"),  # noqa: E501
         (
-            CHATML.replace("{{ '<|im_start|>'", "{% if loop.last and m.role == 'assistant' %}!{% endif %}{{ '<|im_start|>'"),
+            CHATML.replace("{{ '<|im_start|>'", "{% if loop.last and m.role == 'assistant' %}!{% endif %}{{ '<|im_start|>'"),  # noqa: E501
             "cannot be taken apart exactly: it renders",
         ),
-        (CHATML.replace("+ '<|im_end|>'", "+ ('' if loop.last else '<|im_end|>')"), "unlike later ones|when another follows"),
+        (CHATML.replace("+ '<|im_end|>'", "+ ('' if loop.last else '<|im_end|>')"), "unlike later ones|when another follows"),  # noqa: E501
         (CHATML.replace("m['content']", "m['content'] | upper"), "does not show each turn's text as it is"),
         (CHATML.replace("m['content']", "m['content'] | replace('<', '&lt;')"), "cannot be taken apart exactly"),
         (
@@ -233,14 +235,18 @@ def test_a_template_that_cannot_be_rendered_exactly_is_refused_with_the_reason(
 
 
 def test_a_system_turn_that_a_template_would_swallow_is_refused() -> None:
-    swallows = "{% for m in messages %}{% if m.role != 'system' %}" + _CHATML_TURN + "{% endif %}{% endfor %}" + _CHATML_ASK
+    swallows = (
+        "{% for m in messages %}{% if m.role != 'system' %}" + _CHATML_TURN + "{% endif %}{% endfor %}" + _CHATML_ASK
+    )
     render = renderer(chat_template=swallows)
     assert render.text(TALK[:1]).startswith("<|im_start|>user")
     with pytest.raises(ChatError, match="no system turn"):
         render.render([SYSTEM, *TALK])
 
 
-@pytest.mark.parametrize(("name", "own"), [*((name, None) for name in TEMPLATES), *((OWN_TEMPLATE, own) for own in OWN)])
+@pytest.mark.parametrize(
+    ("name", "own"), [*((name, None) for name in TEMPLATES), *((OWN_TEMPLATE, own) for own in OWN)]
+)
 def test_the_jinja_text_of_a_template_says_what_the_renderer_says(name: str, own: str | None) -> None:
     render = renderer(name, OWN[own] if own else None)
     jinja = jinja_template(render.template)
@@ -250,12 +256,14 @@ def test_the_jinja_text_of_a_template_says_what_the_renderer_says(name: str, own
         talks.append((SYSTEM, *TALK))
     for talk in talks:
         parts = [
-            {"role": m.role, "content": [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image"} for p in m.parts]}
+            {"role": m.role, "content": [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image"} for p in m.parts]}  # noqa: E501
             for m in talk
         ]  # fmt: skip
         asks = talk[-1].role == "user"
         assert tokenizer.apply_chat_template(parts, tokenize=False, add_generation_prompt=asks) == render.text(talk)
-        whole = [{"role": m.role, "content": "".join(p if isinstance(p, str) else "<image>" for p in m.parts)} for m in talk]
+        whole = [
+            {"role": m.role, "content": "".join(p if isinstance(p, str) else "<image>" for p in m.parts)} for m in talk
+        ]
         if render.template.keeps_user_text:
             text = tokenizer.apply_chat_template(whole, tokenize=False, add_generation_prompt=asks)
             assert text == render.text(talk)
@@ -266,7 +274,9 @@ def test_the_jinja_text_of_a_template_says_what_the_renderer_says(name: str, own
 
 
 def test_an_unknown_template_lists_the_known_ones() -> None:
-    with pytest.raises(ChatError, match="no chat template 'alpaca'; allowed: plain, vicuna_v1, chatml, llama3, tokenizer"):
+    with pytest.raises(
+        ChatError, match="no chat template 'alpaca'; allowed: plain, vicuna_v1, chatml, llama3, tokenizer"
+    ):
         renderer("alpaca")
 
 
@@ -276,7 +286,9 @@ def test_a_template_whose_end_token_the_tokenizer_lacks_is_refused() -> None:
 
 
 def test_text_that_holds_the_image_token_is_refused() -> None:
-    with pytest.raises(ChatError, match="'look at <image> now' holds the image token itself; images are given as images"):
+    with pytest.raises(
+        ChatError, match="'look at <image> now' holds the image token itself; images are given as images"
+    ):
         renderer("chatml").render([Message("user", ("look at <image> now",))])
 
 

@@ -46,7 +46,9 @@ def edit(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
 
 
 def name_of_projector(folder: Path) -> str:
-    return next(name for name in load_file(folder / WEIGHTS) if name.startswith("projector.") and name.endswith("weight"))
+    return next(
+        name for name in load_file(folder / WEIGHTS) if name.startswith("projector.") and name.endswith("weight")
+    )
 
 
 def test_a_missing_tensor_is_named_and_never_made_up(copy: Path) -> None:
@@ -92,7 +94,7 @@ def test_what_is_no_checkpoint_is_not_taken_for_one(copy: Path, tmp_path: Path) 
         ('{"kind": ', "is damaged: "),
         ("[1, 2]", "does not describe a vision-language-model"),
         ('{"kind": "image-generator"}', "does not describe a vision-language-model"),
-        ('{"kind": "vision-language-model", "format_version": 99, "files": {}}', "has checkpoint format 99, this version reads 1"),
+        ('{"kind": "vision-language-model", "format_version": 99, "files": {}}', "has checkpoint format 99, this version reads 1"),  # noqa: E501
         ('{"kind": "vision-language-model", "format_version": 1}', "lists no files"),
     ],
 )  # fmt: skip

@@ -91,7 +91,9 @@ def test_every_kind_of_encoder_is_read_as_open_clip_reads_it(name: str, layer: i
         all_layers = encoder.forward_intermediates(pixels, intermediates_only=True)["image_intermediates"]
     assert torch.allclose(patches, all_layers[layer].flatten(2).transpose(1, 2), atol=1e-5)
     assert (tower.num_patches, tower.width) == patches.shape[1:]
-    assert VisionTower(TowerSpec.from_json(json.loads(json.dumps(tower.spec.to_json())))).num_patches == tower.num_patches
+    assert (
+        VisionTower(TowerSpec.from_json(json.loads(json.dumps(tower.spec.to_json())))).num_patches == tower.num_patches
+    )
 
 
 def test_a_layer_that_is_not_there_is_refused_with_those_that_are(tiny_parts: Path) -> None:

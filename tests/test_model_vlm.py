@@ -43,7 +43,9 @@ def inputs_of(engine: Engine, *examples: Example) -> dict[str, Tensor]:
     """What transformers' own way gives: prompts as text through the processor."""
     images = [image for example in examples for image in example.images]
     texts = [engine.prompt(example) for example in examples]
-    return dict(engine.processor(text=texts, images=images or None, padding=True, padding_side="left", return_tensors="pt"))
+    return dict(
+        engine.processor(text=texts, images=images or None, padding=True, padding_side="left", return_tensors="pt")
+    )
 
 
 def generate(engine: Engine, *examples: Example, **options: Any) -> Tensor:
@@ -119,7 +121,9 @@ def test_pictures_land_in_their_slots_in_the_order_of_the_text(engine: Engine) -
 def test_slots_and_image_tokens_that_do_not_agree_are_both_named(engine: Engine) -> None:
     model, inputs = engine.model, inputs_of(engine, TWO)
     each = engine.processor.num_image_tokens
-    with pytest.raises(ValueError, match=f"^{2 * each} image slots in the text but {each} image tokens .1 images of {each}"):
+    with pytest.raises(
+        ValueError, match=f"^{2 * each} image slots in the text but {each} image tokens .1 images of {each}"
+    ):
         model(input_ids=inputs["input_ids"], pixel_values=inputs["pixel_values"][:1])
     with pytest.raises(ValueError, match=f"^{2 * each} image slots in the text but no image was given"):
         model(input_ids=inputs["input_ids"])

@@ -71,10 +71,13 @@ def mixed_seed() -> int:
     """A seed whose first steps give two ranks of two: pictures on one rank and none on the other, and both on one."""
     for seed in range(200):
         order = Order(16, 4, seed)
-        shares = [[sorted(index >= 12 for index in share_of(order.batch(step), rank, 2)) for rank in (0, 1)] for step in range(4)]
-        if any(
-            pair in ([[True, True], [False, False]], [[False, False], [True, True]]) for pair in shares
-        ) and any([False, True] in pair for pair in shares):
+        shares = [
+            [sorted(index >= 12 for index in share_of(order.batch(step), rank, 2)) for rank in (0, 1)]
+            for step in range(4)
+        ]
+        if any(pair in ([[True, True], [False, False]], [[False, False], [True, True]]) for pair in shares) and any(
+            [False, True] in pair for pair in shares
+        ):
             return seed
     raise AssertionError("no seed mixes pictures and text in this way")
 
@@ -86,7 +89,9 @@ def test_two_processes_are_one_with_twice_the_batch(tiny_runs: Path, tmp_path: P
     two = tmp_path / "two"
     arguments = [ROOT / "train" / "stage2.py", tiny_runs / "stage2.yaml", f"out={two}", *shared, "optim.batch_size=2"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*command, *map(str, arguments)], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 process(es)" in done.stdout
     assert losses_of(two) == pytest.approx(losses_of(one), abs=1e-4)
@@ -95,7 +100,9 @@ def test_two_processes_are_one_with_twice_the_batch(tiny_runs: Path, tmp_path: P
     )
     ours, theirs = weights_of(one), weights_of(two)
     for name, value in ours.items():
-        torch.testing.assert_close(theirs[name], value, rtol=0, atol=2e-3, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            theirs[name], value, rtol=0, atol=2e-3, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_fewer_processes_than_launched_are_refused(tiny_runs: Path, tmp_path: Path, monkeypatch: Any) -> None:
@@ -103,7 +110,7 @@ def test_fewer_processes_than_launched_are_refused(tiny_runs: Path, tmp_path: Pa
 
     AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="2 processes were launched but accelerate runs 1; .*ACCELERATE_USE_CPU=true"):
+    with pytest.raises(ValueError, match=r"2 processes were launched but accelerate runs 1; .*ACCELERATE_USE_CPU=true"):
         build_accelerator(settings_of(tiny_runs / "stage2.yaml", tmp_path))
 
 
@@ -126,7 +133,9 @@ def replace_examples(stage: ConversationStage, *messages: Any, images: tuple[Any
 
 def test_a_projector_that_gets_no_gradient_stops_the_run(stage: ConversationStage) -> None:
     picture = stage.examples[0].images[:1]
-    replace_examples(stage, message("user", "hi"), message("assistant", "yes"), message("user", "<image>"), images=picture)
+    replace_examples(
+        stage, message("user", "hi"), message("assistant", "yes"), message("user", "<image>"), images=picture
+    )
     text = stopped(stage)
     assert text.startswith("step 3: projector got no gradient in 3 steps, so it learns nothing. Does an answer stand")
     assert "odd-" in text
@@ -155,12 +164,14 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> list[str]:
 def test_a_projector_without_any_picture_to_learn_from_is_refused(tiny_runs: Path, tmp_path: Path) -> None:
     turns = [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "yes"}]
     data = write_rows(tmp_path / "text.json", [{"conversations": turns}] * 8)
-    with pytest.raises(DataError, match="train lists projector, but no example of data.train has an image"):
+    with pytest.raises(DataError, match=r"train lists projector, but no example of data.train has an image"):
         train_in_process(tiny_runs / "stage1.yaml", tmp_path / "out", *data)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_picture_that_cannot_be_decoded_is_named_in_one_line(tiny_runs: Path, tmp_path: Path, num_workers: int) -> None:
+def test_a_picture_that_cannot_be_decoded_is_named_in_one_line(
+    tiny_runs: Path, tmp_path: Path, num_workers: int
+) -> None:
     (tmp_path / "broken.png").write_bytes(b"no picture")
     turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "yes"}]
     data = write_rows(tmp_path / "rows.json", [{"image": "broken.png", "conversations": turns}] * 8)

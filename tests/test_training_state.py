@@ -165,7 +165,7 @@ def test_the_state_of_a_run_with_other_settings_is_refused_and_kept(tiny_runs: P
     )
     assert (interrupted / "config.yaml").read_text() == settings
     (interrupted / "config.yaml").unlink()
-    with pytest.raises(ConfigError, match="optim.max_steps: 6 there, 9 here"):
+    with pytest.raises(ConfigError, match=r"optim.max_steps: 6 there, 9 here"):
         train_in_process(config, interrupted, "optim.max_steps=9")
     assert len(saved_steps(interrupted)) == 1
 
@@ -219,12 +219,14 @@ def test_a_full_disk_is_told_and_what_was_saved_before_is_whole(
     config, out = tiny_runs / "stage2.yaml", tmp_path / "out"
     every = "log.save_every_steps=2" if full_at == 3 else "log.save_every_steps=5"
     disk = contextlib.ExitStack()
-    with monkeypatch.context() as patch, disk, pytest.raises(SystemExit) as ended:
+    with monkeypatch.context() as patch, disk, pytest.raises(SystemExit) as ended:  # noqa: PT012
         before_step(patch, full_at, lambda: disk.enter_context(largest_file(60_000)))
         main("stage2", [str(config), f"out={out}", every])
     assert ended.value.code == 1
     error = capsys.readouterr().err
-    assert error.startswith("error: the disk is full, or a limit on what may be written is reached. What was saved before")
+    assert error.startswith(
+        "error: the disk is full, or a limit on what may be written is reached. What was saved before"
+    )
     assert "Traceback" not in error
     assert [path.name for path in saved_steps(out)] == [f"step_000000{2 if full_at == 3 else 5}"]
     assert [path.name for path in (out / "state").iterdir()] == [path.name for path in saved_steps(out)]
@@ -241,5 +243,3 @@ def test_a_cache_that_does_not_fit_on_the_disk_leaves_no_file(tiny_runs: Path, t
         train_in_process(tiny_runs / "stage2.yaml", tmp_path / "out", *overrides)
     assert is_disk_full(caught.value)
     assert list((tmp_path / "cache").iterdir()) == []
-
-

@@ -233,12 +233,20 @@ def jinja_template(template: Template) -> str:
         begin += "{% if not messages or messages[0].role != 'system' %}{{ " + system + " }}{% endif %}"
     shown = "true" if template.keeps_user_text else "m.role != 'user'"
     return (
-        "{% set open = " + ascii(opens) + " %}{% set close = " + ascii(closes) + " %}" + begin + "{% for m in messages %}"
+        "{% set open = "
+        + ascii(opens)
+        + " %}{% set close = "
+        + ascii(closes)
+        + " %}"
+        + begin
+        + "{% for m in messages %}"
         "{% if m.role not in open %}{{ raise_exception('this chat template has no turn of ' + m.role) }}{% endif %}"
         "{% set content %}{% if m.content is not string %}{% for part in m.content %}{% if part.type == 'image' %}"
         "<image>{% elif " + shown + " %}{{ part.text }}{% endif %}{% endfor %}"
         "{% elif " + shown + " %}{{ m.content }}{% endif %}{% endset %}"
-        "{{ open[m.role] }}{{ " + ("content | trim" if template.strips else "content") + " }}{{ close[m.role] }}{% endfor %}"
+        "{{ open[m.role] }}{{ "
+        + ("content | trim" if template.strips else "content")
+        + " }}{{ close[m.role] }}{% endfor %}"
         "{% if add_generation_prompt %}{{ open.assistant }}{% endif %}"
     )
 

@@ -130,7 +130,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: str | Path) -> tuple[VisionLanguageModel, VisionLanguageProcessor, dict[str, Any]]:
-    """(model in evaluation mode, processor, manifest). A tensor that is missing, unexpected or misshapen is an error."""
+    """(model in evaluation mode, processor, manifest). A tensor missing, unexpected or misshapen is an error."""
     manifest = read_manifest(folder)
     try:
         with quiet_transformers():

@@ -179,7 +179,6 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
         return {**inputs, **images} if is_first else inputs
 
-
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
     ) -> Any:

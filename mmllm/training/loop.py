@@ -187,9 +187,8 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     def validate(self, step: int, tracker: Tracker) -> None:
-        if self.accelerator.is_main_process:
-            if figures := self.stage.validate(step):
-                tracker.log(step, figures)
+        if self.accelerator.is_main_process and (figures := self.stage.validate(step)):
+            tracker.log(step, figures)
         self.accelerator.wait_for_everyone()
 
 
@@ -209,8 +208,11 @@ def train(config: RunConfig, stage: Stage, accelerator: Any) -> None:
         run.out, max_steps=max_steps, first_step=first, tensorboard=log.tensorboard, is_main=accelerator.is_main_process
     )
     trained = sum(parameter.numel() for parameter in run.trained.values())
-    tracker.say(f"{config.stage}: {trained:,} trained parameters in {', '.join(stage.parts)}; "
-                f"{stage.num_examples:,} examples; {accelerator.num_processes} process(es) on {accelerator.device}")  # fmt: skip
+    processes = f"{accelerator.num_processes} process(es) on {accelerator.device}"
+    tracker.say(
+        f"{config.stage}: {trained:,} trained parameters in {', '.join(stage.parts)}; "
+        f"{stage.num_examples:,} examples; {processes}"
+    )
     if first:
         tracker.say(f"goes on from step {first}")
     losses: list[float] = []
@@ -239,7 +241,9 @@ def train(config: RunConfig, stage: Stage, accelerator: Any) -> None:
                 if _is_due(done, log.save_every_steps) or stops:
                     run.save_state(done)
                 if stops:
-                    raise InterruptedRunError(f"stopped after step {done} of {max_steps}; the same command goes on from there")
+                    raise InterruptedRunError(
+                        f"stopped after step {done} of {max_steps}; the same command goes on from there"
+                    )
     finally:
         tracker.close()
     if accelerator.is_main_process:

@@ -21,13 +21,12 @@ from mmllm.model.build import build_model
 from mmllm.model.checkpoint import load_checkpoint, save_checkpoint
 from mmllm.training.card import model_card
 from mmllm.training.features import FeatureCache
-from mmllm.training.lora import add_lora, merge_lora
 from mmllm.training.loop import Stage
+from mmllm.training.lora import add_lora, merge_lora
 from mmllm.training.losses import conversation_loss_sum, has_plain_head
 from mmllm.training.order import Order
 from mmllm.training.warmup_language import WarmupLanguage
 from mmllm.training.warmup_vision import WarmupVision
-
 
 _NO_FILE_NAME = re.compile(r"[^\w.-]")  # characters of an id that a file name better does without
 
@@ -90,7 +89,9 @@ class ConversationStage:
         train = self.config.train
         in_pictures = {"vision", "projector"} & set(train)
         if in_pictures and not any(example.images for example in self.examples):
-            raise DataError(f"train lists {' and '.join(sorted(in_pictures))}, but no example of data.train has an image")
+            raise DataError(
+                f"train lists {' and '.join(sorted(in_pictures))}, but no example of data.train has an image"
+            )
         self.model.requires_grad_(False)
         if "vision" in train:
             self.model.vision_tower.requires_grad_(True)
@@ -103,7 +104,7 @@ class ConversationStage:
                 self.model.language_model.requires_grad_(True)
 
     def _set_modes(self) -> None:
-        """Training mode, also for a frozen LLM (transformers checkpoints gradients in no other); not for a frozen tower."""
+        """Training mode, also for a frozen LLM (only then are gradients checkpointed); not for a frozen tower."""
         self.model.train()
         self.model.vision_tower.train("vision" in self.config.train)
 

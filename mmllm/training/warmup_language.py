@@ -21,8 +21,8 @@ from mmllm.data.chat import OWN_TEMPLATE, Rendered, Renderer
 from mmllm.data.collate import collate
 from mmllm.scenes.talk import Lesson, sample_text
 from mmllm.scenes.world import Limits, Split
-from mmllm.training.order import Phases
 from mmllm.training.losses import supervised_rows, token_loss_sum
+from mmllm.training.order import Phases
 
 CHUNK = 500
 # fmt: off
