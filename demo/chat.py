@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from mmllm.batch import Example, Message, message
+from mmllm.batch import Example, Message
 from mmllm.data.images import ImageError, load_image
-from mmllm.scenes.talk import picture_marks
+from mmllm.inference.conversation import user_message
 
 MAX_PICTURES = 4  # of one turn; a longer conversation is limited by what the model can read
 MAX_PIXELS = 40_000_000
@@ -36,14 +36,6 @@ class Turn:
     @property
     def is_open(self) -> bool:
         return self.finish is None and not self.problem
-
-
-def user_message(text: str, num_pictures: int, first_image: int) -> Message:
-    """The words of one turn behind its pictures, written as in the data; `<image>` in the words stays words."""
-    if not num_pictures:
-        return Message("user", (text,))
-    *before, after = message("user", picture_marks(num_pictures), first_image).parts
-    return Message("user", (*before, f"{after}{text}"))
 
 
 def example_of(turns: Sequence[Turn]) -> Example:

@@ -86,6 +86,7 @@ def test_one_question_gives_one_json_object(tiny_checkpoint: Path, picture: Path
     done = subprocess.run(
         [*COMMAND, *map(str, arguments), "--max-new-tokens", "3"], capture_output=True, text=True, check=True
     )
+    assert done.stderr == ""
     (line,) = done.stdout.splitlines()
     answer = json.loads(line)
     figures = {"text", "finish", "num_prompt_tokens", "num_image_tokens", "num_new_tokens", "seconds", "model"}
@@ -206,14 +207,21 @@ def test_an_answer_is_written_as_it_grows(terminal: Terminal, capsys) -> None:
     assert capsys.readouterr().out == "do n't\ndon't go\n"
 
 
-def _read_until(terminal: int, text: str) -> str:
-    """What comes out of the terminal up to and with this text."""
-    shown, end = "", time.monotonic() + WAIT_SECONDS
-    while text not in shown:
-        assert time.monotonic() < end, f"{text!r} did not come; there is {shown!r}"
-        if select.select([terminal], [], [], 1)[0]:
-            shown += os.read(terminal, 4096).decode(errors="replace")
-    return shown
+class _Screen:
+    """What a program writes to its terminal."""
+
+    def __init__(self, terminal: int):
+        self.terminal, self.rest = terminal, ""
+
+    def until(self, text: str) -> str:
+        """All that is shown up to and with this text; what follows it is kept for the next call."""
+        end = time.monotonic() + WAIT_SECONDS
+        while text not in self.rest:
+            assert time.monotonic() < end, f"{text!r} did not come; there is {self.rest!r}"
+            if select.select([self.terminal], [], [], 1)[0]:
+                self.rest += os.read(self.terminal, 4096).decode(errors="replace")
+        shown, _, self.rest = self.rest.partition(text)
+        return shown + text
 
 
 @pytest.mark.skipif(not hasattr(os, "login_tty"), reason="needs a pseudo-terminal")
@@ -228,16 +236,17 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_chat(tiny_checkpoint: Path) -> Non
     with subprocess.Popen(arguments, preexec_fn=take_terminal, env={**os.environ, "TERM": "dumb"}) as chat:
         try:
             os.close(theirs)
-            _read_until(ours, "> ")
+            screen = _Screen(ours)
+            screen.until("> ")
             os.write(ours, b"tell me everything\n")
-            _read_until(ours, "everything\r\n")
-            while len(os.read(ours, 4096)) < 8:  # the answer is on its way
-                pass
+            screen.until("everything\r\n")
+            screen.until(" ")  # the answer is on its way
             os.write(ours, b"\x03")
-            assert "stopped" in _read_until(ours, "> ")
+            assert "(0 tokens" not in screen.until("; stopped)")
+            screen.until("> ")
             os.write(ours, b"\x03")
-            _read_until(ours, "Ctrl-D or /quit ends the chat")
-            _read_until(ours, "> ")
+            screen.until("Ctrl-D or /quit ends the chat")
+            screen.until("> ")
             os.write(ours, b"\x04")
             assert chat.wait(WAIT_SECONDS) == 0
         finally:

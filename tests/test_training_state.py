@@ -21,7 +21,7 @@ from mmllm.config import ConfigError
 from mmllm.errors import is_disk_full
 from mmllm.model.checkpoint import load_checkpoint, verify_files
 from mmllm.training import loop
-from mmllm.training.loop import Interrupted
+from mmllm.training.loop import InterruptedRunError
 from mmllm.training.run import main
 from mmllm.training.state import saved_steps
 
@@ -95,7 +95,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
     override = f"optim.kind={kind}"
     with monkeypatch.context() as patch:
         before_step(patch, 2, interrupt)
-        with pytest.raises(Interrupted, match="stopped after step 3 of 6; the same command goes on from there"):
+        with pytest.raises(InterruptedRunError, match="stopped after step 3 of 6; the same command goes on from there"):
             train_in_process(config, out, override)
     assert [path.name for path in saved_steps(out)] == ["step_0000003"]
     assert [row["step"] for row in log_of(out)] == [1, 2, 3]
@@ -125,7 +125,7 @@ def test_a_second_ctrl_c_is_the_same_one_at_first_and_kills_later(
 
     with monkeypatch.context() as patch:
         before_step(patch, 2, twice)
-        with pytest.raises(Interrupted):
+        with pytest.raises(InterruptedRunError):
             train_in_process(config, tmp_path / "soon")
         patch.setattr(loop, "SAME_STOP_SECONDS", -1)
         with pytest.raises(KeyboardInterrupt):
@@ -138,7 +138,7 @@ def test_only_as_many_states_are_kept_as_asked_for_and_half_written_ones_are_non
     overrides = ("log.save_every_steps=1", "log.keep_checkpoints=2")
     with monkeypatch.context() as patch:
         before_step(patch, 4, interrupt)
-        with pytest.raises(Interrupted):
+        with pytest.raises(InterruptedRunError):
             train_in_process(tiny_runs / "stage2.yaml", tmp_path, *overrides)
     for name in ("step_0000009", "part_0000006", "step_zero"):
         (tmp_path / "state" / name).mkdir()
@@ -150,7 +150,7 @@ def test_only_as_many_states_are_kept_as_asked_for_and_half_written_ones_are_non
 def interrupted(tiny_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     with monkeypatch.context() as patch:
         before_step(patch, 2, interrupt)
-        with pytest.raises(Interrupted):
+        with pytest.raises(InterruptedRunError):
             train_in_process(tiny_runs / "stage2.yaml", tmp_path / "out")
     return tmp_path / "out"
 
