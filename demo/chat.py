@@ -21,6 +21,10 @@ from mmllm.inference.conversation import user_message
 MAX_PICTURES = 4  # of one turn; a longer conversation is limited by what the model can read
 MAX_PIXELS = 40_000_000
 MAX_FILE_SIZE = "20mb"
+QUEUED = (
+    '<div class="thinking queued">waiting for another tab’s answer to end</div>'  # page.css shows it after a second
+)
+THINKING = '<div class="thinking"><span>thinking</span></div>'
 
 
 @dataclass(eq=False)
@@ -32,6 +36,7 @@ class Turn:
     answer: str = ""
     finish: str | None = None
     problem: str = ""  # why there is no answer
+    is_queued: bool = True  # until the model turns to it
 
     @property
     def is_open(self) -> bool:
@@ -90,6 +95,9 @@ def pictures_html(pictures: Iterable[Path]) -> str:
 
 
 def answer_markdown(turn: Turn) -> str:
+    """The answer and what there is to say about it; a sign of life while there is none yet."""
+    if turn.is_open and not turn.answer:
+        return QUEUED if turn.is_queued else THINKING
     if turn.problem:
         text = turn.problem[0].upper() + turn.problem[1:]
         lines = html.escape(text).replace("\n", "<br>")

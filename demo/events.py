@@ -66,7 +66,8 @@ class Events:
         if turn is None:
             yield gr.skip(), gr.skip(), gr.skip(), gr.skip()
             return
-        yield composer_while(writing=True), gr.skip(), gr.skip(), counts_html(None)
+        turn.is_queued = False
+        yield composer_while(writing=True), shown(session.turns), gr.skip(), counts_html(None)
         try:
             sampling = Sampling(temperature, top_p, int(max_new_tokens), None if seed == ANY_SEED else seed)
             example = example_of(session.turns[: session.turns.index(turn) + 1])

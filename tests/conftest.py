@@ -13,6 +13,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+# the page's fixtures, for every test module
+from page_driver import browser, open_page, page, picture, served, slowly  # noqa: F401
+
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 

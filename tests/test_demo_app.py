@@ -124,13 +124,20 @@ def test_an_answer_that_was_stopped_in_the_middle_is_part_of_the_next_prompt():
 
 def test_a_place_in_the_chat_leads_back_to_its_turn():
     turns = [Turn("one?", (Path("a.png"),), "yes", "end"), Turn("two?", (), "no", "end"), Turn("three?")]
-    assert [m["role"] for m in shown(turns)] == ["user", "user", "assistant", "user", "assistant", "user"]
-    assert [turn_of_message(turns, index) for index in range(6)] == [0, 0, 0, 1, 1, 2]
+    assert [m["role"] for m in shown(turns)] == ["user", "user", "assistant", "user", "assistant", "user", "assistant"]
+    assert [turn_of_message(turns, index) for index in range(7)] == [0, 0, 0, 1, 1, 2, 2]
 
 
 def test_names_of_files_and_errors_are_text_and_never_markup():
     assert "<b>" not in pictures_html([Path('x"><b>.png')])
     assert "<b>" not in answer_markdown(Turn("?", problem="the file <b> is missing"))
+
+
+def test_a_chat_shows_that_it_waits_or_thinks_until_the_first_word():
+    assert "waiting" in answer_markdown(Turn("?"))
+    assert "thinking" in answer_markdown(Turn("?", is_queued=False))
+    assert answer_markdown(Turn("?", answer="a", is_queued=False)) == "a"
+    assert "stopped" in answer_markdown(Turn("?", finish="stopped"))
 
 
 def test_a_chat_says_when_an_answer_was_stopped_or_cut_off():

@@ -34,6 +34,7 @@ def run(stage: ConversationStage) -> None:
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
+    Path(stage.config.out).mkdir()
     train(stage.config, stage, build_accelerator(stage.config))
 
 
@@ -82,10 +83,11 @@ def mixed_seed() -> int:
     raise AssertionError("no seed mixes pictures and text in this way")
 
 
+@pytest.mark.timeout(400)
 def test_two_processes_are_one_with_twice_the_batch(tiny_runs: Path, tmp_path: Path) -> None:
     shared = [UNGROUPED, f"seed={mixed_seed()}", "optim.max_steps=4", f"data.val=[{{path: {tiny_runs}/data/val.json}}]"]
     one = train_in_process(tiny_runs / "stage2.yaml", tmp_path / "one", *shared)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     two = tmp_path / "two"
     arguments = [ROOT / "train" / "stage2.py", tiny_runs / "stage2.yaml", f"out={two}", *shared, "optim.batch_size=2"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

@@ -6,17 +6,14 @@ ever guessed from a folder's name.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import logging as transformers_logging
-
+from mmllm.model.language import quiet_transformers
 from mmllm.model.processor import VisionLanguageProcessor
 from mmllm.model.vlm import VisionLanguageModel
 
@@ -27,20 +24,6 @@ KIND = "vision-language-model"
 
 class CheckpointError(ValueError):
     """A directory that is not a complete checkpoint of this project."""
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Without transformers' progress bars, which would tear ours, and without its reports: what is wrong we say."""
-    was_on, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if was_on:
-            transformers_logging.enable_progress_bar()
 
 
 def file_hash(path: Path) -> str:

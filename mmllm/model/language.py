@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from mmllm.batch import IMAGE_TOKEN
 from mmllm.config import ConfigError, LanguageConfig
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' progress bars, which would tear ours, and without its reports: what is wrong we say."""
+    was_on, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if was_on:
+            transformers_logging.enable_progress_bar()
 
 
 def load_tokenizer(source: str, *, revision: str | None = None) -> Any:
@@ -33,9 +50,10 @@ def load_language(config: LanguageConfig) -> tuple[Any, Any]:
 
     tokenizer = load_tokenizer(config.source, revision=config.revision)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            config.source, revision=config.revision, attn_implementation=config.attention, dtype=torch.float32
-        )
+        with quiet_transformers():
+            model = AutoModelForCausalLM.from_pretrained(
+                config.source, revision=config.revision, attn_implementation=config.attention, dtype=torch.float32
+            )
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.language: cannot load {config.source}: {error}") from error
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:

@@ -28,6 +28,7 @@ class Tracker:
         self._progress: Progress | None = None
         if not is_main:
             return
+        out.mkdir(parents=True, exist_ok=True)
         self.path = out / LOG_FILE
         if self.path.is_file():
             lines = [json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")]
