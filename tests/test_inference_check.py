@@ -127,7 +127,7 @@ def test_every_problem_is_reported_at_once(tmp_path: Path, tiny_parts: Path, bad
     for text in (
         "no data file at",
         "missing.json",
-        "1 image files cannot be decoded",
+        "image files that cannot be decoded: 1",
         "broken.png",
         "val: 5 of 8 rows",
     ):

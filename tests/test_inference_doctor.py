@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def examine(*arguments: object) -> tuple[int, dict[tuple[str, str], dict]]:
-    """(exit status, findings by area and name); all findings about a model have the area `model`."""
+    """(exit status, findings by area and name)."""
     done = CliRunner().invoke(app, ["doctor", *map(str, arguments), "--json"])
     assert done.exception is None or isinstance(done.exception, SystemExit)
     return done.exit_code, by_name(done.stdout)
@@ -34,7 +34,7 @@ def examine(*arguments: object) -> tuple[int, dict[tuple[str, str], dict]]:
 
 def by_name(text: str) -> dict[tuple[str, str], dict]:
     findings = json.loads(text)["findings"]
-    return {("model" if f["area"].startswith("model ") else f["area"], f["name"]): f for f in findings}
+    return {(f["area"], f["name"]): f for f in findings}
 
 
 def states(findings: dict[tuple[str, str], dict], area: str) -> dict[str, str]:

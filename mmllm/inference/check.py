@@ -37,6 +37,7 @@ from mmllm.model.vlm import VisionLanguageConfig
 from projector import build_projector
 
 MAX_REASONS_SHOWN = 12
+FILE_WIDTH = 140  # of tables where no terminal gives one
 # Numbers, quoted words, paths and file names: what differs between two rows that are bad for the same reason.
 _PARTICULARS = re.compile(r"'[^']*'|\S*/\S*|\b\S+\.\w{3,4}\b|\d[\d,]*")
 _PICTURE_WORDS = re.compile(r"\b(picture|image|photo|photograph)s?\b", re.IGNORECASE)
@@ -184,7 +185,7 @@ def _judge(name: str, found: Findings, text_side: TextSide | None, problems: lis
         shown = "\n".join(f"  {reason}" for reason in list(found.undecodable.values())[:5])
         more = f"\n  and {len(found.undecodable) - 5} more" if len(found.undecodable) > 5 else ""
         problems.append(
-            f"{name}: {len(found.undecodable)} image files cannot be decoded, and the run would stop where it meets "
+            f"{name}: image files that cannot be decoded: {len(found.undecodable)}. The run would stop where it meets "
             f"them; mend them or take their rows out:\n{shown}{more}"
         )
     longest, limit = max(found.report.lengths, default=0), text_side.max_positions if text_side else None
@@ -235,6 +236,8 @@ ROWS = {
 
 def _print(result: Mapping[str, Any], found: Mapping[str, Findings]) -> None:
     console = Console(highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = FILE_WIDTH
     table = Table(title=f"{result['config']}: {result['image_tokens_per_image'] or '?'} image tokens an image")
     table.add_column("")
     for name in found:
@@ -262,7 +265,7 @@ def _print_reasons(console: Console, name: str, bad: Sequence[BadRow]) -> None:
     groups = by_reason(bad)
     table = Table(title=f"left out of {name}")
     table.add_column("rows", justify="right")
-    table.add_column("why")
+    table.add_column("why", overflow="fold")
     table.add_column("such as", overflow="fold")
     for reason, rows in list(groups.items())[:MAX_REASONS_SHOWN]:
         first = rows[0]

@@ -51,6 +51,7 @@ EXTRAS = {
 SCENES = Path("data/scenes")
 WEIGHTS = Path("weights")
 GIB = 2**30
+FILE_WIDTH = 140  # of the table where no terminal gives one
 # What broken packages, files and models raise; each becomes a line of the report.
 FAILURES = (ImportError, OSError, RuntimeError, ValueError, KeyError, AttributeError)
 
@@ -217,7 +218,6 @@ def _files() -> Iterator[Finding]:
 
 def _model(folder: Path) -> Iterator[Finding]:
     """Manifest, hashes, weights and one answer; what follows from a failure is not tried."""
-    area = f"model {folder}"
     steps: tuple[tuple[str, Callable[[Path, dict[str, Any]], str]], ...] = (
         ("manifest", _read_manifest),
         ("files", _verify_files),
@@ -226,7 +226,7 @@ def _model(folder: Path) -> Iterator[Finding]:
     )
     loaded: dict[str, Any] = {}
     for name, step in steps:
-        finding = _attempt(area, name, lambda step=step: step(folder, loaded))  # type: ignore[misc]
+        finding = _attempt("model", name, lambda step=step: step(folder, loaded))  # type: ignore[misc]
         yield finding
         if finding.state == "broken" and name != "files":
             return
@@ -238,9 +238,8 @@ def _read_manifest(folder: Path, loaded: dict[str, Any]) -> str:
     manifest = read_manifest(folder)
     versions = manifest.get("versions", {})
     origin = ", ".join(f"{part}: {source}" for part, source in manifest.get("origin", {}).items()) or "unknown origin"
-    return (
-        f"format {manifest['format_version']}; {origin}; written with transformers {versions.get('transformers', '?')}"
-    )
+    written = f"written with transformers {versions.get('transformers', '?')}"
+    return f"{folder}: format {manifest['format_version']}; {origin}; {written}"
 
 
 def _verify_files(folder: Path, loaded: dict[str, Any]) -> str:
@@ -290,12 +289,14 @@ def _answer(folder: Path, loaded: dict[str, Any]) -> str:
 
 def _print(findings: list[Finding], works: bool) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
     console = Console(highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = FILE_WIDTH
     styles = {"ok": "green", "note": "yellow", "broken": "bold red"}
-    table = Table("", "", "", "")
+    table = Table("", "", "", Column(overflow="fold"), show_header=False)
     area = ""
     for finding in findings:
         if finding.area != area:
