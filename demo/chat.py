@@ -21,9 +21,8 @@ from mmllm.inference.conversation import user_message
 MAX_PICTURES = 4  # of one turn; a longer conversation is limited by what the model can read
 MAX_PIXELS = 40_000_000
 MAX_FILE_SIZE = "20mb"
-QUEUED = (
-    '<div class="thinking queued">waiting for another tab’s answer to end</div>'  # page.css shows it after a second
-)
+# shown by page.css after a second, for most turns wait for nothing
+QUEUED = '<div class="thinking queued">waiting for another tab’s answer to end</div>'
 THINKING = '<div class="thinking"><span>thinking</span></div>'
 
 

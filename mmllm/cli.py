@@ -39,8 +39,6 @@ Device = Annotated[
 def _options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
     global _debug
     _debug = debug
-    if not sys.stderr.isatty():  # transformers and the hub draw bars anywhere
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -198,27 +198,16 @@ class WarmupVisionConfig(RunConfig):
         return self
 
 
-class LessonConfig(_Section):
-    """A part of the language warm-up: how much of the world is described, what is asked, for how many steps."""
-
-    steps: PositiveInt
-    num_descriptions: PositiveInt
-    num_shapes: PositiveInt = 6
-    num_colors: PositiveInt = 7
-    max_things: Annotated[int, Field(gt=0, le=5)] = 5
-    kinds: tuple[Literal["objects", "text", "chart"], ...] = ("objects", "text", "chart")
-    types: tuple[str, ...] = ()  # question types; none named: all
-    retell: Fraction = 0.3  # share of conversations that only tell the scene again in other words
-
-
 class WarmupLanguageConfig(RunConfig):
     """Training of a small causal LM, and of its tokenizer, on descriptions of scenes and questions about them."""
 
     stage: Literal["warmup_language"]
     language: dict[str, Any]  # a transformers config: model_type and its options
     vocab_size: PositiveInt = 512
-    lessons: Annotated[tuple[LessonConfig, ...], Field(min_length=1)]
+    num_descriptions: PositiveInt
     num_turns: PositiveInt = 10
+    retell: Fraction = 0.15  # share of conversations that only tell the scene again in other words
+    guide_weight: Annotated[float, Field(ge=0)] = 0.5  # of the loss that shows attention where an answer is read
     num_val_descriptions: PositiveInt = 400
 
     @model_validator(mode="after")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+from tiny import make_language
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -71,3 +73,13 @@ def test_a_model_of_another_kind_is_refused(tmp_path: Path) -> None:
     (folder / "config.json").write_text('{"model_type": "never-heard-of"}')
     with pytest.raises(ConfigError, match="never-heard-of"):
         load_language(LanguageConfig(source=str(folder)))
+
+
+def test_a_tokenizer_of_its_own_beside_a_qwen2_model_keeps_its_rules(tmp_path: Path) -> None:
+    """AutoTokenizer takes Qwen2's normaliser there instead: no lower case, no leading space, a token more."""
+    make_language(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "qwen2"}))
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert tokenizer.tokenize("Red") == tokenizer.tokenize(" red") == ["Ġred"]
+    assert len(tokenizer) == json.loads(path.read_text())["vocab_size"]

@@ -277,8 +277,8 @@ class Renderer:
         self.template = replace(found, begin=begin, assistant_close=close)
         self.image_token_id = image_token_id
         self.num_image_tokens = num_image_tokens
-        self._encode = functools.lru_cache(maxsize=65536)(self._encode_piece)
-        closing_ids = self._encode(close)
+        self.encode = functools.lru_cache(maxsize=65536)(self._encode_piece)
+        closing_ids = self.encode(close)
         if not closing_ids:
             raise ChatError(f"template {template!r} ends answers with nothing; the tokenizer needs an end token")
         self.end_token_id: int = closing_ids[0]
@@ -305,7 +305,7 @@ class Renderer:
                 num_images += 1
                 is_answer = False
             else:
-                new = self._encode(piece)
+                new = self.encode(piece)
             ids.extend(new)
             answers.extend([is_answer] * len(new))
         return Rendered(ids, answers, num_images * self.num_image_tokens)

@@ -12,6 +12,8 @@ from transformers.utils import logging as transformers_logging
 from mmllm.batch import IMAGE_TOKEN
 from mmllm.config import ConfigError, LanguageConfig
 
+PLAIN_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")  # all there is to them is in tokenizer.json
+
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
@@ -29,10 +31,14 @@ def quiet_transformers() -> Iterator[None]:
 
 def load_tokenizer(source: str, *, revision: str | None = None) -> Any:
     """The tokenizer, with `<image>` added where it is missing and a padding token that is not the end token."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+        declared = get_tokenizer_config(source, revision=revision).get("tokenizer_class")
+        # AutoTokenizer replaces a plain tokenizer.json beside a Qwen2 model by Qwen2's own rules, without a word
+        loader: Any = PreTrainedTokenizerFast if declared in PLAIN_TOKENIZERS else AutoTokenizer
+        tokenizer = loader.from_pretrained(source, revision=revision)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.language.source: no tokenizer at {source}: {error}") from error
     if IMAGE_TOKEN not in tokenizer.get_vocab():

@@ -11,17 +11,24 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from mmllm.scenes.tell import a, at, tell
-from mmllm.scenes.world import COLORS, MAX_VALUE, PLACES, SHAPES, SIZES, Scene, Thing
+from mmllm.scenes.world import COLORS, MAX_VALUE, PLACES, SHAPES, SIZES, Bar, Line, Scene, Thing
+
+About = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One question and its answer; `num_needed` turns right before it are needed to understand it."""
+    """One question and its answer; `num_needed` turns right before it are needed to understand it.
+
+    `about` says where the answer is read: for each thing that the question names, in its order, the parts of the
+    scene (indices into `Scene.parts`) that are meant. Of two scenes the second's parts are counted on from the first's.
+    """
 
     type: str
     question: str
     answer: str
     num_needed: int = 0
+    about: About = ()
 
 
 Asker = Callable[[Scene, random.Random], list[Turn]]
@@ -46,6 +53,17 @@ def plural(shape: str) -> str:
 
 def yes_no(truth: bool) -> str:
     return "yes" if truth else "no"
+
+
+def about_each(scene: Scene, *parts: Thing | Line | Bar) -> About:
+    """`Turn.about` of a question that names these parts one by one."""
+    return tuple((scene.parts.index(part),) for part in parts)
+
+
+def about_all(present: Sequence[str], value: str) -> About:
+    """`Turn.about` of a question that names whatever has this value, given the value of each part."""
+    found = tuple(index for index, there in enumerate(present) if there == value)
+    return (found,) if found else ()
 
 
 def references(scene: Scene, thing: Thing, hidden: Iterable[str] = ()) -> list[str]:
@@ -79,7 +97,8 @@ def ask_attribute(name: str) -> Asker:
         subject = refer(scene, thing, rng, name)
         if subject is None:
             return []
-        return [Turn(name, rng.choice(ATTRIBUTE_QUESTIONS[name]).format(subject), getattr(thing, name))]
+        question = rng.choice(ATTRIBUTE_QUESTIONS[name]).format(subject)
+        return [Turn(name, question, getattr(thing, name), about=about_each(scene, thing))]
 
     return ask
 
@@ -93,7 +112,8 @@ def ask_relation(scene: Scene, rng: random.Random) -> list[Turn]:
         there = [t for t in scene.things if RELATIONS[name](t, anchor)]
         subject = refer(scene, anchor, rng, "place")
         if len(there) == 1 and subject:
-            return [Turn("relation", f"what shape is {name} the {subject}?", there[0].shape)]
+            about = about_each(scene, anchor)
+            return [Turn("relation", f"what shape is {name} the {subject}?", there[0].shape, about=about)]
     wanted = rng.random() < 0.5
     pairs = [(x, y) for x in scene.things for y in scene.things if x != y and RELATIONS[name](x, y) == wanted]
     if not pairs:
@@ -102,7 +122,7 @@ def ask_relation(scene: Scene, rng: random.Random) -> list[Turn]:
     first, second = refer(scene, x, rng, "place"), refer(scene, y, rng, "place")
     if not first or not second:
         return []
-    return [Turn("relation", f"is the {first} {name} the {second}?", yes_no(wanted))]
+    return [Turn("relation", f"is the {first} {name} the {second}?", yes_no(wanted), about=about_each(scene, x, y))]
 
 
 def ask_count(scene: Scene, rng: random.Random) -> list[Turn]:
@@ -119,7 +139,8 @@ def ask_count(scene: Scene, rng: random.Random) -> list[Turn]:
     choices = {"shape": SHAPES, "color": COLORS, "size": SIZES}[name]
     value = rng.choice(present) if rng.random() < 0.85 else rng.choice(choices)
     noun = plural(value) if name == "shape" else f"{value} objects"
-    return [Turn("count", f"how many {noun} are there?", str(present.count(value)))]
+    about = about_all(present, value)
+    return [Turn("count", f"how many {noun} are there?", str(present.count(value)), about=about)]
 
 
 def _near_misses(scene: Scene) -> list[str]:
@@ -138,7 +159,7 @@ def ask_exists(scene: Scene, rng: random.Random) -> list[Turn]:
         if scene.kind == "chart" and rng.random() < 0.7:
             colors = [b.color for b in scene.bars]
             color = rng.choice(colors if wanted else [c for c in COLORS if c not in colors])
-            return [Turn("exists", f"is there {a(color)} bar?", yes_no(wanted))]
+            return [Turn("exists", f"is there {a(color)} bar?", yes_no(wanted), about=about_all(colors, color))]
         return [Turn("exists", f"is there {a(noun)}?", yes_no(noun in shown))]
     form = rng.choice(("pair", "pair", "shape", "color", "place"))
     if form == "place":
@@ -146,7 +167,8 @@ def ask_exists(scene: Scene, rng: random.Random) -> list[Turn]:
         places = [p for p in PLACES if (p in taken) == wanted]
         if not places:
             return []
-        return [Turn("exists", f"is there anything {at(rng.choice(places))}?", yes_no(wanted))]
+        place = rng.choice(places)
+        return [Turn("exists", f"is there anything {at(place)}?", yes_no(wanted), about=about_all(taken, place))]
     if form == "pair":
         present = [f"{t.color} {t.shape}" for t in scene.things]
         absent = _near_misses(scene) or [f"{rng.choice(COLORS)} {t.shape}" for t in scene.things]
@@ -157,7 +179,8 @@ def ask_exists(scene: Scene, rng: random.Random) -> list[Turn]:
     nouns = present if wanted else [noun for noun in absent if noun not in present]
     if not nouns:
         return []
-    return [Turn("exists", f"is there {a(rng.choice(nouns))}?", yes_no(wanted))]
+    noun = rng.choice(nouns)
+    return [Turn("exists", f"is there {a(noun)}?", yes_no(wanted), about=about_all(present, noun))]
 
 
 def _compare_bars(scene: Scene, rng: random.Random, wanted: bool) -> list[Turn]:
@@ -167,7 +190,8 @@ def _compare_bars(scene: Scene, rng: random.Random, wanted: bool) -> list[Turn]:
     taller = rng.choice(("taller", "shorter"))
     if (x.value > y.value) != (wanted == (taller == "taller")):
         x, y = y, x
-    return [Turn("compare", f"is the {x.color} bar {taller} than the {y.color} bar?", yes_no(wanted))]
+    question = f"is the {x.color} bar {taller} than the {y.color} bar?"
+    return [Turn("compare", question, yes_no(wanted), about=about_each(scene, x, y))]
 
 
 def _compare_counts(scene: Scene, rng: random.Random, wanted: bool) -> list[Turn]:
@@ -176,8 +200,10 @@ def _compare_counts(scene: Scene, rng: random.Random, wanted: bool) -> list[Turn
     pairs = [(s, t) for s in shapes for t in shapes if s != t and (counts[s] > counts[t]) == wanted]
     if not pairs:
         return []
-    first, second = (plural(shape) for shape in rng.choice(pairs))
-    return [Turn("compare", f"are there more {first} than {second}?", yes_no(wanted))]
+    pair = rng.choice(pairs)
+    first, second = map(plural, pair)
+    about = tuple(group for shape in pair for group in about_all([t.shape for t in scene.things], shape))
+    return [Turn("compare", f"are there more {first} than {second}?", yes_no(wanted), about=about)]
 
 
 def _compare_sizes(scene: Scene, rng: random.Random, one: Thing, other: Thing) -> list[Turn]:
@@ -186,7 +212,8 @@ def _compare_sizes(scene: Scene, rng: random.Random, one: Thing, other: Thing) -
         return []
     word = rng.choice(("larger", "smaller"))
     answer = first if (one.size == "large") == (word == "larger") else second
-    return [Turn("compare", f"which is {word}, the {first} or the {second}?", answer)]
+    question = f"which is {word}, the {first} or the {second}?"
+    return [Turn("compare", question, answer, about=about_each(scene, one, other))]
 
 
 def _compare_attribute(scene: Scene, rng: random.Random, wanted: bool) -> list[Turn]:
@@ -199,7 +226,8 @@ def _compare_attribute(scene: Scene, rng: random.Random, wanted: bool) -> list[T
     first, second = refer(scene, one, rng, name), refer(scene, other, rng, name)
     if not first or not second:
         return []
-    return [Turn("compare", f"are the {first} and the {second} the same {name}?", yes_no(wanted))]
+    question = f"are the {first} and the {second} the same {name}?"
+    return [Turn("compare", question, yes_no(wanted), about=about_each(scene, one, other))]
 
 
 def ask_compare(scene: Scene, rng: random.Random) -> list[Turn]:
@@ -220,11 +248,11 @@ def ask_text(scene: Scene, rng: random.Random) -> list[Turn]:
         return []
     line = rng.choice(scene.lines)
     if rng.random() < 0.3:
-        return [Turn("text", f"what color is the {line.kind}?", line.color)]
+        return [Turn("text", f"what color is the {line.kind}?", line.color, about=about_each(scene, line))]
     wordings = [f"what {line.kind} is written?", f"read the {line.kind}."]
     if len(scene.lines) == 1:
         wordings.append("what does it say?")
-    return [Turn("text", rng.choice(wordings), line.text)]
+    return [Turn("text", rng.choice(wordings), line.text, about=about_each(scene, line))]
 
 
 def ask_chart(scene: Scene, rng: random.Random) -> list[Turn]:
@@ -235,16 +263,18 @@ def ask_chart(scene: Scene, rng: random.Random) -> list[Turn]:
     bar = rng.choice(scene.bars)
     if form == "value":
         wording = rng.choice(("what is the value of the {} bar?", "how tall is the {} bar?"))
-        return [Turn("chart", wording.format(bar.color), str(bar.value))]
+        return [Turn("chart", wording.format(bar.color), str(bar.value), about=about_each(scene, bar))]
     if form == "which":
         if values.count(bar.value) != 1:
             return []
-        return [Turn("chart", f"which bar has the value {bar.value}?", bar.color)]
+        question = f"which bar has the value {bar.value}?"
+        return [Turn("chart", question, bar.color, about=about_each(scene, bar))]
     extreme = max(values) if form == "most" else min(values)
     if values.count(extreme) != 1:
         return []
     word = "tallest" if form == "most" else "shortest"
-    return [Turn("chart", f"which bar is the {word}?", scene.bars[values.index(extreme)].color)]
+    tallest = values.index(extreme)
+    return [Turn("chart", f"which bar is the {word}?", scene.bars[tallest].color, about=((tallest,),))]
 
 
 def _ask_other_one(scene: Scene, rng: random.Random) -> list[Turn]:
@@ -255,15 +285,17 @@ def _ask_other_one(scene: Scene, rng: random.Random) -> list[Turn]:
     one, other = rng.choice(pairs)
     name = rng.choice(("color", "size"))
     question = ATTRIBUTE_QUESTIONS[name][0].format(f"{one.shape} {at(one.place)}")
-    follow = Turn("follow_up", "and the other one?", getattr(other, name), num_needed=1)
-    return [Turn(name, question, getattr(one, name)), follow]
+    follow = Turn("follow_up", "and the other one?", getattr(other, name), 1, about_each(scene, other))
+    return [Turn(name, question, getattr(one, name), about=about_each(scene, one)), follow]
 
 
 def ask_follow_up(scene: Scene, rng: random.Random) -> list[Turn]:
     if scene.kind == "chart":
         one, other = rng.sample(scene.bars, 2)
-        first = Turn("chart", f"what is the value of the {one.color} bar?", str(one.value))
-        return [first, Turn("follow_up", f"and the {other.color} bar?", str(other.value), num_needed=1)]
+        question = f"what is the value of the {one.color} bar?"
+        first = Turn("chart", question, str(one.value), about=about_each(scene, one))
+        about = about_each(scene, other)
+        return [first, Turn("follow_up", f"and the {other.color} bar?", str(other.value), 1, about)]
     if rng.random() < 0.5 and (turns := _ask_other_one(scene, rng)):
         return turns
     name = rng.choice(list(ATTRIBUTE_QUESTIONS))
@@ -276,15 +308,17 @@ def ask_follow_up(scene: Scene, rng: random.Random) -> list[Turn]:
         if not named:
             return []
         thing, other_subject = rng.choice(named)
-        return [*turns, Turn("follow_up", f"and the {other_subject}?", getattr(thing, name), num_needed=1)]
+        about = about_each(scene, thing)
+        return [*turns, Turn("follow_up", f"and the {other_subject}?", getattr(thing, name), 1, about)]
     thing = rng.choice(scene.things)
     second = rng.choice([n for n in ATTRIBUTE_QUESTIONS if n != name])
     subject = refer(scene, thing, rng, name, second)
     if subject is None:
         return []
-    first = Turn(name, ATTRIBUTE_QUESTIONS[name][0].format(subject), getattr(thing, name))
+    about = about_each(scene, thing)
+    first = Turn(name, ATTRIBUTE_QUESTIONS[name][0].format(subject), getattr(thing, name), about=about)
     wording = "where is it?" if second == "place" else f"what {second} is it?"
-    return [first, Turn("follow_up", wording, getattr(thing, second), num_needed=1)]
+    return [first, Turn("follow_up", wording, getattr(thing, second), 1, about)]
 
 
 def ask_caption(scene: Scene, rng: random.Random) -> list[Turn]:
@@ -347,7 +381,9 @@ def ask_about_two(first: Scene, second: Scene, rng: random.Random, num_turns: in
             if values:
                 value = rng.choice(sorted(values))
                 noun = a(value) if name == "shape" else f"{a(value)} object"
-                turns.append(Turn(TWO_PICTURES, f"which picture has {noun}?", "picture 1" if in_first else "picture 2"))
+                about = about_all([getattr(t, name) for t in (*first.things, *second.things)], value)
+                answer = "picture 1" if in_first else "picture 2"
+                turns.append(Turn(TWO_PICTURES, f"which picture has {noun}?", answer, about=about))
     unique = {turn.question: turn for turn in turns or [same]}  # of equal scenes nothing else may have been asked
     return list(unique.values())[:num_turns]
 

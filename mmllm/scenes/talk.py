@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from mmllm.batch import Example, Message
 from mmllm.scenes.ask import CAPTION_REQUESTS, Turn, ask_about, ask_about_two, ask_without_picture
-from mmllm.scenes.tell import tell
-from mmllm.scenes.world import WHOLE, Limits, Scene, Split, near_miss, sample_scene
+from mmllm.scenes.tell import tell, tell_clauses
+from mmllm.scenes.world import Scene, Split, near_miss, sample_scene
 
 
 @dataclass(frozen=True)
@@ -55,42 +55,53 @@ def picture_marks(num_pictures: int, mark: str = "<image>") -> str:
     return "".join(f"Picture {number}: {mark}\n" for number in range(1, num_pictures + 1))
 
 
-def as_text(conversation: Conversation, rng: random.Random, example_id: str) -> Example:
-    """The conversation with a description in the place of each picture."""
-    descriptions = [tell(scene, rng, shuffled=rng.random() < 0.3) for scene in conversation.scenes]
-    opening = picture_marks(len(descriptions), "{}").format(*descriptions) if descriptions else ""
+Told = tuple[int | None, ...]
+
+
+def describe(conversation: Conversation, rng: random.Random, example_id: str) -> tuple[Example, Told]:
+    """The conversation with a description in the place of each picture, one clause after the other.
+
+    With it goes what each piece of the first message tells of, as in `Turn.about`: a part of the scenes, or None.
+    """
+    opening: list[tuple[str, int | None]] = []
+    num_parts = 0
+    for number, scene in enumerate(conversation.scenes, 1):
+        if len(conversation.scenes) > 1:
+            opening.append((f"Picture {number}: ", None))
+        clauses = tell_clauses(scene, rng, shuffled=rng.random() < 0.3)
+        ends = " " * (len(clauses) - 1) + "\n"
+        opening += [
+            (clause + end, None if index is None else num_parts + index)
+            for (clause, index), end in zip(clauses, ends, strict=True)
+        ]
+        num_parts += len(scene.parts)
     messages: list[Message] = []
     for number, turn in enumerate(conversation.turns):
-        messages.append(Message("user", ((opening if number == 0 else "") + turn.question,)))
+        told = [text for text, _ in opening] if number == 0 else []
+        messages.append(Message("user", (*told, turn.question)))
         messages.append(Message("assistant", (turn.answer,)))
-    return Example(example_id, "text", tuple(messages))
+    return Example(example_id, "text", tuple(messages)), (*(part for _, part in opening), None)
 
 
-@dataclass(frozen=True)
-class Lesson:
-    """What a language warm-up is taught for a while: how much of the world, which questions, how much retelling.
-
-    `types` empty is every kind of question, among them those about two scenes and about none.
-    """
-
-    limits: Limits = WHOLE
-    types: tuple[str, ...] = ()
-    retell: float = 0.0
+def as_text(conversation: Conversation, rng: random.Random, example_id: str) -> Example:
+    """`describe` for those who only read it."""
+    return describe(conversation, rng, example_id)[0]
 
 
 def sample_text(
-    rng: random.Random, split: Split, num_turns: int, example_id: str, lesson: Lesson
-) -> tuple[Example, Conversation]:
-    """A conversation about described scenes, as this lesson has them."""
-    draw, limits = rng.random(), lesson.limits
-    if draw < lesson.retell:
-        scene = sample_scene(rng, split, None, limits)
-        conversation = retold(scene, rng, 4 if len(scene.things) < 4 else 3)
-    elif not lesson.types and draw < lesson.retell + 0.04:
-        conversation = about_none(rng, split, num_turns // 2)
-    elif not lesson.types and draw < lesson.retell + 0.12:
-        first = sample_scene(rng, split, "objects", limits)
-        conversation = about_two(first, twin_of(first, rng, split), rng, 4)
-    else:
-        conversation = about_one(sample_scene(rng, split, None, limits), rng, num_turns, lesson.types)
-    return as_text(conversation, rng, example_id), conversation
+    rng: random.Random, split: Split, num_turns: int, retell: float, types: Sequence[str] = ()
+) -> Conversation:
+    """A conversation to be had about descriptions: this share of them only tells the scene again in other words.
+
+    A type of question that `types` names twice is asked twice as often.
+    """
+    draw = rng.random()
+    if draw < retell:
+        scene = sample_scene(rng, split)
+        return retold(scene, rng, 4 if len(scene.things) < 4 else 3)
+    if draw < retell + 0.04:
+        return about_none(rng, split, num_turns // 2)
+    if draw < retell + 0.12:
+        first = sample_scene(rng, split, "objects")
+        return about_two(first, twin_of(first, rng, split), rng, 4)
+    return about_one(sample_scene(rng, split), rng, num_turns, types)

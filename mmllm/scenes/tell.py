@@ -36,19 +36,29 @@ BAR_WORDINGS: tuple[Callable[[Bar], str], ...] = (
 )
 
 
-def tell(scene: Scene, rng: random.Random, *, shuffled: bool = False) -> str:
-    """One caption that states every fact of the scene; things in reading order unless `shuffled`."""
+def tell_clauses(scene: Scene, rng: random.Random, *, shuffled: bool = False) -> list[tuple[str, int | None]]:
+    """One caption that states every fact of the scene, as clauses, each with the part (of `Scene.parts`) it tells of.
+
+    Things stand in reading order unless `shuffled`.
+    """
     if scene.kind == "text":
         wording = rng.choice(LINE_WORDINGS)
-        return ". ".join(wording(line) for line in scene.lines) + "."
+        return [(f"{wording(line)}.", index) for index, line in enumerate(scene.lines)]
     if scene.kind == "chart":
         bar_wording = rng.choice(BAR_WORDINGS)
-        return "a bar chart: " + ", ".join(bar_wording(bar) for bar in scene.bars) + "."
-    things = list(scene.things)
+        ends = "," * (len(scene.bars) - 1) + "."
+        told = [f"{bar_wording(bar)}{end}" for bar, end in zip(scene.bars, ends, strict=True)]
+        return [("a bar chart:", None), *((clause, index) for index, clause in enumerate(told))]
+    order = list(range(len(scene.things)))
     if shuffled:
-        rng.shuffle(things)
+        rng.shuffle(order)
     thing_wording = rng.choice(THING_WORDINGS)
-    return ". ".join(thing_wording(thing) for thing in things) + "."
+    return [(f"{thing_wording(scene.things[index])}.", index) for index in order]
+
+
+def tell(scene: Scene, rng: random.Random, *, shuffled: bool = False) -> str:
+    """The clauses of `tell_clauses` as one text."""
+    return " ".join(clause for clause, _ in tell_clauses(scene, rng, shuffled=shuffled))
 
 
 def facts_of(scene: Scene) -> set[Fact]:

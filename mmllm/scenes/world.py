@@ -79,6 +79,11 @@ class Scene:
     lines: tuple[Line, ...] = ()
     bars: tuple[Bar, ...] = ()
 
+    @property
+    def parts(self) -> tuple[Thing | Line | Bar, ...]:
+        """Whatever the scene is made of, in its order."""
+        return (*self.things, *self.lines, *self.bars)
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -113,18 +118,15 @@ def is_held_out(part: Thing | Line | Bar) -> bool:
 
 def split_of(scene: Scene) -> Split:
     """`compositions` where any held-out combination is shown; of the rest one scene in 16 is `val`."""
-    parts: list[Thing | Line | Bar] = [*scene.things, *scene.lines, *scene.bars]
-    if any(is_held_out(part) for part in parts):
+    if any(is_held_out(part) for part in scene.parts):
         return "compositions"
     return "val" if _one_in(16, json.dumps(scene.to_json(), sort_keys=True)) else "train"
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How much of the world is shown: the first so many shapes and colors, at most so many objects, these kinds."""
+    """How much of the world is shown: at most so many objects, these kinds."""
 
-    num_shapes: int = len(SHAPES)
-    num_colors: int = len(COLORS)
     max_things: int = len(PLACES)
     kinds: tuple[Kind, ...] = ("objects", "text", "chart")
 
@@ -137,12 +139,11 @@ COUNT_WEIGHTS = (2, 4, 5, 5, 3)  # how often a scene has 1, 2, ... objects
 def _sample_things(rng: random.Random, limits: Limits) -> tuple[Thing, ...]:
     counts = range(1, limits.max_things + 1)
     count = rng.choices(counts, COUNT_WEIGHTS[: limits.max_things])[0]
-    shapes, colors = SHAPES[: limits.num_shapes], COLORS[: limits.num_colors]
     things: list[Thing] = []
     for place in sorted(rng.sample(list(PLACES), count), key=list(PLACES).index):
         # repeats on purpose: counting, "the other one" and hard negatives need objects that share something
-        shape = rng.choice(things).shape if things and rng.random() < 0.3 else rng.choice(shapes)
-        color = rng.choice(things).color if things and rng.random() < 0.25 else rng.choice(colors)
+        shape = rng.choice(things).shape if things and rng.random() < 0.3 else rng.choice(SHAPES)
+        color = rng.choice(things).color if things and rng.random() < 0.25 else rng.choice(COLORS)
         things.append(Thing(shape, color, rng.choice(SIZES), place))
     return tuple(things)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mmllm.batch import Batch, Example, ImageRef
 from mmllm.config import ConfigError, RunConfig, StageConfig, WarmupLanguageConfig, WarmupVisionConfig, dump_config
-from mmllm.data.chat import jinja_template
+from mmllm.data.chat import ChatError, jinja_template
 from mmllm.data.check import load_examples
 from mmllm.data.collate import collate
 from mmllm.data.sources import DataError
@@ -57,7 +57,10 @@ class ConversationStage:
                 self.processor.template = config.model.template
         else:
             self.model, self.processor, self.origin = build_model(config.model)
-        self.engine = Engine(self.model, self.processor, name=Path(config.out).name)
+        try:
+            self.engine = Engine(self.model, self.processor, name=Path(config.out).name)
+        except ChatError as error:
+            raise ConfigError(f"model.template: {error}") from error
         self._describe_chat()
         self.examples, report = load_examples(config.data.train, self.engine.renderer, config.data)
         self.val_examples: list[Example] = []

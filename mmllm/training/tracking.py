@@ -57,7 +57,7 @@ class Tracker:
         """One row of the log; the same numbers on the terminal."""
         if not self.is_main:
             return
-        row = {"step": step, **{name: round(value, 6) for name, value in values.items()}}
+        row = {"step": step, **{name: float(f"{value:.6g}") for name, value in values.items()}}
         self.rows.append(row)
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")

@@ -7,6 +7,7 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from mmllm.batch import IMAGE_TOKEN, Batch
-from mmllm.config import LessonConfig, WarmupLanguageConfig
+from mmllm.config import WarmupLanguageConfig
 from mmllm.data.chat import OWN_TEMPLATE, Rendered, Renderer
 from mmllm.data.collate import collate
-from mmllm.scenes.talk import Lesson, sample_text
-from mmllm.scenes.world import Limits, Split
+from mmllm.model.language import load_tokenizer
+from mmllm.scenes.ask import QUESTION_TYPES
+from mmllm.scenes.talk import Conversation, as_text, describe, sample_text
+from mmllm.scenes.world import Split
+from mmllm.training.lookup import LAYERS, LookupBatch, guide_bits, guided_attention_sum, init_for_lookup
 from mmllm.training.losses import supervised_rows, token_loss_sum
-from mmllm.training.order import Phases
+from mmllm.training.order import Order
 
 CHUNK = 500
+HARD_TYPES = ("place", "relation", "count", "compare")  # asked twice as often as others
 # fmt: off
 SPECIAL_TOKENS = ("<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", IMAGE_TOKEN)
 CHAT_TEMPLATE = (
@@ -74,24 +79,46 @@ def build_tokenizer(texts: Sequence[str], vocab_size: int) -> Any:
     return fast
 
 
-def _render_chunk(
-    folder: str, seed: int, split: Split, numbers: range, num_turns: int, lesson: Lesson
-) -> list[tuple[Any, list[str]]]:
-    """Rendered conversations of these numbers, each with the question type of every answer."""
-    from transformers import AutoTokenizer
+@dataclass(frozen=True)
+class TextRow:
+    """A rendered conversation, with what `LookupBatch` says of each token, and the question type of every answer."""
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    input_ids: np.ndarray
+    is_answer: np.ndarray
+    told: np.ndarray
+    about: np.ndarray
+    types: tuple[str, ...]
+
+
+def _row(renderer: Renderer, conversation: Conversation, rng: random.Random, name: str) -> TextRow:
+    example, parts = describe(conversation, rng, name)
+    rendered = renderer.render_example(example)
+    told, about = np.full(len(rendered.input_ids), -1, np.int8), np.zeros((len(rendered.input_ids), 2), np.int16)
+    start = len(renderer.encode(renderer.template.user_open))
+    for text, part in zip(example.messages[0].parts, parts, strict=True):
+        behind = start + len(renderer.encode(str(text)))
+        told[start:behind] = -1 if part is None else part
+        start = behind
+    for (first, behind), turn in zip(answer_spans(rendered.is_answer), conversation.turns, strict=True):
+        about[first - 1 : behind - 2] = guide_bits(
+            turn.about
+        )  # from where the answer's words are predicted, its end is not
+    types = tuple(turn.type for turn in conversation.turns)
+    return TextRow(np.array(rendered.input_ids, np.int32), np.array(rendered.is_answer), told, about, types)
+
+
+def _render_chunk(folder: str, seed: int, split: Split, numbers: range, num_turns: int, retell: float) -> list[TextRow]:
+    """Rendered conversations of these numbers."""
+    tokenizer = load_tokenizer(folder)
     renderer = Renderer(
         tokenizer, OWN_TEMPLATE, image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), num_image_tokens=1
     )
     rows = []
     for number in numbers:
         rng = random.Random(f"{seed}/{split}/text/{number}")
-        example, conversation = sample_text(rng, split, num_turns, f"{split}-{number}", lesson)
+        conversation = sample_text(rng, split, num_turns, retell, (*QUESTION_TYPES, *HARD_TYPES))
         if conversation.turns:
-            one = renderer.render_example(example)
-            ids = np.array(one.input_ids, np.int32)
-            rows.append(((ids, np.array(one.is_answer)), [turn.type for turn in conversation.turns]))
+            rows.append(_row(renderer, conversation, rng, f"{split}-{number}"))
     return rows
 
 
@@ -107,50 +134,23 @@ def answer_spans(is_answer: Sequence[bool]) -> list[tuple[int, int]]:
     return spans
 
 
-def _lesson(config: LessonConfig, *, retell: float) -> Lesson:
-    limits = Limits(config.num_shapes, config.num_colors, config.max_things, config.kinds)
-    return Lesson(limits, config.types, retell)
-
-
-@torch.no_grad()
-def init_for_lookup(model: Any) -> None:
-    """An initialisation in which looking things up is learnt soon, for small Qwen2-like models.
-
-    Embeddings are as large as what blocks add to them, blocks add little at first, and the heads of the first layer
-    start out looking 1, 2, 3, ... tokens back, by their query and key biases. After the idea of mimetic
-    initialisation, https://arxiv.org/abs/2305.09828. Without it training stays at guessing for thousands of steps.
-    """
-    config = model.config
-    model.get_input_embeddings().weight.normal_(0, 1)
-    model.get_output_embeddings().weight.normal_(0, 0.02)
-    layers = model.get_decoder().layers
-    for layer in layers:
-        layer.self_attn.o_proj.weight.mul_((2 * len(layers)) ** -0.5)
-        layer.mlp.down_proj.weight.mul_((2 * len(layers)) ** -0.5)
-    width = config.hidden_size // config.num_attention_heads
-    half = width // 2
-    angles = config.rope_parameters["rope_theta"] ** (-torch.arange(half) * 2 / width)
-    sharpness = 3.5
-    attention = layers[0].self_attn
-    for head in range(config.num_attention_heads):
-        start, offset = head * width, head + 1
-        attention.k_proj.bias[start : start + half] = sharpness
-        attention.k_proj.bias[start + half : start + width] = 0
-        attention.q_proj.bias[start : start + half] = sharpness * torch.cos(offset * angles)
-        attention.q_proj.bias[start + half : start + width] = -sharpness * torch.sin(offset * angles)
-
-
 class _LanguageLoss(nn.Module):
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, guide_weight: float):
         super().__init__()
-        self.model = model
+        self.model, self.guide_weight = model, guide_weight
 
-    def forward(self, batch: Batch) -> Tensor:
-        hidden = self.model.get_decoder()(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-        ).last_hidden_state[:, :-1]
+    def forward(self, batch: LookupBatch) -> Tensor:
+        out = self.model.get_decoder()(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False,
+            output_attentions=self.guide_weight > 0,
+        )  # fmt: skip
         mask, targets = supervised_rows(batch.labels)
-        return token_loss_sum(self.model.get_output_embeddings()(hidden[mask]), targets)
+        loss = token_loss_sum(self.model.get_output_embeddings()(out.last_hidden_state[:, :-1][mask]), targets)
+        if self.guide_weight == 0 or batch.told is None or batch.about is None:
+            return loss
+        for layer, about in zip(LAYERS, batch.about.unbind(-1), strict=True):
+            loss = loss + self.guide_weight * guided_attention_sum(out.attentions[layer], batch.told, about)
+        return loss
 
 
 class WarmupLanguage:
@@ -163,16 +163,9 @@ class WarmupLanguage:
         self.out.mkdir(parents=True, exist_ok=True)
         self.tokenizer = build_tokenizer(self._corpus(4000), config.vocab_size)
         self.tokenizer.save_pretrained(self.out)
-        self.rows: list[Any] = []
-        self.pools: list[tuple[int, int, list[int]]] = []
-        self.val_pools: list[list[Any]] = []
         with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-            for lesson in config.lessons:
-                rows = self._render(pool, "train", lesson.num_descriptions, _lesson(lesson, retell=lesson.retell))
-                self.pools.append((lesson.steps, len(rows), [len(row[0][0]) for row in rows]))
-                self.rows += rows
-                asked = _lesson(lesson, retell=0.0)
-                self.val_pools.append(self._render(pool, "val", config.num_val_descriptions, asked))
+            self.rows = self._render(pool, "train", config.num_descriptions, config.retell)
+            self.val_rows = self._render(pool, "val", config.num_val_descriptions, 0.0)
         options = dict(config.language)
         attention = options.pop("attention", "sdpa")
         text_config = AutoConfig.for_model(
@@ -181,7 +174,7 @@ class WarmupLanguage:
         )  # fmt: skip
         torch.manual_seed(config.seed)
         self.model = AutoModelForCausalLM.from_config(text_config, attn_implementation=attention)
-        self.module: nn.Module = _LanguageLoss(self.model)
+        self.module: nn.Module = _LanguageLoss(self.model, config.guide_weight)
         self.parts = {"language": list(self.module.named_parameters())}
         init_for_lookup(self.model)
         self.num_examples = len(self.rows)
@@ -190,25 +183,34 @@ class WarmupLanguage:
         texts = []
         for number in range(count):
             rng = random.Random(f"{self.config.seed}/corpus/{number}")
-            example, _ = sample_text(rng, "train", self.config.num_turns, str(number), Lesson(retell=0.3))
+            example = as_text(sample_text(rng, "train", self.config.num_turns, 0.3), rng, str(number))
             texts += [message.text for message in example.messages]
         return texts
 
-    def _render(self, pool: ProcessPoolExecutor, split: Split, count: int, lesson: Lesson) -> list[Any]:
+    def _render(self, pool: ProcessPoolExecutor, split: Split, count: int, retell: float) -> list[TextRow]:
         chunks = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
         settings = str(self.out), self.config.seed, split
-        tasks = [pool.submit(_render_chunk, *settings, chunk, self.config.num_turns, lesson) for chunk in chunks]
+        tasks = [pool.submit(_render_chunk, *settings, chunk, self.config.num_turns, retell) for chunk in chunks]
         return [row for task in tasks for row in task.result()]
 
-    def _collate(self, rows: Sequence[Any], names: Sequence[str]) -> Batch:
-        rendered = [Rendered(ids.tolist(), answers.tolist(), 0) for (ids, answers), _ in rows]
-        return collate(rendered, pad_token_id=self.tokenizer.pad_token_id, example_ids=names)
+    def _collate(self, rows: Sequence[TextRow], names: Sequence[str]) -> LookupBatch:
+        rendered = [Rendered(row.input_ids.tolist(), row.is_answer.tolist(), 0) for row in rows]
+        batch = collate(rendered, pad_token_id=self.tokenizer.pad_token_id, example_ids=names)
+        told, about = (
+            torch.full_like(batch.input_ids, -1),
+            torch.zeros(*batch.input_ids.shape, 2, dtype=torch.long),
+        )
+        for number, row in enumerate(rows):
+            told[number, : len(row.told)] = torch.from_numpy(row.told)
+            about[number, : len(row.about)] = torch.from_numpy(row.about)
+        return LookupBatch(
+            batch.input_ids, batch.attention_mask, batch.labels, example_ids=names, told=told, about=about
+        )
 
-    def order(self, batch_size: int) -> Phases:
-        self.phases = Phases(self.pools, batch_size, self.config.seed)
-        return self.phases
+    def order(self, batch_size: int) -> Order:
+        return Order(len(self.rows), batch_size, self.config.seed, [len(row.input_ids) for row in self.rows])
 
-    def batch(self, indices: Sequence[int]) -> Batch:
+    def batch(self, indices: Sequence[int]) -> LookupBatch:
         return self._collate([self.rows[index] for index in indices], [f"train-{index}" for index in indices])
 
     def count(self, batch: Batch) -> int:
@@ -227,23 +229,22 @@ class WarmupLanguage:
     def validate(self, step: int) -> dict[str, float]:
         """Loss on answers, and the share of answers that greedy decoding gets exactly right, per question type.
 
-        Asked about descriptions that training never shows, of the lesson in hand.
+        Asked about descriptions that training never shows.
         """
         self.model.eval()
-        val_rows = self.val_pools[self.phases.phase(step)]
         right: dict[str, list[bool]] = defaultdict(list)
         total, count = 0.0, 0
-        for start in range(0, len(val_rows), 100):
-            rows = val_rows[start : start + 100]
+        for start in range(0, len(self.val_rows), 100):
+            rows = self.val_rows[start : start + 100]
             batch = self._collate(rows, [""] * len(rows))
             logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
             mask, targets = supervised_rows(batch.labels)
             total += float(token_loss_sum(logits[:, :-1][mask], targets))
             count += len(targets)
             hits = (logits[:, :-1].argmax(-1) == batch.input_ids[:, 1:]).numpy()
-            for row, ((_, answers), types) in enumerate(rows):
-                for (first, behind), name in zip(answer_spans(answers.tolist()), types, strict=True):
-                    right[name].append(bool(hits[row, first - 1 : behind - 1].all()))
+            for number, row in enumerate(rows):
+                for (first, behind), name in zip(answer_spans(row.is_answer.tolist()), row.types, strict=True):
+                    right[name].append(bool(hits[number, first - 1 : behind - 1].all()))
         self.model.train()
         # a caption may be worded in several ways, so its exact match says nothing
         exact = {name: sum(hits) / len(hits) for name, hits in sorted(right.items()) if name != "caption"}

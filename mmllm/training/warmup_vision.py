@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mmllm.config import WarmupVisionConfig
+from mmllm.model.language import load_tokenizer
 from mmllm.scenes.draw import draw
 from mmllm.scenes.tell import tell
 from mmllm.scenes.world import Limits, Scene, Split, near_miss, sample_scene
@@ -66,13 +67,12 @@ class WarmupVision:
     def __init__(self, config: WarmupVisionConfig):
         import open_clip
         from open_clip.model import CLIP
-        from transformers import AutoTokenizer
 
         self.config = config
         self.side_px = int(config.clip["vision_cfg"]["image_size"])
         self.mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN)[:, None, None]
         self.std = torch.tensor(open_clip.OPENAI_DATASET_STD)[:, None, None]
-        self.tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
+        self.tokenizer = load_tokenizer(config.tokenizer)
         self.pools: list[tuple[int, int, None]] = []
         drawn: list[tuple[np.ndarray, Tensor]] = []
         self.val: list[tuple[np.ndarray, Tensor]] = []

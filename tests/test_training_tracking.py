@@ -1,0 +1,72 @@
+"""What a run tells: lines that a program can read, and no line twice after a stop."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmllm.training.tracking import LOG_FILE, Tracker
+
+
+def tracker(out: Path, *, first_step: int = 0, is_main: bool = True, tensorboard: bool = False) -> Tracker:
+    return Tracker(out, max_steps=10, first_step=first_step, tensorboard=tensorboard, is_main=is_main)
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / LOG_FILE).read_text().splitlines()]
+
+
+def test_every_row_is_on_disk_at_once_with_enough_digits(tmp_path: Path, capsys: Any) -> None:
+    one = tracker(tmp_path)
+    one.log(1, {"loss": 2.3456789, "learning_rate": 1.23e-8}, seconds_left=90)
+    assert rows(tmp_path) == [{"step": 1, "loss": 2.34568, "learning_rate": 1.23e-8}]
+    told = capsys.readouterr().out
+    for text in ("step 1/10", "loss 2.346", "1.23e-08", "left 1.5 min"):
+        assert text in told
+
+
+def test_rows_behind_the_step_that_a_run_goes_on_from_are_dropped(tmp_path: Path) -> None:
+    one = tracker(tmp_path)
+    for step in (1, 2, 3, 4):
+        one.log(step, {"loss": 1.0 / step})
+    with (tmp_path / LOG_FILE).open("a") as file:
+        file.write('{"step": 5, "lo')  # the power went here
+    two = tracker(tmp_path, first_step=3)
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3]
+    two.log(4, {"loss": 0.5})
+    assert [row["step"] for row in two.rows] == [1, 2, 3, 4]
+    assert rows(tmp_path) == two.rows
+
+
+def test_only_the_main_process_speaks(tmp_path: Path, capsys: Any) -> None:
+    silent = tracker(tmp_path, is_main=False)
+    silent.say("hello")
+    silent.log(1, {"loss": 1.0})
+    silent.finish()
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().out == ""
+
+
+def test_the_end_is_a_plot_and_a_table_of_first_and_last(tmp_path: Path, capsys: Any) -> None:
+    one = tracker(tmp_path)
+    one.log(1, {"loss": 4.0, "grad_norm": 1.0})
+    one.log(2, {"loss": 2.0, "grad_norm": 1.0})
+    one.log(2, {"val_loss": 3.0})
+    one.finish()
+    told = capsys.readouterr().out
+    assert (tmp_path / "train_loss.png").stat().st_size > 5000
+    for text in ("loss", "val loss", "first", "last", "steps"):
+        assert text in told
+    assert "grad norm" not in told
+
+
+def test_tensorboard_gets_the_same_numbers_where_it_is_asked_for(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    one = tracker(tmp_path, tensorboard=True)
+    one.log(1, {"loss": 4.0})
+    one.close()
+    [file] = (tmp_path / "tensorboard").iterdir()
+    assert b"loss" in file.read_bytes()
