@@ -191,6 +191,7 @@ class WarmupVisionConfig(RunConfig):
     tokenizer: str  # folder of the text tower's tokenizer
     lessons: Annotated[tuple[VisionLessonConfig, ...], Field(min_length=1)]
     num_val_scenes: PositiveInt = 100
+    words_weight: Annotated[float, Field(ge=0)] = 1.0  # of the loss on the words of regions, beside the contrastive one
 
     @model_validator(mode="after")
     def _rates(self) -> WarmupVisionConfig:

@@ -82,7 +82,7 @@ def test_the_parts_of_a_second_scene_are_counted_on(renderer: Renderer) -> None:
 
 def test_without_pictures_nothing_is_read_anywhere(renderer: Renderer) -> None:
     rng = random.Random(2)
-    talks = [sample_text(rng, "train", 6, 0.0) for _ in range(200)]
+    talks = [sample_text(rng, "train", 6, retell=0.0) for _ in range(200)]
     talks = [talk for talk in talks if not talk.scenes and talk.turns]
     assert len(talks) > 2
     for talk in talks:

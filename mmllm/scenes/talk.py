@@ -89,11 +89,18 @@ def as_text(conversation: Conversation, rng: random.Random, example_id: str) -> 
 
 
 def sample_text(
-    rng: random.Random, split: Split, num_turns: int, retell: float, types: Sequence[str] = ()
+    rng: random.Random,
+    split: Split,
+    num_turns: int,
+    *,
+    retell: float,
+    two: float = 0.08,
+    types: Sequence[str] = (),
 ) -> Conversation:
-    """A conversation to be had about descriptions: this share of them only tells the scene again in other words.
+    """A conversation to be had about descriptions.
 
-    A type of question that `types` names twice is asked twice as often.
+    The share `retell` of them only tells the scene again in other words, the share `two` is about two scenes. A type of
+    question that `types` names twice is asked twice as often.
     """
     draw = rng.random()
     if draw < retell:
@@ -101,7 +108,7 @@ def sample_text(
         return retold(scene, rng, 4 if len(scene.things) < 4 else 3)
     if draw < retell + 0.04:
         return about_none(rng, split, num_turns // 2)
-    if draw < retell + 0.12:
+    if draw < retell + 0.04 + two:
         first = sample_scene(rng, split, "objects")
         return about_two(first, twin_of(first, rng, split), rng, 4)
     return about_one(sample_scene(rng, split), rng, num_turns, types)

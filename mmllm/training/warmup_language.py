@@ -29,7 +29,7 @@ from mmllm.training.losses import supervised_rows, token_loss_sum
 from mmllm.training.order import Order
 
 CHUNK = 500
-HARD_TYPES = ("place", "relation", "count", "compare")  # asked twice as often as others
+TRAIN_TYPES = (*QUESTION_TYPES, "count", "relation", "compare", "compare")  # what is hard is asked more often
 # fmt: off
 SPECIAL_TOKENS = ("<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", IMAGE_TOKEN)
 CHAT_TEMPLATE = (
@@ -116,7 +116,10 @@ def _render_chunk(folder: str, seed: int, split: Split, numbers: range, num_turn
     rows = []
     for number in numbers:
         rng = random.Random(f"{seed}/{split}/text/{number}")
-        conversation = sample_text(rng, split, num_turns, retell, (*QUESTION_TYPES, *HARD_TYPES))
+        if split == "train":
+            conversation = sample_text(rng, split, num_turns, retell=retell, two=0.16, types=TRAIN_TYPES)
+        else:
+            conversation = sample_text(rng, split, num_turns, retell=retell)
         if conversation.turns:
             rows.append(_row(renderer, conversation, rng, f"{split}-{number}"))
     return rows
@@ -183,7 +186,7 @@ class WarmupLanguage:
         texts = []
         for number in range(count):
             rng = random.Random(f"{self.config.seed}/corpus/{number}")
-            example = as_text(sample_text(rng, "train", self.config.num_turns, 0.3), rng, str(number))
+            example = as_text(sample_text(rng, "train", self.config.num_turns, retell=0.3), rng, str(number))
             texts += [message.text for message in example.messages]
         return texts
 
