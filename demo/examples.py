@@ -8,7 +8,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from mmllm.scenes.ask import QUESTION_TYPES, TWO_PICTURES, Turn, ask_about_two
+from mmllm.scenes.ask import QUESTION_TYPES, Turn
+from mmllm.scenes.ask_two import TWO_PICTURES, ask_about_two
 from mmllm.scenes.draw import draw
 from mmllm.scenes.world import Kind, Scene, near_miss, sample_scene
 

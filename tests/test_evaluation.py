@@ -29,7 +29,8 @@ from mmllm.evaluation.tasks import (
     scene_of_picture,
 )
 from mmllm.inference.engine import Reply, Sampling
-from mmllm.scenes.ask import CAPTION_REQUESTS, NO_PICTURE, SMALL_TALK
+from mmllm.scenes.ask import CAPTION_REQUESTS
+from mmllm.scenes.small_talk import NO_PICTURE, SMALL_TALK
 from mmllm.scenes.tell import tell
 from mmllm.scenes.world import Scene
 from mmllm.scenes.write import write_scenes

@@ -11,16 +11,13 @@ from scene_answers import UnanswerableError, answer, read_caption, the
 
 from mmllm.scenes.ask import (
     CAPTION_REQUESTS,
-    NO_PICTURE,
     QUESTION_TYPES,
-    SMALL_TALK,
-    TWO_PICTURES,
     Turn,
     ask_about,
-    ask_about_two,
-    ask_without_picture,
     references,
 )
+from mmllm.scenes.ask_two import TWO_PICTURES, ask_about_two
+from mmllm.scenes.small_talk import NO_PICTURE, SMALL_TALK, ask_without_picture
 from mmllm.scenes.talk import about_one, about_two, as_text, retold, twin_of
 from mmllm.scenes.tell import (
     BAR_WORDINGS,

@@ -15,7 +15,7 @@ from mmllm.cli import app
 from mmllm.config import SourceConfig
 from mmllm.data.sources import read_source
 from mmllm.scenes import write
-from mmllm.scenes.ask import ALL_TYPES
+from mmllm.scenes.talk import ALL_TYPES
 from mmllm.scenes.tell import facts_in, facts_of
 from mmllm.scenes.world import Scene, split_of
 from mmllm.scenes.write import scene_of, write_scenes

@@ -15,7 +15,8 @@ from mmllm.batch import IMAGE_TOKEN
 from mmllm.config import WarmupLanguageConfig
 from mmllm.data.chat import OWN_TEMPLATE, Renderer
 from mmllm.model.language import load_tokenizer
-from mmllm.scenes.ask import QUESTION_TYPES, TEXT_ONLY
+from mmllm.scenes.ask import QUESTION_TYPES
+from mmllm.scenes.small_talk import TEXT_ONLY
 from mmllm.scenes.talk import about_one, about_two, describe, sample_text, twin_of
 from mmllm.scenes.world import sample_scene
 from mmllm.training.lookup import MAX_PARTS, guide_bits, guided_attention_sum, init_for_lookup

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from mmllm.scenes.tell import a, at, tell
-from mmllm.scenes.world import COLORS, MAX_VALUE, PLACES, SHAPES, SIZES, Bar, Line, Scene, Thing
+from mmllm.scenes.world import COLORS, PLACES, SHAPES, SIZES, Bar, Line, Scene, Thing
 
 About = tuple[tuple[int, ...], ...]
 
@@ -356,80 +356,3 @@ def ask_about(scene: Scene, rng: random.Random, num_turns: int, types: Sequence[
         if new and new[-1].question not in asked and new[0].question not in asked:
             turns += new
     return turns
-
-
-TWO_PICTURES = "two_pictures"
-
-
-def ask_about_two(first: Scene, second: Scene, rng: random.Random, num_turns: int) -> list[Turn]:
-    """Turns about two scenes of objects: which picture has it, which has more, same or different."""
-    answer = "same" if first == second else "different"
-    same = Turn(TWO_PICTURES, "are the two pictures the same or different?", answer)
-    turns: list[Turn] = []
-    forms = ["which", "which", "more", "same"] * 2
-    rng.shuffle(forms)
-    for form in forms[: num_turns + 2]:
-        if form == "same":
-            turns.append(same)
-        elif form == "more" and len(first.things) != len(second.things):
-            answer = "picture 1" if len(first.things) > len(second.things) else "picture 2"
-            turns.append(Turn(TWO_PICTURES, "which picture has more objects?", answer))
-        elif form == "which" and first != second:
-            has, lacks = (first, second) if (in_first := rng.random() < 0.5) else (second, first)
-            name = rng.choice(("shape", "color"))
-            values = {getattr(t, name) for t in has.things} - {getattr(t, name) for t in lacks.things}
-            if values:
-                value = rng.choice(sorted(values))
-                noun = a(value) if name == "shape" else f"{a(value)} object"
-                about = about_all([getattr(t, name) for t in (*first.things, *second.things)], value)
-                answer = "picture 1" if in_first else "picture 2"
-                turns.append(Turn(TWO_PICTURES, f"which picture has {noun}?", answer, about=about))
-    unique = {turn.question: turn for turn in turns or [same]}  # of equal scenes nothing else may have been asked
-    return list(unique.values())[:num_turns]
-
-
-TEXT_ONLY = "text_only"
-# fmt: off
-SMALL_TALK = (
-    ("hello.", "hello! show me a picture."),
-    ("hi!", "hello! show me a picture."),
-    ("who are you?", "a small model that looks at pictures."),
-    ("what can you do?", "i answer questions about pictures."),
-    ("thank you.", "you are welcome."),
-    ("goodbye.", "goodbye!"),
-    ("how many sides does a triangle have?", "3"),
-    ("how many sides does a square have?", "4"),
-    ("is a circle round?", "yes"),
-    ("is a square round?", "no"),
-    ("what is the opposite of left?", "right"),
-    ("what is the opposite of above?", "below"),
-    ("what is the opposite of large?", "small"),
-    ("name a color.", "red"),
-    ("name a shape.", "circle"),
-)
-# fmt: on
-NO_PICTURE = "there is no picture."
-
-
-def ask_without_picture(rng: random.Random, scene: Scene, num_turns: int) -> list[Turn]:
-    """Turns that no picture belongs to: small talk, numbers, and questions that a picture would be needed for."""
-    turns: list[Turn] = []
-    for _ in range(num_turns):
-        form = rng.choice(("talk", "more", "next", "picture"))
-        if form == "talk":
-            turns.append(Turn(TEXT_ONLY, *rng.choice(SMALL_TALK)))
-        elif form == "more":
-            x, y = rng.sample(range(MAX_VALUE + 5), 2)
-            turns.append(Turn(TEXT_ONLY, f"which is more, {x} or {y}?", str(max(x, y))))
-        elif form == "next":
-            x = rng.randrange(9)
-            turns.append(Turn(TEXT_ONLY, f"what number comes after {x}?", str(x + 1)))
-        else:
-            name = rng.choice([n for n in QUESTION_TYPES if n not in ("exists", "follow_up")])
-            asked = QUESTION_TYPES[name](scene, rng)
-            if asked:
-                turns.append(Turn(TEXT_ONLY, asked[0].question, NO_PICTURE))
-    return turns
-
-
-ALL_TYPES = (*QUESTION_TYPES, TWO_PICTURES, TEXT_ONLY)

@@ -7,9 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mmllm.batch import Example, Message
-from mmllm.scenes.ask import CAPTION_REQUESTS, Turn, ask_about, ask_about_two, ask_without_picture
+from mmllm.scenes.ask import CAPTION_REQUESTS, QUESTION_TYPES, Turn, ask_about
+from mmllm.scenes.ask_two import TWO_PICTURES, ask_about_two
+from mmllm.scenes.small_talk import TEXT_ONLY, ask_without_picture
 from mmllm.scenes.tell import tell, tell_clauses
 from mmllm.scenes.world import Scene, Split, near_miss, sample_scene
+
+ALL_TYPES = (*QUESTION_TYPES, TWO_PICTURES, TEXT_ONLY)
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from mmllm.scenes.ask import CAPTION_REQUESTS, TEXT_ONLY, Turn
+from mmllm.scenes.ask import CAPTION_REQUESTS, Turn
 from mmllm.scenes.draw import draw
+from mmllm.scenes.small_talk import TEXT_ONLY
 from mmllm.scenes.talk import Conversation, about_none, about_one, about_two, as_text, picture_marks, twin_of
 from mmllm.scenes.tell import tell
 from mmllm.scenes.world import Scene, Split, sample_scene

@@ -1,0 +1,51 @@
+"""Turns that no picture belongs to."""
+
+from __future__ import annotations
+
+import random
+
+from mmllm.scenes.ask import QUESTION_TYPES, Turn
+from mmllm.scenes.world import MAX_VALUE, Scene
+
+TEXT_ONLY = "text_only"
+# fmt: off
+SMALL_TALK = (
+    ("hello.", "hello! show me a picture."),
+    ("hi!", "hello! show me a picture."),
+    ("who are you?", "a small model that looks at pictures."),
+    ("what can you do?", "i answer questions about pictures."),
+    ("thank you.", "you are welcome."),
+    ("goodbye.", "goodbye!"),
+    ("how many sides does a triangle have?", "3"),
+    ("how many sides does a square have?", "4"),
+    ("is a circle round?", "yes"),
+    ("is a square round?", "no"),
+    ("what is the opposite of left?", "right"),
+    ("what is the opposite of above?", "below"),
+    ("what is the opposite of large?", "small"),
+    ("name a color.", "red"),
+    ("name a shape.", "circle"),
+)
+# fmt: on
+NO_PICTURE = "there is no picture."
+
+
+def ask_without_picture(rng: random.Random, scene: Scene, num_turns: int) -> list[Turn]:
+    """Turns that no picture belongs to: small talk, numbers, and questions that a picture would be needed for."""
+    turns: list[Turn] = []
+    for _ in range(num_turns):
+        form = rng.choice(("talk", "more", "next", "picture"))
+        if form == "talk":
+            turns.append(Turn(TEXT_ONLY, *rng.choice(SMALL_TALK)))
+        elif form == "more":
+            x, y = rng.sample(range(MAX_VALUE + 5), 2)
+            turns.append(Turn(TEXT_ONLY, f"which is more, {x} or {y}?", str(max(x, y))))
+        elif form == "next":
+            x = rng.randrange(9)
+            turns.append(Turn(TEXT_ONLY, f"what number comes after {x}?", str(x + 1)))
+        else:
+            name = rng.choice([n for n in QUESTION_TYPES if n not in ("exists", "follow_up")])
+            asked = QUESTION_TYPES[name](scene, rng)
+            if asked:
+                turns.append(Turn(TEXT_ONLY, asked[0].question, NO_PICTURE))
+    return turns
