@@ -81,6 +81,19 @@ def load_pixels(processor: VisionLanguageProcessor, images: Sequence[str | Path 
     return pixels.float()
 
 
+def find_device(name: str | None) -> torch.device:
+    """The device of this name, or a GPU where there is one. Raises ValueError where this machine has no such device."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    num_gpus = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= num_gpus:
+        raise ValueError(f"no device {name}: this machine shows {num_gpus} CUDA GPUs; leave --device out, or give cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("no device mps: it needs an Apple GPU; leave --device out, or give cpu")
+    return device
+
+
 class Engine:
     """A model, its processor and its renderer. One generation at a time; safe to call from several threads."""
 
@@ -96,9 +109,9 @@ class Engine:
 
     @staticmethod
     def load(path: str | Path, *, device: str | None = None) -> Engine:
-        """The engine of a checkpoint, in bf16 on a GPU and fp32 elsewhere. Raises CheckpointError."""
+        """The engine of a checkpoint, in bf16 on a GPU and fp32 elsewhere. Raises CheckpointError, ValueError."""
+        place = find_device(device)
         model, processor, _ = load_checkpoint(path)
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         model = model.to(place, torch.bfloat16 if place.type == "cuda" else torch.float32)
         return Engine(model, processor, name=Path(path).resolve().name)
 

@@ -100,9 +100,7 @@ def _row(renderer: Renderer, conversation: Conversation, rng: random.Random, nam
         told[start:behind] = -1 if part is None else part
         start = behind
     for (first, behind), turn in zip(answer_spans(rendered.is_answer), conversation.turns, strict=True):
-        about[first - 1 : behind - 2] = guide_bits(
-            turn.about
-        )  # from where the answer's words are predicted, its end is not
+        about[first - 1 : behind - 2] = guide_bits(turn.about)  # where the answer's words are predicted, not its end
     types = tuple(turn.type for turn in conversation.turns)
     return TextRow(np.array(rendered.input_ids, np.int32), np.array(rendered.is_answer), told, about, types)
 
