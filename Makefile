@@ -34,7 +34,7 @@ format: setup ## format, and fix what can be fixed
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-weights: setup ## train the small backbones anew, from random weights, into weights/ (about two hours on 2 cores)
+weights: setup ## train the small backbones anew, from random weights, into weights/ (about an hour on 2 cores)
 	$(BIN)/mmllm train configs/tiny/warmup_language.yaml
 	cd runs/tiny/warmup_language && cp config.json generation_config.json model.safetensors chat_template.jinja \
 		tokenizer.json tokenizer_config.json figures.json log.jsonl train_loss.png ../../../weights/tiny-language/
