@@ -174,22 +174,13 @@ class StageConfig(RunConfig):
         return self
 
 
-class VisionLessonConfig(_Section):
-    """A part of the vision warm-up: which scenes are shown, for how many steps."""
-
-    steps: PositiveInt
-    num_scenes: PositiveInt  # each is shown with three near misses of it, as hard negatives
-    max_things: Annotated[int, Field(gt=0, le=5)] = 5
-    kinds: tuple[Literal["objects", "text", "chart"], ...] = ("objects", "text", "chart")
-
-
 class WarmupVisionConfig(RunConfig):
     """Contrastive training of a small CLIP on the scenes world."""
 
     stage: Literal["warmup_vision"]
     clip: dict[str, Any]  # open_clip's model config: embed_dim, vision_cfg, text_cfg
     tokenizer: str  # folder of the text tower's tokenizer
-    lessons: Annotated[tuple[VisionLessonConfig, ...], Field(min_length=1)]
+    num_scenes: PositiveInt  # each with its near misses
     num_val_scenes: PositiveInt = 100
     words_weight: Annotated[float, Field(ge=0)] = 1.0  # of the loss on the words of regions, beside the contrastive one
 

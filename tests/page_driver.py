@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from tiny import red_picture
 
 ROOT = Path(__file__).parent.parent
 # Besides running without a window: nothing that would make the browser itself talk to other computers.
@@ -133,9 +133,7 @@ def page(open_page, served):
 
 @pytest.fixture
 def picture(tmp_path):
-    path = tmp_path / "red.png"
-    Image.new("RGB", (90, 60), "red").save(path)
-    return path
+    return red_picture(tmp_path / "red.png", 90, 60)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 from PIL import Image
+from tiny import red_picture
 
 from demo.app import free_port, private_folder
 from demo.chat import (
@@ -46,9 +47,7 @@ def engine(tiny_checkpoint):
 
 @pytest.fixture
 def picture(tmp_path):
-    path = tmp_path / "red.png"
-    Image.new("RGB", (48, 32), "red").save(path)
-    return path
+    return red_picture(tmp_path / "red.png", 48, 32)
 
 
 @pytest.fixture
@@ -76,7 +75,7 @@ def generating():
 
 @pytest.mark.parametrize("num_pictures", [0, 1, 2, 3])
 def test_a_question_is_written_as_in_the_training_data(num_pictures):
-    in_data = message("user", (picture_marks(num_pictures) if num_pictures else "") + "what is it?", first_image=4)
+    in_data = message("user", picture_marks(num_pictures) + "what is it?", first_image=4)
     assert user_message("what is it?", num_pictures, first_image=4) == in_data
 
 

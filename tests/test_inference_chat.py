@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from tiny import red_picture
 from typer.testing import CliRunner
 
 from mmllm.batch import ImageRef
@@ -35,9 +36,7 @@ def engine(tiny_checkpoint: Path) -> Engine:
 
 @pytest.fixture
 def picture(tmp_path: Path) -> Path:
-    path = tmp_path / "a picture.png"
-    Image.new("RGB", (40, 30), "red").save(path)
-    return path
+    return red_picture(tmp_path / "a picture.png", 40, 30)
 
 
 def run(*arguments: object, lines: str = "") -> tuple[int, str, str]:

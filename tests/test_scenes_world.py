@@ -19,7 +19,6 @@ from mmllm.scenes.world import (
     SIZES,
     WORDS,
     Bar,
-    Limits,
     Line,
     Scene,
     Thing,
@@ -131,14 +130,6 @@ def test_scenes_are_made_of_what_the_world_has():
     assert {bar.value for scene in scenes for bar in scene.bars} == set(range(1, MAX_VALUE + 1))
     assert {thing.color for scene in scenes for thing in scene.things} == set(COLORS)
     assert {thing.shape for scene in scenes for thing in scene.things} == set(SHAPES)
-
-
-def test_limits_narrow_the_world():
-    rng = random.Random(0)
-    limits = Limits(max_things=2, kinds=("objects",))
-    for _ in range(50):
-        scene = sample_scene(rng, "train", None, limits)
-        assert 1 <= len(scene.things) <= 2
 
 
 @pytest.mark.parametrize("kind", KINDS)

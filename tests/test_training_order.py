@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from mmllm.training.distributed import share_of
-from mmllm.training.order import Order, Phases, seed_of
+from mmllm.training.order import Order, seed_of
 
 LENGTHS = [(7 * number) % 50 for number in range(96)]
 
@@ -51,16 +51,6 @@ def test_batches_of_like_length_come_in_random_order() -> None:
 def test_fewer_examples_than_one_batch_are_refused_with_both_numbers() -> None:
     with pytest.raises(ValueError, match="3 usable examples are fewer than one global batch of 4"):
         Order(3, 4, seed=0)
-
-
-def test_phases_draw_from_one_pool_after_the_other() -> None:
-    phases = Phases([(2, 4, None), (3, 6, [1] * 6), (1, 2, None)], batch_size=2, seed=0)
-    drawn = [phases.batch(step) for step in range(9)]
-    pools = [range(4), range(4), range(4, 10), range(4, 10), range(4, 10), *[range(10, 12)] * 4]
-    for batch, pool, step in zip(drawn, pools, range(9), strict=True):
-        assert set(batch) <= set(pool), f"step {step}"
-    assert sorted(index for batch in drawn[2:5] for index in batch) == list(range(4, 10))
-    assert [phases.phase(step) for step in range(7)] == [0, 0, 1, 1, 1, 2, 2]
 
 
 def test_ranks_share_a_batch_without_gap_or_overlap() -> None:

@@ -10,6 +10,7 @@ import random
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from mmllm.batch import IMAGE_TOKEN
 from mmllm.config import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
@@ -75,6 +76,11 @@ def model_config(parts: Path) -> ModelConfig:
         language=LanguageConfig(source=str(parts / "language"), attention="eager"),
         template="tokenizer",
     )
+
+
+def red_picture(path: Path, width: int, height: int) -> Path:
+    Image.new("RGB", (width, height), "red").save(path)
+    return path
 
 
 def make_parts(folder: Path) -> Path:

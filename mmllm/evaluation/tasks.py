@@ -37,7 +37,7 @@ class Question:
     def example(self, images: Sequence[str] | None = None) -> Example:
         """The conversation that is put to the model, with its own or with other pictures."""
         shown = tuple(images or self.images)
-        opening = picture_marks(len(shown)) if shown else ""
+        opening = picture_marks(len(shown))
         texts = [text for turn in self.history for text in turn] + [self.question]
         messages: list[Message] = []
         for number, text in enumerate(texts):
@@ -83,7 +83,7 @@ def read_questions(folder: Path, max_pictures: int | None = None) -> list[Questi
         if max_pictures and len(pictures) > max_pictures:
             break
         images = tuple(str(folder / name) for name in names)
-        opening = picture_marks(len(images)) if images else ""
+        opening = picture_marks(len(images))
         values = [turn["value"].removeprefix(opening) for turn in row["conversations"]]
         turns = list(zip(values[::2], values[1::2], strict=True))
         for number, (kind, needed) in enumerate(zip(row["types"], row["needs"], strict=True)):

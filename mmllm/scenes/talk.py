@@ -52,11 +52,14 @@ def retold(scene: Scene, rng: random.Random, num_turns: int) -> Conversation:
     return Conversation((scene,), tuple(captions))
 
 
-def picture_marks(num_pictures: int, mark: str = "<image>") -> str:
-    """How a question names its pictures: one stands alone, several are numbered."""
-    if num_pictures == 1:
-        return f"{mark}\n"
-    return "".join(f"Picture {number}: {mark}\n" for number in range(1, num_pictures + 1))
+def picture_label(number: int, num_pictures: int) -> str:
+    """What stands before picture `number`, counted from 1: one stands alone, several are numbered."""
+    return f"Picture {number}: " if num_pictures > 1 else ""
+
+
+def picture_marks(num_pictures: int) -> str:
+    """How a question names its pictures."""
+    return "".join(f"{picture_label(number, num_pictures)}<image>\n" for number in range(1, num_pictures + 1))
 
 
 Told = tuple[int | None, ...]
@@ -70,8 +73,8 @@ def describe(conversation: Conversation, rng: random.Random, example_id: str) ->
     opening: list[tuple[str, int | None]] = []
     num_parts = 0
     for number, scene in enumerate(conversation.scenes, 1):
-        if len(conversation.scenes) > 1:
-            opening.append((f"Picture {number}: ", None))
+        if label := picture_label(number, len(conversation.scenes)):
+            opening.append((label, None))
         clauses = tell_clauses(scene, rng, shuffled=rng.random() < 0.3)
         ends = " " * (len(clauses) - 1) + "\n"
         opening += [

@@ -123,22 +123,12 @@ def split_of(scene: Scene) -> Split:
     return "val" if _one_in(16, json.dumps(scene.to_json(), sort_keys=True)) else "train"
 
 
-@dataclass(frozen=True)
-class Limits:
-    """How much of the world is shown: at most so many objects, these kinds."""
-
-    max_things: int = len(PLACES)
-    kinds: tuple[Kind, ...] = ("objects", "text", "chart")
-
-
-WHOLE = Limits()
-KIND_WEIGHTS = {"objects": 70, "text": 15, "chart": 15}
+KIND_WEIGHTS: dict[Kind, int] = {"objects": 70, "text": 15, "chart": 15}
 COUNT_WEIGHTS = (2, 4, 5, 5, 3)  # how often a scene has 1, 2, ... objects
 
 
-def _sample_things(rng: random.Random, limits: Limits) -> tuple[Thing, ...]:
-    counts = range(1, limits.max_things + 1)
-    count = rng.choices(counts, COUNT_WEIGHTS[: limits.max_things])[0]
+def _sample_things(rng: random.Random) -> tuple[Thing, ...]:
+    count = rng.choices(range(1, len(PLACES) + 1), COUNT_WEIGHTS)[0]
     things: list[Thing] = []
     for place in sorted(rng.sample(list(PLACES), count), key=list(PLACES).index):
         # repeats on purpose: counting, "the other one" and hard negatives need objects that share something
@@ -159,11 +149,11 @@ def _sample_bars(rng: random.Random) -> tuple[Bar, ...]:
     return tuple(Bar(color, rng.randint(1, MAX_VALUE)) for color in colors)
 
 
-def sample_any_scene(rng: random.Random, kind: Kind | None = None, limits: Limits = WHOLE) -> Scene:
+def sample_any_scene(rng: random.Random, kind: Kind | None = None) -> Scene:
     """A scene of any split; seven in ten show objects."""
-    kind = kind or rng.choices(limits.kinds, [KIND_WEIGHTS[kind] for kind in limits.kinds])[0]
+    kind = kind or rng.choices(list(KIND_WEIGHTS), list(KIND_WEIGHTS.values()))[0]
     if kind == "objects":
-        return Scene("objects", things=_sample_things(rng, limits))
+        return Scene("objects", things=_sample_things(rng))
     if kind == "text":
         return Scene("text", lines=_sample_lines(rng))
     return Scene("chart", bars=_sample_bars(rng))
@@ -209,10 +199,10 @@ def change_one(scene: Scene, rng: random.Random) -> Scene:
     return replace(scene, bars=tuple(bars))
 
 
-def sample_scene(rng: random.Random, split: Split, kind: Kind | None = None, limits: Limits = WHOLE) -> Scene:
+def sample_scene(rng: random.Random, split: Split, kind: Kind | None = None) -> Scene:
     """A scene of this split: scenes are sampled until one belongs to it."""
     while True:
-        scene = sample_any_scene(rng, kind, limits)
+        scene = sample_any_scene(rng, kind)
         if split_of(scene) == split:
             return scene
 

@@ -56,7 +56,7 @@ def conversation_row(row_id: str, images: Sequence[str], conversation: Conversat
     row: dict[str, Any] = {"id": row_id}
     if images:
         row["image"] = images[0] if len(images) == 1 else list(images)
-    row["conversations"] = _turns_json(conversation.turns, picture_marks(len(images)) if images else "")
+    row["conversations"] = _turns_json(conversation.turns, picture_marks(len(images)))
     row["types"] = [turn.type for turn in conversation.turns]
     row["needs"] = [turn.num_needed for turn in conversation.turns]
     return row

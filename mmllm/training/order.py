@@ -52,26 +52,3 @@ class Order:
         if epoch != self._epoch:
             self._epoch, self._batches = epoch, self._epoch_batches(epoch)
         return [int(index) for index in self._batches[position]]
-
-
-class Phases:
-    """Several pools of examples, one behind the other: `(steps, number of examples, lengths)` each.
-
-    Indices count through all pools; the last pool lasts to the end of the run.
-    """
-
-    def __init__(self, pools: Sequence[tuple[int, int, Sequence[int] | None]], batch_size: int, seed: int):
-        self._pools: list[tuple[int, int, Order]] = []  # (first step, first index, order)
-        first_step = first_index = 0
-        for steps, num_examples, lengths in pools:
-            self._pools.append((first_step, first_index, Order(num_examples, batch_size, seed, lengths)))
-            first_step, first_index = first_step + steps, first_index + num_examples
-
-    def phase(self, step: int) -> int:
-        """Which pool this step draws from."""
-        return max(number for number, (first_step, _, _) in enumerate(self._pools) if first_step <= step)
-
-    def batch(self, step: int) -> list[int]:
-        """Indices of the examples of this step's global batch."""
-        first_step, first_index, order = self._pools[self.phase(step)]
-        return [first_index + index for index in order.batch(step - first_step)]

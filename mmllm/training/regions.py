@@ -39,27 +39,40 @@ def boxes_of(scene: Scene) -> list[Box]:
     return boxes
 
 
-class RegionWords(nn.Module):
-    """Predicts a region's words from the mean of its patches; used in training only.
+def regions_of(scene: Scene) -> list[tuple[Box, str]]:
+    """Box and words of every part; of a number with two digits also its halves, since 37 is not 73."""
+    regions = [(box, words_of(part)) for box, part in zip(boxes_of(scene), scene.parts, strict=True)]
+    for (left, top, right, bottom), line in zip(boxes_of(scene), scene.lines, strict=False):
+        if line.kind == "number" and len(line.text) == 2:
+            middle = (left + right) / 2
+            regions += [((left, top, middle, bottom), line.text[0]), ((middle, top, right, bottom), line.text[1])]
+    return regions
 
-    Shapes: patches [B, P, D] of a square grid, boxes [B, R, 4] (left < 0 where there is none), words [B, R, W] token
-    ids (-1 where there is none) -> mean cross entropy over regions, in nats.
+
+def _overlap(start: Tensor, end: Tensor, count: int) -> Tensor:
+    """What share of each stretch [N] from `start` to `end` lies in each of `count` equal parts of 0-1: [N, count]."""
+    edges = torch.arange(count + 1, device=start.device) / count
+    overlap = torch.minimum(end[:, None], edges[1:]) - torch.maximum(start[:, None], edges[:-1])
+    return overlap.clamp(min=0) / (end - start)[:, None]
+
+
+class RegionWords(nn.Module):
+    """Predicts a region's words from the mean of what a layer sees there; used in training only.
+
+    Shapes: maps [B, D, rows, columns], boxes [B, R, 4] (left < 0 where there is none), words [B, R, W] token ids (-1
+    where there is none) -> mean cross entropy over regions, in nats.
     """
 
     def __init__(self, width: int, vocab_size: int):
         super().__init__()
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocab_size)
 
-    def forward(self, patches: Tensor, boxes: Tensor, words: Tensor) -> Tensor:
-        side = int(patches.shape[1] ** 0.5)
-        centers = (torch.arange(side, device=boxes.device) + 0.5) / side
-        left, top, right, bottom = boxes[..., None].unbind(2)  # [B, R, 1] each
-        across, down = (centers > left) & (centers < right), (centers > top) & (centers < bottom)
-        inside = (down[..., :, None] & across[..., None, :]).flatten(2).float()  # [B, R, P]
+    def forward(self, maps: Tensor, boxes: Tensor, words: Tensor) -> Tensor:
         there = boxes[..., 0] >= 0
-        inside = inside[there] / inside[there].sum(-1, keepdim=True)
-        rows = torch.nonzero(there)[:, 0]
-        means = torch.einsum("np,npd->nd", inside, patches.float()[rows])
+        left, top, right, bottom = boxes[there].unbind(1)  # [N] each
+        rows, columns = maps.shape[2:]
+        weights = _overlap(top, bottom, rows)[:, :, None] * _overlap(left, right, columns)[:, None]
+        means = torch.einsum("nyx,ndyx->nd", weights, maps.float()[torch.nonzero(there)[:, 0]])
         scores = functional.log_softmax(self.head(self.norm(means)).float(), -1)  # [N, V]
         targets = words[there]
         said = targets >= 0

@@ -19,30 +19,31 @@ from mmllm.config import WarmupVisionConfig
 from mmllm.model.language import load_tokenizer
 from mmllm.scenes.draw import draw
 from mmllm.scenes.tell import tell
-from mmllm.scenes.world import Limits, Scene, Split, near_miss, sample_scene
-from mmllm.training.order import Phases
-from mmllm.training.regions import MAX_REGIONS, Box, RegionWords, boxes_of, words_of
+from mmllm.scenes.world import Kind, Scene, Split, near_miss, sample_scene
+from mmllm.training.order import Order
+from mmllm.training.regions import MAX_REGIONS, Box, RegionWords, regions_of
 
 MAX_WORDS = 5  # tokens that say what a part of a scene is
 NEAR_MISSES = 3  # hard negatives drawn for each scene
+KIND_WEIGHTS: dict[Kind, int] = {"objects": 50, "text": 35, "chart": 15}  # reading takes longest to learn
 
 
-def scene_group(seed: int, split: Split, number: int, limits: Limits) -> tuple[list[Scene], random.Random]:
+def scene_group(seed: int, split: Split, number: int) -> tuple[list[Scene], random.Random]:
     """A scene and near misses of it: pictures that only their details tell apart."""
     rng = random.Random(f"{seed}/{split}/pairs/{number}")
-    scenes = [sample_scene(rng, split, None, limits)]
+    kind = rng.choices(list(KIND_WEIGHTS), list(KIND_WEIGHTS.values()))[0]
+    scenes = [sample_scene(rng, split, kind)]
     for _ in range(NEAR_MISSES):
         scenes.append(near_miss(rng.choice(scenes), rng, split))
     return scenes, rng
 
 
 class Drawn(NamedTuple):
-    """A drawn scene, its captions, and box and words of each of its parts."""
+    """A drawn scene, its captions, and its regions: a box and its words each."""
 
     pixels: np.ndarray  # [H, W, 3]
     captions: list[str]
-    boxes: list[Box]
-    words: list[str]
+    regions: list[tuple[Box, str]]
 
 
 class Pairs(NamedTuple):
@@ -54,56 +55,36 @@ class Pairs(NamedTuple):
     words: Tensor  # [N, MAX_REGIONS, MAX_WORDS], -1 where there is none
 
 
-def _draw_chunk(
-    seed: int, split: Split, numbers: range, limits: Limits, side_px: int, num_captions: int
-) -> list[Drawn]:
+def _draw_chunk(seed: int, split: Split, numbers: range, side_px: int, num_captions: int) -> list[Drawn]:
     drawn = []
     for number in numbers:
-        scenes, rng = scene_group(seed, split, number, limits)
+        scenes, rng = scene_group(seed, split, number)
         for scene in scenes:
             pixels = np.asarray(draw(scene, rng).resize((side_px, side_px), Image.Resampling.BICUBIC))
             captions = [tell(scene, rng) for _ in range(num_captions)]
-            drawn.append(Drawn(pixels, captions, boxes_of(scene), [words_of(part) for part in scene.parts]))
+            drawn.append(Drawn(pixels, captions, regions_of(scene)))
     return drawn
-
-
-@torch.no_grad()
-def init_patches(conv: nn.Conv2d, pixels: Tensor) -> None:
-    """Patch embedding [D, C, p, p] that whitens the patches of pictures [N, C, H, W].
-
-    Most of a patch is its mean color. Whitened, edges weigh as much, and shapes are learnt about twice as soon. As
-    the first layer of the CIFAR-10 speed records, https://arxiv.org/abs/2404.00498.
-    """
-    size = conv.kernel_size[0]
-    patches = nn.functional.unfold(pixels, size, stride=size).transpose(1, 2).flatten(0, 1)  # [N * P, C * p * p]
-    variance, directions = torch.linalg.eigh(torch.cov(patches.double().T))
-    largest = slice(-conv.out_channels, None)
-    weight = (directions[:, largest] / (variance[largest] + 1e-2 * variance.mean()).sqrt()).T.float()
-    conv.weight[: len(weight)] = weight.view(-1, *conv.weight.shape[1:])
 
 
 class _ClipLoss(nn.Module):
     """The contrastive loss, and that of the words of regions on the layer that language models read."""
 
-    def __init__(self, model: Any, words_weight: float, vocab_size: int):
+    def __init__(self, model: Any, words_weight: float, vocab_size: int, side_px: int):
         super().__init__()
         from open_clip.loss import ClipLoss
 
         self.model, self.loss, self.words_weight = model, ClipLoss(), words_weight
-        block = model.visual.transformer.resblocks[-2]
-        self.words = RegionWords(model.visual.conv1.out_channels, vocab_size)
-        self._patches: Tensor | None = None
-        block.register_forward_hook(self._keep)
-
-    def _keep(self, block: nn.Module, inputs: Any, output: Tensor) -> None:
-        self._patches = output[:, 1:]
+        with torch.no_grad():
+            blank = model.eval().visual.forward_intermediates(torch.zeros(1, 3, side_px, side_px), indices=2)
+        self.words = RegionWords(blank["image_intermediates"][0].shape[1], vocab_size)
 
     def forward(self, batch: dict[str, Any]) -> Tensor:
-        image, text, scale = self.model(batch["pixels"], batch["texts"])
-        loss: Tensor = self.loss(image.float(), text.float(), scale.float())
-        patches, self._patches = self._patches, None
+        seen = self.model.forward_intermediates(batch["pixels"], batch["texts"], image_indices=2)
+        scale = self.model.logit_scale.exp().float()
+        loss: Tensor = self.loss(seen["image_features"].float(), seen["text_features"].float(), scale)
         if self.words_weight > 0:
-            loss = loss + self.words_weight * self.words(patches, batch["boxes"], batch["words"])
+            last_but_one = seen["image_intermediates"][0]
+            loss = loss + self.words_weight * self.words(last_but_one, batch["boxes"], batch["words"])
         return loss * len(batch["texts"])
 
 
@@ -121,22 +102,13 @@ class WarmupVision:
         self.mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN)[:, None, None]
         self.std = torch.tensor(open_clip.OPENAI_DATASET_STD)[:, None, None]
         self.tokenizer = load_tokenizer(config.tokenizer)
-        self.pools: list[tuple[int, int, None]] = []
-        drawn: list[Pairs] = []
-        self.val: list[Pairs] = []
-        for lesson in config.lessons:
-            limits = Limits(max_things=lesson.max_things, kinds=lesson.kinds)
-            drawn.append(self._draw("train", lesson.num_scenes, limits))
-            self.val.append(self._draw("val", config.num_val_scenes, limits))
-            self.pools.append((lesson.steps, lesson.num_scenes, None))
-        self.pairs = Pairs(*(torch.cat(column) for column in zip(*drawn, strict=True)))
+        self.pairs = self._draw("train", config.num_scenes)
+        self.val_pairs = self._draw("val", config.num_val_scenes)
         torch.manual_seed(config.seed)
         self.model: Any = CLIP(**config.clip)
-        sample = self._tensors(self.pairs, np.arange(min(2000, len(self.pairs.pixels))), [], 0)
-        init_patches(self.model.visual.conv1, sample["pixels"])
-        self.module: nn.Module = _ClipLoss(self.model, config.words_weight, len(self.tokenizer))
+        self.module: nn.Module = _ClipLoss(self.model, config.words_weight, len(self.tokenizer), self.side_px).train()
         self.parts = {"vision": list(self.module.named_parameters())}
-        self.num_examples = len(self.pairs.pixels) // (1 + NEAR_MISSES)
+        self.num_examples = config.num_scenes
 
     def _ids(self, texts: list[str], length: int, *, end: bool) -> Tensor:
         ids = self.tokenizer(
@@ -144,12 +116,12 @@ class WarmupVision:
         )["input_ids"]
         return torch.from_numpy(ids.astype(np.int64))
 
-    def _draw(self, split: Split, count: int, limits: Limits) -> Pairs:
+    def _draw(self, split: Split, count: int) -> Pairs:
         drawn: list[Drawn] = []
         with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
             tasks = [
                 pool.submit(_draw_chunk, self.config.seed, split, range(start, min(start + 100, count)),
-                            limits, self.side_px, self.NUM_CAPTIONS)
+                            self.side_px, self.NUM_CAPTIONS)
                 for start in range(0, count, 100)
             ]  # fmt: skip
             for task in tasks:
@@ -157,8 +129,8 @@ class WarmupVision:
         boxes = torch.full((len(drawn), MAX_REGIONS, 4), -1.0)
         words = torch.full((len(drawn), MAX_REGIONS, MAX_WORDS), -1)
         for number, one in enumerate(drawn):
-            ids = self._ids(one.words, MAX_WORDS, end=False)
-            boxes[number, : len(ids)] = torch.tensor(one.boxes)
+            ids = self._ids([text for _, text in one.regions], MAX_WORDS, end=False)
+            boxes[number, : len(ids)] = torch.tensor([box for box, _ in one.regions])
             words[number, : len(ids)] = ids.masked_fill(ids == self.tokenizer.pad_token_id, -1)
         length = self.config.clip["text_cfg"]["context_length"]
         texts = self._ids([text for one in drawn for text in one.captions], length, end=True)
@@ -172,9 +144,8 @@ class WarmupVision:
             "boxes": pairs.boxes[rows], "words": pairs.words[rows], "names": list(names),
         }  # fmt: skip
 
-    def order(self, batch_size: int) -> Phases:
-        self.phases = Phases(self.pools, batch_size, self.config.seed)
-        return self.phases
+    def order(self, batch_size: int) -> Order:
+        return Order(self.config.num_scenes, batch_size, self.config.seed)
 
     def batch(self, indices: Sequence[int]) -> dict[str, Any]:
         size = 1 + NEAR_MISSES
@@ -198,9 +169,9 @@ class WarmupVision:
     def validate(self, step: int) -> dict[str, float]:
         """Zero-shot retrieval: the share of pictures that find their caption among 200, near misses included.
 
-        With scenes that training never shows, of the lesson in hand.
+        With scenes that training never shows.
         """
-        pairs = self.val[self.phases.phase(step)]
+        pairs = self.val_pairs
         self.model.logit_scale.clamp_(0, np.log(100))
         self.model.eval()
         hits, loss, size = 0, 0.0, 200
@@ -231,7 +202,8 @@ class WarmupVision:
         (out / "open_clip_config.json").write_text(
             json.dumps({"model_cfg": clip, "preprocess_cfg": preprocess}, indent=2) + "\n"
         )
-        weights = {name: value.to(torch.bfloat16).contiguous() for name, value in self.model.state_dict().items()}
+        state = self.model.state_dict()
+        weights = {k: v.to(torch.bfloat16 if v.is_floating_point() else v.dtype).contiguous() for k, v in state.items()}
         save_file(weights, str(out / "open_clip_model.safetensors"))
         self.tokenizer.save_pretrained(out)
         (out / "figures.json").write_text(json.dumps(log[-1], indent=2) + "\n")
