@@ -22,7 +22,6 @@ class Turn:
 
     `about` says where the answer is read: for each thing that the question names, in its order, the parts of the
     scene (indices into `Scene.parts`) that are meant. Of two scenes the second's parts are counted on from the first's.
-    `names` holds the words that name them, where the question sets one against another.
     """
 
     type: str
@@ -30,7 +29,6 @@ class Turn:
     answer: str
     num_needed: int = 0
     about: About = ()
-    names: tuple[str, ...] = ()
 
 
 Asker = Callable[[Scene, random.Random], list[Turn]]
@@ -124,8 +122,7 @@ def ask_relation(scene: Scene, rng: random.Random) -> list[Turn]:
     first, second = refer(scene, x, rng, "place"), refer(scene, y, rng, "place")
     if not first or not second:
         return []
-    question = f"is the {first} {name} the {second}?"
-    return [Turn("relation", question, yes_no(wanted), about=about_each(scene, x, y), names=(first, second))]
+    return [Turn("relation", f"is the {first} {name} the {second}?", yes_no(wanted), about=about_each(scene, x, y))]
 
 
 def ask_count(scene: Scene, rng: random.Random) -> list[Turn]:
@@ -193,9 +190,8 @@ def _compare_bars(scene: Scene, rng: random.Random, wanted: bool) -> list[Turn]:
     taller = rng.choice(("taller", "shorter"))
     if (x.value > y.value) != (wanted == (taller == "taller")):
         x, y = y, x
-    first, second = f"{x.color} bar", f"{y.color} bar"
-    question = f"is the {first} {taller} than the {second}?"
-    return [Turn("compare", question, yes_no(wanted), about=about_each(scene, x, y), names=(first, second))]
+    question = f"is the {x.color} bar {taller} than the {y.color} bar?"
+    return [Turn("compare", question, yes_no(wanted), about=about_each(scene, x, y))]
 
 
 def _compare_counts(scene: Scene, rng: random.Random, wanted: bool) -> list[Turn]:
@@ -207,8 +203,7 @@ def _compare_counts(scene: Scene, rng: random.Random, wanted: bool) -> list[Turn
     pair = rng.choice(pairs)
     first, second = map(plural, pair)
     about = tuple(group for shape in pair for group in about_all([t.shape for t in scene.things], shape))
-    question = f"are there more {first} than {second}?"
-    return [Turn("compare", question, yes_no(wanted), about=about, names=(first, second))]
+    return [Turn("compare", f"are there more {first} than {second}?", yes_no(wanted), about=about)]
 
 
 def _compare_sizes(scene: Scene, rng: random.Random, one: Thing, other: Thing) -> list[Turn]:
@@ -218,7 +213,7 @@ def _compare_sizes(scene: Scene, rng: random.Random, one: Thing, other: Thing) -
     word = rng.choice(("larger", "smaller"))
     answer = first if (one.size == "large") == (word == "larger") else second
     question = f"which is {word}, the {first} or the {second}?"
-    return [Turn("compare", question, answer, about=about_each(scene, one, other), names=(first, second))]
+    return [Turn("compare", question, answer, about=about_each(scene, one, other))]
 
 
 def _compare_attribute(scene: Scene, rng: random.Random, wanted: bool) -> list[Turn]:
@@ -232,7 +227,7 @@ def _compare_attribute(scene: Scene, rng: random.Random, wanted: bool) -> list[T
     if not first or not second:
         return []
     question = f"are the {first} and the {second} the same {name}?"
-    return [Turn("compare", question, yes_no(wanted), about=about_each(scene, one, other), names=(first, second))]
+    return [Turn("compare", question, yes_no(wanted), about=about_each(scene, one, other))]
 
 
 def ask_compare(scene: Scene, rng: random.Random) -> list[Turn]:

@@ -17,7 +17,6 @@ from mmllm.scenes.ask import About
 
 LAYERS = (2, 1)  # whose attention is guided to the first thing that a question names, and to the last
 MAX_PARTS = 10  # of the scenes of one conversation
-MAX_TARGETS = 2 * MAX_PARTS  # the parts, and behind them the first name in the question of each turn
 REACH = 40  # tokens; the first layer looks no farther back at first
 FADING = 6.0  # tokens; over so many its attention falls to 1/e
 
@@ -26,8 +25,8 @@ FADING = 6.0  # tokens; over so many its attention falls to 1/e
 class LookupBatch(Batch):
     """A text batch that knows where its answers can be read."""
 
-    told: Tensor  # [B, T] the part of the scenes that a token of a description tells of, a turn's first name, or -1
-    about: Tensor  # [B, T, 2] bit i: what comes after this token is read where `told` is i; as LAYERS
+    told: Tensor  # [B, T] the part of the scenes that a token of a description tells of, or -1
+    about: Tensor  # [B, T, 2] bit i: what comes after this token is read from part i; as LAYERS
 
 
 def guide_bits(about: About) -> tuple[int, int]:
@@ -44,9 +43,9 @@ def guided_attention_sum(attention: Tensor, told: Tensor, about: Tensor) -> Tens
     """
     rows, queries = torch.nonzero(about, as_tuple=True)
     heads = attention[rows, : max(1, attention.shape[1] // 2), queries].float()  # [Q, H/2, T]
-    is_part = functional.one_hot(told + 1, MAX_TARGETS + 1)[..., 1:].float()  # [B, T, parts]
+    is_part = functional.one_hot(told + 1, MAX_PARTS + 1)[..., 1:].float()  # [B, T, parts]
     share = torch.einsum("qht,qtp->qhp", heads, is_part[rows]).clamp(min=1e-6)
-    wanted = (about[rows, queries, None] >> torch.arange(MAX_TARGETS, device=about.device)) & 1  # [Q, parts]
+    wanted = (about[rows, queries, None] >> torch.arange(MAX_PARTS, device=about.device)) & 1  # [Q, parts]
     target = wanted / wanted.sum(-1, keepdim=True)
     return -(target[:, None] * share.log()).sum(-1).mean(1).sum()
 

@@ -21,18 +21,10 @@ from mmllm.config import WarmupLanguageConfig
 from mmllm.data.chat import OWN_TEMPLATE, Rendered, Renderer
 from mmllm.data.collate import collate
 from mmllm.model.language import load_tokenizer
-from mmllm.scenes.ask import QUESTION_TYPES, Turn
+from mmllm.scenes.ask import QUESTION_TYPES
 from mmllm.scenes.talk import Conversation, as_text, describe, sample_text
 from mmllm.scenes.world import Split
-from mmllm.training.lookup import (
-    LAYERS,
-    MAX_PARTS,
-    MAX_TARGETS,
-    LookupBatch,
-    guide_bits,
-    guided_attention_sum,
-    init_for_lookup,
-)
+from mmllm.training.lookup import LAYERS, LookupBatch, guide_bits, guided_attention_sum, init_for_lookup
 from mmllm.training.losses import supervised_rows, token_loss_sum
 from mmllm.training.order import Order
 
@@ -98,33 +90,17 @@ class TextRow:
     types: tuple[str, ...]
 
 
-def _name_ends(renderer: Renderer, turn: Turn) -> list[int]:
-    """How many tokens before the end of the question the last token of each of `Turn.names` stands, 1 being the end."""
-    ends, start, length = [], 0, len(renderer.encode(turn.question)) if turn.names else 0
-    for name in turn.names:
-        start = turn.question.index(name, start) + len(name)
-        ends.append(length - len(renderer.encode(turn.question[:start])) + 1)
-    return ends
-
-
 def _row(renderer: Renderer, conversation: Conversation, rng: random.Random, name: str) -> TextRow:
     example, parts = describe(conversation, rng, name)
     rendered = renderer.render_example(example)
-    told, about = np.full(len(rendered.input_ids), -1, np.int8), np.zeros((len(rendered.input_ids), 2), np.int32)
+    told, about = np.full(len(rendered.input_ids), -1, np.int8), np.zeros((len(rendered.input_ids), 2), np.int16)
     start = len(renderer.encode(renderer.template.user_open))
     for text, part in zip(example.messages[0].parts, parts, strict=True):
         behind = start + len(renderer.encode(str(text)))
         told[start:behind] = -1 if part is None else part
         start = behind
-    spans = answer_spans(rendered.is_answer)
-    for number, ((first, behind), turn) in enumerate(zip(spans, conversation.turns, strict=True), MAX_PARTS):
-        answer = slice(first - 1, behind - 2)  # where the answer's words are predicted, not its end
-        about[answer] = guide_bits(turn.about)
-        names = [first - 1 - end for end in _name_ends(renderer, turn)]
-        for position, group in zip(names, turn.about, strict=False):
-            about[position, 1] = guide_bits((group,))[1]  # a name looks up what it stands for ...
-        if names and number < MAX_TARGETS:
-            told[names[0]], about[answer, 0] = number, 1 << number  # ... and the answer reads it there
+    for (first, behind), turn in zip(answer_spans(rendered.is_answer), conversation.turns, strict=True):
+        about[first - 1 : behind - 2] = guide_bits(turn.about)  # where the answer's words are predicted, not its end
     types = tuple(turn.type for turn in conversation.turns)
     return TextRow(np.array(rendered.input_ids, np.int32), np.array(rendered.is_answer), told, about, types)
 
