@@ -18,8 +18,7 @@ def user_message(text: str, num_pictures: int, first_image: int = 0) -> Message:
 
     The words are taken as they are: an `<image>` that a user types never becomes a picture.
     """
-    marks = message("user", picture_marks(num_pictures), first_image) if num_pictures else Message("user", ())
-    parts: list[Part] = list(marks.parts)
+    parts: list[Part] = list(message("user", picture_marks(num_pictures), first_image).parts)
     if parts and isinstance(parts[-1], str):  # one part with the words, for parts are tokenised one by one
         text = parts.pop() + text  # type: ignore[operator]
     return Message("user", (*parts, text))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -149,9 +149,13 @@ def _sample_bars(rng: random.Random) -> tuple[Bar, ...]:
     return tuple(Bar(color, rng.randint(1, MAX_VALUE)) for color in colors)
 
 
+def sample_kind(rng: random.Random, weights: Mapping[Kind, int]) -> Kind:
+    return rng.choices(list(weights), list(weights.values()))[0]
+
+
 def sample_any_scene(rng: random.Random, kind: Kind | None = None) -> Scene:
     """A scene of any split; seven in ten show objects."""
-    kind = kind or rng.choices(list(KIND_WEIGHTS), list(KIND_WEIGHTS.values()))[0]
+    kind = kind or sample_kind(rng, KIND_WEIGHTS)
     if kind == "objects":
         return Scene("objects", things=_sample_things(rng))
     if kind == "text":

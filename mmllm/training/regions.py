@@ -41,8 +41,9 @@ def boxes_of(scene: Scene) -> list[Box]:
 
 def regions_of(scene: Scene) -> list[tuple[Box, str]]:
     """Box and words of every part; of a number with two digits also its halves, since 37 is not 73."""
-    regions = [(box, words_of(part)) for box, part in zip(boxes_of(scene), scene.parts, strict=True)]
-    for (left, top, right, bottom), line in zip(boxes_of(scene), scene.lines, strict=False):
+    boxes = boxes_of(scene)
+    regions = [(box, words_of(part)) for box, part in zip(boxes, scene.parts, strict=True)]
+    for (left, top, right, bottom), line in zip(boxes, scene.lines, strict=False):
         if line.kind == "number" and len(line.text) == 2:
             middle = (left + right) / 2
             regions += [((left, top, middle, bottom), line.text[0]), ((middle, top, right, bottom), line.text[1])]

@@ -19,20 +19,19 @@ from mmllm.config import WarmupVisionConfig
 from mmllm.model.language import load_tokenizer
 from mmllm.scenes.draw import draw
 from mmllm.scenes.tell import tell
-from mmllm.scenes.world import Kind, Scene, Split, near_miss, sample_scene
+from mmllm.scenes.world import Kind, Scene, Split, near_miss, sample_kind, sample_scene
 from mmllm.training.order import Order
 from mmllm.training.regions import MAX_REGIONS, Box, RegionWords, regions_of
 
 MAX_WORDS = 5  # tokens that say what a part of a scene is
 NEAR_MISSES = 3  # hard negatives drawn for each scene
-KIND_WEIGHTS: dict[Kind, int] = {"objects": 50, "text": 35, "chart": 15}  # reading takes longest to learn
+SHOWN: dict[Kind, int] = {"objects": 50, "text": 35, "chart": 15}  # reading takes longest to learn
 
 
 def scene_group(seed: int, split: Split, number: int) -> tuple[list[Scene], random.Random]:
     """A scene and near misses of it: pictures that only their details tell apart."""
     rng = random.Random(f"{seed}/{split}/pairs/{number}")
-    kind = rng.choices(list(KIND_WEIGHTS), list(KIND_WEIGHTS.values()))[0]
-    scenes = [sample_scene(rng, split, kind)]
+    scenes = [sample_scene(rng, split, sample_kind(rng, SHOWN))]
     for _ in range(NEAR_MISSES):
         scenes.append(near_miss(rng.choice(scenes), rng, split))
     return scenes, rng
@@ -76,6 +75,7 @@ class _ClipLoss(nn.Module):
         self.model, self.loss, self.words_weight = model, ClipLoss(), words_weight
         with torch.no_grad():
             blank = model.eval().visual.forward_intermediates(torch.zeros(1, 3, side_px, side_px), indices=2)
+        model.train()
         self.words = RegionWords(blank["image_intermediates"][0].shape[1], vocab_size)
 
     def forward(self, batch: dict[str, Any]) -> Tensor:
@@ -106,7 +106,7 @@ class WarmupVision:
         self.val_pairs = self._draw("val", config.num_val_scenes)
         torch.manual_seed(config.seed)
         self.model: Any = CLIP(**config.clip)
-        self.module: nn.Module = _ClipLoss(self.model, config.words_weight, len(self.tokenizer), self.side_px).train()
+        self.module: nn.Module = _ClipLoss(self.model, config.words_weight, len(self.tokenizer), self.side_px)
         self.parts = {"vision": list(self.module.named_parameters())}
         self.num_examples = config.num_scenes
 
@@ -167,9 +167,9 @@ class WarmupVision:
 
     @torch.no_grad()
     def validate(self, step: int) -> dict[str, float]:
-        """Zero-shot retrieval: the share of pictures that find their caption among 200, near misses included.
+        """Zero-shot retrieval on scenes that training never shows.
 
-        With scenes that training never shows.
+        The share of pictures that find their caption among 200, near misses included.
         """
         pairs = self.val_pairs
         self.model.logit_scale.clamp_(0, np.log(100))
