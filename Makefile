@@ -36,7 +36,8 @@ format: setup ## format, and fix what can be fixed
 
 weights: setup ## train the small backbones anew, from random weights, into weights/ (about an hour on 2 cores)
 	$(BIN)/mmllm train configs/tiny/warmup_language.yaml
-	cd runs/tiny/warmup_language && cp config.json generation_config.json model.safetensors chat_template.jinja \
+	$(BIN)/mmllm train configs/tiny/warmup_language_pairs.yaml
+	cd runs/tiny/warmup_language_pairs && cp config.json generation_config.json model.safetensors chat_template.jinja \
 		tokenizer.json tokenizer_config.json figures.json log.jsonl train_loss.png ../../../weights/tiny-language/
 	$(BIN)/mmllm train configs/tiny/warmup_vision.yaml
 	cd runs/tiny/warmup_vision && cp open_clip_config.json open_clip_model.safetensors chat_template.jinja \
@@ -67,7 +68,7 @@ $(READY): requirements.txt pyproject.toml | $(BIN)/uv
 # What follows is made once: order-only prerequisites (behind the bar) are made before it, but never make it anew.
 # Training that was interrupted goes on where it stopped.
 $(SCENES): | $(READY)
-	$(BIN)/mmllm scenes data/scenes --train 12000 --val 500 --seed 0
+	$(BIN)/mmllm scenes data/scenes --train 20000 --val 500 --seed 0
 
 $(STAGE1): | $(SCENES)
 	$(BIN)/mmllm train configs/tiny/stage1.yaml

@@ -190,21 +190,40 @@ class WarmupVisionConfig(RunConfig):
         return self
 
 
+class GuideConfig(_Section):
+    """Some heads of one layer, and what they are shown to read before an answer: see mmllm/training/lookup.py."""
+
+    layer: Annotated[int, Field(ge=0)]
+    heads: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    reads: Literal["first", "last", "named"]
+
+
 class WarmupLanguageConfig(RunConfig):
-    """Training of a small causal LM, and of its tokenizer, on descriptions of scenes and questions about them."""
+    """Training of a small causal LM on descriptions of scenes and questions about them.
+
+    `language` is a transformers config (model_type and its options) of an LM to be trained from random weights with a
+    tokenizer of its own, or names the `source` of both, to go on from there.
+    """
 
     stage: Literal["warmup_language"]
-    language: dict[str, Any]  # a transformers config: model_type and its options
+    language: LanguageConfig | dict[str, Any]
     vocab_size: PositiveInt = 512
     num_descriptions: PositiveInt
     num_turns: PositiveInt = 10
     retell: Fraction = 0.15  # share of conversations that only tell the scene again in other words
+    ask_more: dict[str, PositiveInt] = Field(default_factory=dict)  # question type: how often it is asked, on top of 1
+    guides: list[GuideConfig] = Field(default_factory=list)
     guide_weight: Annotated[float, Field(ge=0)] = 0.5  # of the loss that shows attention where an answer is read
     num_val_descriptions: PositiveInt = 400
 
     @model_validator(mode="after")
     def _rates(self) -> WarmupLanguageConfig:
         self.check_rates(["language"])
+        if isinstance(self.language, dict) and ("model_type" not in self.language or "source" in self.language):
+            raise ValueError(
+                f"language: needs a model_type and its options, or source, revision and attention of a trained LM; "
+                f"got {sorted(self.language)}"
+            )
         return self
 
 

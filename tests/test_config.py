@@ -169,6 +169,16 @@ def test_a_warm_up_without_its_learning_rate_is_refused(name: str) -> None:
     assert f"but this run trains ['{part}']; give one rate a part" in text
 
 
+@pytest.mark.parametrize(
+    "language", ["{}", "{hidden_size: 8}", "{source: x, model_type: llama}", "{source: x, atention: eager}"]
+)
+def test_a_warm_up_says_what_its_language_model_needs(language: str, tmp_path: Path) -> None:
+    text = (ROOT / "configs" / "tiny" / "warmup_language_pairs.yaml").read_text()
+    lines = [f"language: {language}" if line.startswith("language:") else line for line in text.splitlines()]
+    (tmp_path / "config.yaml").write_text("\n".join(lines))
+    assert "language: needs a model_type and its options, or source" in refused(tmp_path / "config.yaml")
+
+
 def test_a_file_that_cannot_be_read_is_named(write: Any, tmp_path: Path) -> None:
     assert "no config file at nowhere.yaml" in refused(Path("nowhere.yaml"))
     assert f"no config file at {tmp_path}" in refused(tmp_path)

@@ -12,15 +12,15 @@ from tiny import make_language
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mmllm.batch import IMAGE_TOKEN
-from mmllm.config import WarmupLanguageConfig
+from mmllm.config import ConfigError, WarmupLanguageConfig
 from mmllm.data.chat import OWN_TEMPLATE, Renderer
 from mmllm.model.language import load_tokenizer
-from mmllm.scenes.ask import QUESTION_TYPES
+from mmllm.scenes.ask import QUESTION_TYPES, About
 from mmllm.scenes.small_talk import TEXT_ONLY
 from mmllm.scenes.talk import about_one, about_two, describe, sample_text, twin_of
-from mmllm.scenes.world import sample_scene
-from mmllm.training.lookup import MAX_PARTS, guide_bits, guided_attention_sum, init_for_lookup
-from mmllm.training.warmup_language import WarmupLanguage, _row, answer_spans
+from mmllm.scenes.world import Split, sample_scene
+from mmllm.training.lookup import MAX_PARTS, LookupBatch, guide_bits, guided_attention_sum, init_for_lookup
+from mmllm.training.warmup_language import WarmupLanguage, _render_chunk, _row, answer_spans
 
 
 @pytest.fixture(scope="module")
@@ -104,23 +104,58 @@ def test_a_description_is_the_same_text_in_one_piece_and_in_clauses(renderer: Re
         )
 
 
+def lookup_batch(told: list[int], *, about: About = (), named: int = -1) -> LookupBatch:
+    """One row whose last token is read as said."""
+    size = len(told)
+    bits, places = torch.zeros(1, size, 2, dtype=torch.long), torch.full((1, size), -1)
+    bits[0, -1], places[0, -1] = torch.tensor(guide_bits(about)), named
+    ids = torch.zeros(1, size, dtype=torch.long)
+    return LookupBatch(ids, ids, ids, example_ids=["x"], told=torch.tensor([told]), about=bits, named=places)
+
+
 def test_guided_attention_is_zero_where_it_is_wanted_and_large_where_it_is_not() -> None:
-    told = torch.tensor([[-1, 0, 0, 1, 1, -1]])
-    nothing = torch.zeros(1, 6, dtype=torch.long)
-    first, last = nothing.clone(), nothing.clone()
-    first[0, 5], last[0, 5] = guide_bits(((0,), (1,)))
-    attention = torch.zeros(1, 4, 6, 6)
-    attention[0, :2, 5, 3], attention[0, :2, 5, 4] = 0.3, 0.7
-    attention[0, 2:, 5, 1] = 1.0  # the other half of the heads is free
-    assert guided_attention_sum(attention, told, last).item() == pytest.approx(0, abs=1e-6)
-    assert guided_attention_sum(attention, told, nothing).item() == 0
+    told = [-1, 0, 0, 1, 1, -1]
+    two = lookup_batch(told, about=((0,), (1,)))
+    attention = torch.zeros(1, 2, 6, 6)
+    attention[0, :, 5, 3], attention[0, :, 5, 4] = 0.3, 0.7
+    assert guided_attention_sum(attention, two, "last").item() == pytest.approx(0, abs=1e-6)
+    assert guided_attention_sum(attention, lookup_batch(told), "last").item() == 0
     nowhere = -torch.tensor(1e-6).log().item()
-    assert guided_attention_sum(attention, told, first).item() == pytest.approx(nowhere)
+    assert guided_attention_sum(attention, two, "first").item() == pytest.approx(nowhere)
     attention[0, 1, 5] = torch.eye(6)[1]
-    assert guided_attention_sum(attention, told, last).item() == pytest.approx(nowhere / 2)
+    assert guided_attention_sum(attention, two, "last").item() == pytest.approx(nowhere / 2)
     half = torch.zeros(1, 4, 6, 6)
     half[0, :, 5, 1] = half[0, :, 5, 4] = 0.5
-    assert guided_attention_sum(half, told, first | last).item() == pytest.approx(-torch.tensor(0.5).log().item())
+    both = lookup_batch(told, about=((0, 1),))
+    assert guided_attention_sum(half, both, "last").item() == pytest.approx(-torch.tensor(0.5).log().item())
+
+
+def test_attention_is_guided_to_the_place_where_the_question_names_the_answer() -> None:
+    attention = torch.zeros(1, 2, 4, 4)
+    attention[0, 0, 3, 1], attention[0, 1, 3, 1] = 1.0, 0.25
+    told = [-1] * 4
+    quarter = -torch.tensor(0.25).log().item()
+    assert guided_attention_sum(attention, lookup_batch(told, named=1), "named").item() == pytest.approx(quarter / 2)
+    assert guided_attention_sum(attention, lookup_batch(told), "named").item() == 0
+
+
+def test_an_answer_that_its_question_names_is_found_there_token_by_token(renderer: Renderer) -> None:
+    rng = random.Random(4)
+    num_named = 0
+    while num_named < 60:
+        talk = about_one(sample_scene(rng, "train", "objects"), rng, 12, ("compare", "size"))
+        row = _row(renderer, talk, rng, "x")
+        for (first, behind), turn in zip(answer_spans(row.is_answer.tolist()), talk.turns, strict=True):
+            places = row.named[first - 1 : behind - 1]
+            if not turn.question.startswith("which is"):
+                assert (places == -1).all()
+                continue
+            num_named += 1
+            assert places[-1] == -1, "an answer's end is named nowhere"
+            assert row.input_ids[places[:-1]].tolist() == row.input_ids[first : behind - 1].tolist()
+            question = renderer.decode(row.input_ids[:first].tolist()).rindex(turn.question)
+            assert len(renderer.decode(row.input_ids[: places[0]].tolist())) > question
+            assert renderer.decode(row.input_ids[: places[0]].tolist()).endswith(" the")
 
 
 def test_after_the_initialisation_a_token_is_the_fading_mean_of_those_before_it_and_finds_its_like() -> None:
@@ -141,17 +176,24 @@ def test_after_the_initialisation_a_token_is_the_fading_mean_of_those_before_it_
     assert looks[7] > 2 * looks[15], "the end of the clause with the same words, not the end of the other"
 
 
-def test_a_small_warm_up_runs_with_the_guide_and_without(tmp_path: Path) -> None:
+SMALL = {
+    "model_type": "llama", "attention": "eager", "hidden_size": 32, "intermediate_size": 32,
+    "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 2, "attention_bias": True,
+}  # fmt: skip
+
+
+def small_config(out: Path, **settings: Any) -> WarmupLanguageConfig:
     tree = {
-        "stage": "warmup_language", "out": str(tmp_path / "out"), "vocab_size": 300, "num_descriptions": 30,
-        "num_val_descriptions": 10, "num_turns": 3,
-        "language": {
-            "model_type": "llama", "attention": "eager", "hidden_size": 32, "intermediate_size": 32,
-            "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 2, "attention_bias": True,
-        },
+        "stage": "warmup_language", "out": str(out), "vocab_size": 300, "num_descriptions": 30,
+        "num_val_descriptions": 10, "num_turns": 3, "language": SMALL,
         "optim": {"learning_rates": {"language": 1e-3}, "max_steps": 2, "batch_size": 4},
     }  # fmt: skip
-    stage = WarmupLanguage(WarmupLanguageConfig.model_validate(tree))
+    return WarmupLanguageConfig.model_validate(tree | settings)
+
+
+def test_a_small_warm_up_runs_with_the_guide_and_without(tmp_path: Path) -> None:
+    guides = [{"layer": 1, "heads": [0], "reads": "last"}, {"layer": 2, "heads": [0, 1], "reads": "named"}]
+    stage = WarmupLanguage(small_config(tmp_path / "out", guides=guides, ask_more={"compare": 4}))
     batch = stage.batch([0, 1, 2, 3])
     assert batch.about is not None
     assert batch.about.any()
@@ -160,3 +202,30 @@ def test_a_small_warm_up_runs_with_the_guide_and_without(tmp_path: Path) -> None
     plain = stage.module(batch).item()
     assert guided > plain + 1
     assert 0 <= stage.validate(1)["exact"] <= 1
+
+
+def test_a_warm_up_goes_on_from_a_trained_model_and_its_tokenizer(tmp_path: Path) -> None:
+    first = WarmupLanguage(small_config(tmp_path / "first"))
+    first.save(tmp_path / "first", [{"exact": 0.5}])
+    source = {"source": str(tmp_path / "first"), "attention": "eager"}
+    second = WarmupLanguage(small_config(tmp_path / "second", language=source, vocab_size=400, seed=7))
+    assert second.tokenizer.get_vocab() == first.tokenizer.get_vocab()
+    assert load_tokenizer(str(tmp_path / "second")).get_vocab() == first.tokenizer.get_vocab()
+    ours, theirs = second.model.state_dict(), first.model.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, weight in ours.items():
+        assert weight.dtype == torch.float32
+        assert torch.equal(weight, theirs[name].float())
+
+
+def test_what_is_to_be_asked_more_often_is(renderer: Renderer, tmp_path: Path) -> None:
+    renderer.tokenizer.save_pretrained(tmp_path)
+
+    def num_counts(split: Split, **settings: Any) -> int:
+        rows = _render_chunk(str(tmp_path), small_config(tmp_path, **settings), split, range(200))
+        return [name for row in rows for name in row.types].count("count")
+
+    assert num_counts("train", ask_more={"count": 20}) > 3 * num_counts("train")
+    assert num_counts("val", ask_more={"count": 20}) == num_counts("val"), "what is judged by stays"
+    with pytest.raises(ConfigError, match="ask_more: sums is not asked; allowed: color, shape"):
+        WarmupLanguage(small_config(tmp_path, ask_more={"sums": 2}))

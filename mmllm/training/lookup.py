@@ -6,7 +6,7 @@ Without them training stays for thousands of steps at naming *some* color of the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from torch.nn import functional
 from mmllm.batch import Batch
 from mmllm.scenes.ask import About
 
-LAYERS = (2, 1)  # whose attention is guided to the first thing that a question names, and to the last
 MAX_PARTS = 10  # of the scenes of one conversation
 REACH = 40  # tokens; the first layer looks no farther back at first
 FADING = 6.0  # tokens; over so many its attention falls to 1/e
@@ -26,7 +25,8 @@ class LookupBatch(Batch):
     """A text batch that knows where its answers can be read."""
 
     told: Tensor  # [B, T] the part of the scenes that a token of a description tells of, or -1
-    about: Tensor  # [B, T, 2] bit i: what comes after this token is read from part i; as LAYERS
+    about: Tensor  # [B, T, 2] bit i: what comes after this token is read from part i, the first named and the last
+    named: Tensor  # [B, T] the place in the question where it names what comes after this token, or -1
 
 
 def guide_bits(about: About) -> tuple[int, int]:
@@ -35,15 +35,22 @@ def guide_bits(about: About) -> tuple[int, int]:
     return first, last
 
 
-def guided_attention_sum(attention: Tensor, told: Tensor, about: Tensor) -> Tensor:
-    """Cross entropy between where attention [B, H, T, T] goes and the parts `about` [B, T] to be read, summed.
+def guided_attention_sum(attention: Tensor, batch: LookupBatch, reads: Literal["first", "last", "named"]) -> Tensor:
+    """Cross entropy between where attention [B, H, T, T] goes and what is to be read there, summed over tokens.
 
-    Half of the heads are guided; which token of a part they look at is left to them. After the supervised
-    attentions of machine translation, https://arxiv.org/abs/1608.04631.
+    That is the `first` or the `last` thing which the question names, as the description tells it, or the place in the
+    question where the answer itself is `named`. Which token of a part is looked at is left to the heads. After the
+    supervised attentions of machine translation, https://arxiv.org/abs/1608.04631.
     """
+    if reads == "named":
+        rows, queries = torch.nonzero(batch.named >= 0, as_tuple=True)
+        places = batch.named[rows, queries, None, None].expand(-1, attention.shape[1], 1)
+        share = attention[rows, :, queries].float().gather(2, places).clamp(min=1e-6)
+        return -share.log().mean(1).sum()
+    about = batch.about[..., 0 if reads == "first" else 1]
     rows, queries = torch.nonzero(about, as_tuple=True)
-    heads = attention[rows, : max(1, attention.shape[1] // 2), queries].float()  # [Q, H/2, T]
-    is_part = functional.one_hot(told + 1, MAX_PARTS + 1)[..., 1:].float()  # [B, T, parts]
+    heads = attention[rows, :, queries].float()  # [Q, H, T]
+    is_part = functional.one_hot(batch.told + 1, MAX_PARTS + 1)[..., 1:].float()  # [B, T, parts]
     share = torch.einsum("qht,qtp->qhp", heads, is_part[rows]).clamp(min=1e-6)
     wanted = (about[rows, queries, None] >> torch.arange(MAX_PARTS, device=about.device)) & 1  # [Q, parts]
     target = wanted / wanted.sum(-1, keepdim=True)

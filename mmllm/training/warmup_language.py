@@ -17,19 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from mmllm.batch import IMAGE_TOKEN, Batch
-from mmllm.config import WarmupLanguageConfig
+from mmllm.config import ConfigError, GuideConfig, LanguageConfig, WarmupLanguageConfig
 from mmllm.data.chat import OWN_TEMPLATE, Rendered, Renderer
 from mmllm.data.collate import collate
-from mmllm.model.language import load_tokenizer
+from mmllm.model.language import load_language, load_tokenizer
 from mmllm.scenes.ask import QUESTION_TYPES
 from mmllm.scenes.talk import Conversation, as_text, describe, sample_text
 from mmllm.scenes.world import Split
-from mmllm.training.lookup import LAYERS, LookupBatch, guide_bits, guided_attention_sum, init_for_lookup
+from mmllm.training.lookup import LookupBatch, guide_bits, guided_attention_sum, init_for_lookup
 from mmllm.training.losses import supervised_rows, token_loss_sum
 from mmllm.training.order import Order
 
 CHUNK = 500
-TRAIN_TYPES = (*QUESTION_TYPES, "count", "relation", "compare", "compare")  # what is hard is asked more often
 # fmt: off
 SPECIAL_TOKENS = ("<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", IMAGE_TOKEN)
 CHAT_TEMPLATE = (
@@ -87,6 +86,7 @@ class TextRow:
     is_answer: np.ndarray
     told: np.ndarray
     about: np.ndarray
+    named: np.ndarray
     types: tuple[str, ...]
 
 
@@ -94,30 +94,46 @@ def _row(renderer: Renderer, conversation: Conversation, rng: random.Random, nam
     example, parts = describe(conversation, rng, name)
     rendered = renderer.render_example(example)
     told, about = np.full(len(rendered.input_ids), -1, np.int8), np.zeros((len(rendered.input_ids), 2), np.int16)
-    start = len(renderer.encode(renderer.template.user_open))
+    named, the = np.full(len(rendered.input_ids), -1, np.int16), renderer.encode(" the")
+    behind = len(renderer.encode(renderer.template.user_open))
     for text, part in zip(example.messages[0].parts, parts, strict=True):
-        behind = start + len(renderer.encode(str(text)))
+        start, behind = behind, behind + len(renderer.encode(str(text)))
         told[start:behind] = -1 if part is None else part
-        start = behind
+    question = start  # of the first turn: the last part of its message
     for (first, behind), turn in zip(answer_spans(rendered.is_answer), conversation.turns, strict=True):
-        about[first - 1 : behind - 2] = guide_bits(turn.about)  # where the answer's words are predicted, not its end
+        here = slice(first - 1, behind - 2)  # where the answer's words are predicted, not its end
+        about[here] = guide_bits(turn.about)
+        if f"the {turn.answer}" in turn.question:
+            answer = rendered.input_ids[first : behind - 1]
+            at = find((*the, *answer), rendered.input_ids, question) + len(the)
+            named[here] = np.arange(at, at + len(answer))
+        question = behind
     types = tuple(turn.type for turn in conversation.turns)
-    return TextRow(np.array(rendered.input_ids, np.int32), np.array(rendered.is_answer), told, about, types)
+    return TextRow(np.array(rendered.input_ids, np.int32), np.array(rendered.is_answer), told, about, named, types)
 
 
-def _render_chunk(folder: str, seed: int, split: Split, numbers: range, num_turns: int, retell: float) -> list[TextRow]:
-    """Rendered conversations of these numbers."""
+def find(wanted: Sequence[int], tokens: Sequence[int], start: int) -> int:
+    """The first place from `start` on where the wanted tokens stand in a row. Raises ValueError where there is none."""
+    for place in range(start, len(tokens) - len(wanted) + 1):
+        if list(tokens[place : place + len(wanted)]) == list(wanted):
+            return place
+    raise ValueError(f"{list(wanted)} is not among {list(tokens[start:])}")
+
+
+def _render_chunk(folder: str, config: WarmupLanguageConfig, split: Split, numbers: range) -> list[TextRow]:
+    """Rendered conversations of these numbers. While training, what is hard is asked more often."""
     tokenizer = load_tokenizer(folder)
     renderer = Renderer(
         tokenizer, OWN_TEMPLATE, image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), num_image_tokens=1
     )
     rows = []
+    types = (*QUESTION_TYPES, *(name for name, times in config.ask_more.items() for _ in range(times)))
     for number in numbers:
-        rng = random.Random(f"{seed}/{split}/text/{number}")
+        rng = random.Random(f"{config.seed}/{split}/text/{number}")
         if split == "train":
-            conversation = sample_text(rng, split, num_turns, retell=retell, two=0.16, types=TRAIN_TYPES)
+            conversation = sample_text(rng, split, config.num_turns, retell=config.retell, two=0.16, types=types)
         else:
-            conversation = sample_text(rng, split, num_turns, retell=retell)
+            conversation = sample_text(rng, split, config.num_turns, retell=0.0)
         if conversation.turns:
             rows.append(_row(renderer, conversation, rng, f"{split}-{number}"))
     return rows
@@ -136,9 +152,9 @@ def answer_spans(is_answer: Sequence[bool]) -> list[tuple[int, int]]:
 
 
 class _LanguageLoss(nn.Module):
-    def __init__(self, model: Any, guide_weight: float):
+    def __init__(self, model: Any, guides: Sequence[GuideConfig], guide_weight: float):
         super().__init__()
-        self.model, self.guide_weight = model, guide_weight
+        self.model, self.guides, self.guide_weight = model, guides, guide_weight
 
     def forward(self, batch: LookupBatch) -> Tensor:
         out = self.model.get_decoder()(
@@ -149,8 +165,9 @@ class _LanguageLoss(nn.Module):
         loss = token_loss_sum(self.model.get_output_embeddings()(out.last_hidden_state[:, :-1][mask]), targets)
         if self.guide_weight == 0:
             return loss
-        for layer, about in zip(LAYERS, batch.about.unbind(-1), strict=True):
-            loss = loss + self.guide_weight * guided_attention_sum(out.attentions[layer], batch.told, about)
+        for guide in self.guides:
+            attention = out.attentions[guide.layer][:, guide.heads]
+            loss = loss + self.guide_weight * guided_attention_sum(attention, batch, guide.reads)
         return loss
 
 
@@ -158,27 +175,36 @@ class WarmupLanguage:
     """A stock causal LM, from random weights, on descriptions of scenes and questions about them. No pictures."""
 
     def __init__(self, config: WarmupLanguageConfig):
-        from transformers import AutoConfig, AutoModelForCausalLM
-
+        if unknown := sorted(set(config.ask_more) - set(QUESTION_TYPES)):
+            raise ConfigError(f"ask_more: {', '.join(unknown)} is not asked; allowed: {', '.join(QUESTION_TYPES)}")
         self.config, self.out = config, Path(config.out)
         self.out.mkdir(parents=True, exist_ok=True)
-        self.tokenizer = build_tokenizer(self._corpus(4000), config.vocab_size)
+        if isinstance(config.language, LanguageConfig):
+            self.model, self.tokenizer = load_language(config.language)
+        else:
+            self.tokenizer = build_tokenizer(self._corpus(4000), config.vocab_size)
+            self.model = self._new_model(config.language)
         self.tokenizer.save_pretrained(self.out)
         with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-            self.rows = self._render(pool, "train", config.num_descriptions, config.retell)
-            self.val_rows = self._render(pool, "val", config.num_val_descriptions, 0.0)
-        options = dict(config.language)
+            self.rows = self._render(pool, "train", config.num_descriptions)
+            self.val_rows = self._render(pool, "val", config.num_val_descriptions)
+        self.module: nn.Module = _LanguageLoss(self.model, config.guides, config.guide_weight)
+        self.parts = {"language": list(self.module.named_parameters())}
+        self.num_examples = len(self.rows)
+
+    def _new_model(self, language: dict[str, Any]) -> Any:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        options = dict(language)
         attention = options.pop("attention", "sdpa")
         text_config = AutoConfig.for_model(
             **options, vocab_size=len(self.tokenizer), pad_token_id=self.tokenizer.pad_token_id,
             eos_token_id=self.tokenizer.eos_token_id, bos_token_id=None,
         )  # fmt: skip
-        torch.manual_seed(config.seed)
-        self.model = AutoModelForCausalLM.from_config(text_config, attn_implementation=attention)
-        self.module: nn.Module = _LanguageLoss(self.model, config.guide_weight)
-        self.parts = {"language": list(self.module.named_parameters())}
-        init_for_lookup(self.model)
-        self.num_examples = len(self.rows)
+        torch.manual_seed(self.config.seed)
+        model = AutoModelForCausalLM.from_config(text_config, attn_implementation=attention)
+        init_for_lookup(model)
+        return model
 
     def _corpus(self, count: int) -> list[str]:
         texts = []
@@ -188,24 +214,22 @@ class WarmupLanguage:
             texts += [message.text for message in example.messages]
         return texts
 
-    def _render(self, pool: ProcessPoolExecutor, split: Split, count: int, retell: float) -> list[TextRow]:
+    def _render(self, pool: ProcessPoolExecutor, split: Split, count: int) -> list[TextRow]:
         chunks = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
-        settings = str(self.out), self.config.seed, split
-        tasks = [pool.submit(_render_chunk, *settings, chunk, self.config.num_turns, retell) for chunk in chunks]
+        tasks = [pool.submit(_render_chunk, str(self.out), self.config, split, chunk) for chunk in chunks]
         return [row for task in tasks for row in task.result()]
 
     def _collate(self, rows: Sequence[TextRow], names: Sequence[str]) -> LookupBatch:
         rendered = [Rendered(row.input_ids.tolist(), row.is_answer.tolist(), 0) for row in rows]
         batch = collate(rendered, pad_token_id=self.tokenizer.pad_token_id, example_ids=names)
-        told, about = (
-            torch.full_like(batch.input_ids, -1),
-            torch.zeros(*batch.input_ids.shape, 2, dtype=torch.long),
-        )
+        told, named = torch.full_like(batch.input_ids, -1), torch.full_like(batch.input_ids, -1)
+        about = torch.zeros(*batch.input_ids.shape, 2, dtype=torch.long)
         for number, row in enumerate(rows):
             told[number, : len(row.told)] = torch.from_numpy(row.told)
             about[number, : len(row.about)] = torch.from_numpy(row.about)
+            named[number, : len(row.named)] = torch.from_numpy(row.named)
         return LookupBatch(
-            batch.input_ids, batch.attention_mask, batch.labels, example_ids=names, told=told, about=about
+            batch.input_ids, batch.attention_mask, batch.labels, example_ids=names, told=told, about=about, named=named
         )
 
     def order(self, batch_size: int) -> Order:
