@@ -45,6 +45,24 @@ def test_another_seed_and_another_split_give_other_scenes():
     assert len({tuple(row) for row in scenes}) == 4
 
 
+def test_training_shows_more_words_than_the_pictures_that_judge():
+    shares = {}
+    for split in ("train", "val"):
+        kinds = [scene_of(0, split, number).kind for number in range(300)]
+        shares[split] = kinds.count("text") / len(kinds)
+    assert shares["train"] > 0.3 > 0.2 > shares["val"] > 0.05
+
+
+def test_training_asks_more_often_what_is_hard(tmp_path):
+    write_scenes(tmp_path / "scenes", {"train": 60, "val": 60}, 0, num_processes=1)
+    shares = {}
+    for split in ("train", "val"):
+        rows = json.loads((tmp_path / "scenes" / split / "conversations.json").read_text())
+        types = [name for row in rows for name in row["types"] if name in ("compare", "color")]
+        shares[split] = types.count("compare") / types.count("color")
+    assert shares["train"] > 1.5 * shares["val"] > 0
+
+
 @pytest.mark.parametrize("split", COUNTS)
 @pytest.mark.parametrize("name", ["captions.json", "conversations.json"])
 def test_the_reader_of_everyones_data_reads_all_rows(tiny_scenes, split, name):

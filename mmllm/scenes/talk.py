@@ -14,8 +14,6 @@ from mmllm.scenes.tell import tell, tell_clauses
 from mmllm.scenes.world import Scene, Split, near_miss, sample_scene
 
 ALL_TYPES = (*QUESTION_TYPES, TWO_PICTURES, TEXT_ONLY)
-# what is hard is asked more often while training
-TRAINING_TYPES = (*QUESTION_TYPES, *["compare"] * 4, *["count", "relation"] * 2, "follow_up")
 
 
 @dataclass(frozen=True)

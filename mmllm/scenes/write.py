@@ -16,24 +16,17 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from mmllm.scenes.ask import CAPTION_REQUESTS, Turn
+from mmllm.scenes.ask import CAPTION_REQUESTS, QUESTION_TYPES, Turn
 from mmllm.scenes.draw import draw
 from mmllm.scenes.small_talk import TEXT_ONLY
-from mmllm.scenes.talk import (
-    TRAINING_TYPES,
-    Conversation,
-    about_none,
-    about_one,
-    about_two,
-    as_text,
-    picture_marks,
-    twin_of,
-)
+from mmllm.scenes.talk import Conversation, about_none, about_one, about_two, as_text, picture_marks, twin_of
 from mmllm.scenes.tell import tell
 from mmllm.scenes.world import Kind, Scene, Split, sample_kind, sample_scene
 
 SPLITS: tuple[Split, ...] = ("train", "val", "compositions")
-SHOWN_IN_TRAINING: dict[Kind, int] = {"objects": 40, "text": 42, "chart": 18}  # reading takes longest to learn
+# Training shows and asks more of what takes longest to learn; the other splits judge all kinds alike.
+SHOWN_IN_TRAINING: dict[Kind, int] = {"objects": 40, "text": 42, "chart": 18}
+ASKED_IN_TRAINING = (*QUESTION_TYPES, *["compare"] * 4, *["count", "relation"] * 2, "follow_up")
 TURNS_PER_PICTURE = 10
 TWIN_EVERY = 8  # every eighth picture is the twin of the one before it, for questions about two
 TEXT_EVERY = 16  # one conversation without picture for so many pictures
@@ -53,6 +46,10 @@ def scene_of(seed: int, split: Split, number: int) -> Scene:
     if has_twin:
         return sample_scene(rng, split, "objects")
     return sample_scene(rng, split, sample_kind(rng, SHOWN_IN_TRAINING) if split == "train" else None)
+
+
+def _talk_about(scene: Scene, rng: random.Random, split: Split) -> Conversation:
+    return about_one(scene, rng, TURNS_PER_PICTURE, ASKED_IN_TRAINING if split == "train" else ())
 
 
 def _turns_json(turns: Sequence[Turn], opening: str) -> list[dict[str, str]]:
@@ -90,7 +87,7 @@ def _write_chunk(folder: str, seed: int, split: Split, numbers: range) -> tuple[
         rng = _rng(seed, split, "ask", number)
         caption = Turn("caption", rng.choice(CAPTION_REQUESTS), tell(scene, rng))
         captions.append(conversation_row(f"{split}-{number:06d}", [name], Conversation((scene,), (caption,))))
-        talk = about_one(scene, rng, TURNS_PER_PICTURE, TRAINING_TYPES if split == "train" else ())
+        talk = _talk_about(scene, rng, split)
         conversations.append(conversation_row(f"{split}-{number:06d}", [name], talk))
         if number % TWIN_EVERY == TWIN_EVERY - 1:
             pair = about_two(scene_of(seed, split, number - 1), scene, rng, 4)
@@ -105,7 +102,7 @@ def _text_row(row_id: str, rng: random.Random, split: Split, scene: Scene) -> di
     """A row without picture: small talk, or the scene described in words and asked about, so that reading stays."""
     if rng.random() < 0.5:
         return conversation_row(row_id, [], about_none(rng, split, 5))
-    talk = about_one(scene, rng, TURNS_PER_PICTURE, TRAINING_TYPES if split == "train" else ())
+    talk = _talk_about(scene, rng, split)
     example = as_text(talk, rng, row_id)
     turns = tuple(
         # the description stands in the first turn; a retelling of it has no one right answer, and stays a caption
