@@ -214,11 +214,12 @@ class WarmupLanguageConfig(RunConfig):
     ask_more: dict[str, PositiveInt] = Field(default_factory=dict)  # question type: how often it is asked, on top of 1
     guides: list[GuideConfig] = Field(default_factory=list)
     guide_weight: Annotated[float, Field(ge=0)] = 0.5  # of the loss that shows attention where an answer is read
+    read_out: Annotated[int, Field(ge=0)] | None = None  # the layer behind which two compared values must be readable
     num_val_descriptions: PositiveInt = 400
 
     @model_validator(mode="after")
     def _rates(self) -> WarmupLanguageConfig:
-        self.check_rates(["language"])
+        self.check_rates(["language"] if self.read_out is None else ["language", "read_out"])
         if isinstance(self.language, dict) and ("model_type" not in self.language or "source" in self.language):
             raise ValueError(
                 f"language: needs a model_type and its options, or source, revision and attention of a trained LM; "

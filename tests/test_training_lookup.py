@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import make_language
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -19,7 +20,7 @@ from mmllm.scenes.ask import QUESTION_TYPES, About
 from mmllm.scenes.small_talk import TEXT_ONLY
 from mmllm.scenes.talk import about_one, about_two, describe, sample_text, twin_of
 from mmllm.scenes.world import Split, sample_scene
-from mmllm.training.lookup import MAX_PARTS, LookupBatch, guide_bits, guided_attention_sum, init_for_lookup
+from mmllm.training.lookup import MAX_PARTS, LookupBatch, ReadOut, guide_bits, guided_attention_sum, init_for_lookup
 from mmllm.training.warmup_language import WarmupLanguage, _render_chunk, _row, answer_spans
 
 
@@ -104,13 +105,20 @@ def test_a_description_is_the_same_text_in_one_piece_and_in_clauses(renderer: Re
         )
 
 
-def lookup_batch(told: list[int], *, about: About = (), named: int = -1) -> LookupBatch:
+def lookup_batch(
+    told: list[int], *, about: About = (), named: int = -1, compared: tuple[int, int] | None = None
+) -> LookupBatch:
     """One row whose last token is read as said."""
     size = len(told)
     bits, places = torch.zeros(1, size, 2, dtype=torch.long), torch.full((1, size), -1)
     bits[0, -1], places[0, -1] = torch.tensor(guide_bits(about)), named
+    pair = torch.full_like(bits, -1)
+    if compared:
+        pair[0, -1] = torch.tensor(compared)
     ids = torch.zeros(1, size, dtype=torch.long)
-    return LookupBatch(ids, ids, ids, example_ids=["x"], told=torch.tensor([told]), about=bits, named=places)
+    return LookupBatch(
+        ids, ids, ids, example_ids=["x"], told=torch.tensor([told]), about=bits, named=places, compared=pair
+    )
 
 
 def test_guided_attention_is_zero_where_it_is_wanted_and_large_where_it_is_not() -> None:
@@ -137,6 +145,42 @@ def test_attention_is_guided_to_the_place_where_the_question_names_the_answer() 
     quarter = -torch.tensor(0.25).log().item()
     assert guided_attention_sum(attention, lookup_batch(told, named=1), "named").item() == pytest.approx(quarter / 2)
     assert guided_attention_sum(attention, lookup_batch(told), "named").item() == 0
+
+
+def test_both_values_of_a_comparison_are_read_out_behind_the_layer() -> None:
+    read_out = ReadOut(1, 4, 4)
+    for which, head in enumerate(read_out.heads):
+        head.weight.data = 20 * torch.eye(4).roll(which, 0)  # of unit k, the first head says k and the second k + 1
+        head.bias.data.zero_()
+    states = [torch.zeros(1, 3, 4) for _ in range(4)]
+    states[2][0, 2, 1] = 0.5
+    assert read_out(states, lookup_batch([-1] * 3, compared=(1, 2))).item() == pytest.approx(0, abs=1e-5)
+    assert read_out(states, lookup_batch([-1] * 3, compared=(2, 2))).item() == pytest.approx(40, rel=1e-3)
+    assert read_out(states, lookup_batch([-1] * 3)).item() == 0
+
+
+def test_the_values_that_are_compared_stand_at_the_start_of_the_answer(renderer: Renderer) -> None:
+    rng = random.Random(5)
+    seen = set()
+    for _ in range(150):
+        scene = sample_scene(rng, "train")
+        talk = about_one(scene, rng, 6, ("compare", "color", "relation", "exists"))
+        row = _row(renderer, talk, rng, "x")
+        for (first, _), turn in zip(answer_spans(row.is_answer.tolist()), talk.turns, strict=True):
+            values = row.compared[first - 1]
+            if turn.type != "compare":
+                assert turn.compared is None
+                assert (values == -1).all()
+                continue
+            assert turn.compared
+            spelled = tuple(renderer.decode([token]).strip() for token in values.tolist())
+            assert all(value.startswith(start) for value, start in zip(turn.compared, spelled, strict=True))
+            if " the same " in turn.question:
+                assert (turn.compared[0] == turn.compared[1]) == (turn.answer == "yes")
+            elif " more " in turn.question:
+                assert (int(turn.compared[0]) > int(turn.compared[1])) == (turn.answer == "yes")
+            seen.add(turn.question.split()[0])
+    assert seen == {"are", "is", "which"}
 
 
 def test_an_answer_that_its_question_names_is_found_there_token_by_token(renderer: Renderer) -> None:
@@ -193,7 +237,9 @@ def small_config(out: Path, **settings: Any) -> WarmupLanguageConfig:
 
 def test_a_small_warm_up_runs_with_the_guide_and_without(tmp_path: Path) -> None:
     guides = [{"layer": 1, "heads": [0], "reads": "last"}, {"layer": 2, "heads": [0, 1], "reads": "named"}]
-    stage = WarmupLanguage(small_config(tmp_path / "out", guides=guides, ask_more={"compare": 4}))
+    optim = {"learning_rates": {"language": 1e-3, "read_out": 1e-3}, "max_steps": 2, "batch_size": 4}
+    settings = {"guides": guides, "ask_more": {"compare": 4}, "read_out": 1, "optim": optim}
+    stage = WarmupLanguage(small_config(tmp_path / "out", **settings))
     batch = stage.batch([0, 1, 2, 3])
     assert batch.about is not None
     assert batch.about.any()
@@ -201,6 +247,11 @@ def test_a_small_warm_up_runs_with_the_guide_and_without(tmp_path: Path) -> None
     stage.module.guide_weight = 0.0
     plain = stage.module(batch).item()
     assert guided > plain + 1
+    assert stage.reaches("language", batch)
+    assert stage.reaches("read_out", batch) == bool((batch.compared >= 0).any())
+    stage.save(tmp_path / "out", [{"exact": 0.5}])
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    assert not any("read_out" in name for name in saved), "what is for training alone is not saved"
     assert 0 <= stage.validate(1)["exact"] <= 1
 
 

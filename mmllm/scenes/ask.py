@@ -22,6 +22,7 @@ class Turn:
 
     `about` says where the answer is read: for each thing that the question names, in its order, the parts of the
     scene (indices into `Scene.parts`) that are meant. Of two scenes the second's parts are counted on from the first's.
+    `compared` are the two values that decide a comparison, such as both colors.
     """
 
     type: str
@@ -29,6 +30,7 @@ class Turn:
     answer: str
     num_needed: int = 0
     about: About = ()
+    compared: tuple[str, str] | None = None
 
 
 Asker = Callable[[Scene, random.Random], list[Turn]]
@@ -191,7 +193,8 @@ def _compare_bars(scene: Scene, rng: random.Random, wanted: bool) -> list[Turn]:
     if (x.value > y.value) != (wanted == (taller == "taller")):
         x, y = y, x
     question = f"is the {x.color} bar {taller} than the {y.color} bar?"
-    return [Turn("compare", question, yes_no(wanted), about=about_each(scene, x, y))]
+    values = str(x.value), str(y.value)
+    return [Turn("compare", question, yes_no(wanted), about=about_each(scene, x, y), compared=values)]
 
 
 def _compare_counts(scene: Scene, rng: random.Random, wanted: bool) -> list[Turn]:
@@ -203,7 +206,9 @@ def _compare_counts(scene: Scene, rng: random.Random, wanted: bool) -> list[Turn
     pair = rng.choice(pairs)
     first, second = map(plural, pair)
     about = tuple(group for shape in pair for group in about_all([t.shape for t in scene.things], shape))
-    return [Turn("compare", f"are there more {first} than {second}?", yes_no(wanted), about=about)]
+    values = str(counts[pair[0]]), str(counts[pair[1]])
+    question = f"are there more {first} than {second}?"
+    return [Turn("compare", question, yes_no(wanted), about=about, compared=values)]
 
 
 def _compare_sizes(scene: Scene, rng: random.Random, one: Thing, other: Thing) -> list[Turn]:
@@ -213,7 +218,7 @@ def _compare_sizes(scene: Scene, rng: random.Random, one: Thing, other: Thing) -
     word = rng.choice(("larger", "smaller"))
     answer = first if (one.size == "large") == (word == "larger") else second
     question = f"which is {word}, the {first} or the {second}?"
-    return [Turn("compare", question, answer, about=about_each(scene, one, other))]
+    return [Turn("compare", question, answer, about=about_each(scene, one, other), compared=(one.size, other.size))]
 
 
 def _compare_attribute(scene: Scene, rng: random.Random, wanted: bool) -> list[Turn]:
@@ -227,7 +232,8 @@ def _compare_attribute(scene: Scene, rng: random.Random, wanted: bool) -> list[T
     if not first or not second:
         return []
     question = f"are the {first} and the {second} the same {name}?"
-    return [Turn("compare", question, yes_no(wanted), about=about_each(scene, one, other))]
+    values = getattr(one, name), getattr(other, name)
+    return [Turn("compare", question, yes_no(wanted), about=about_each(scene, one, other), compared=values)]
 
 
 def ask_compare(scene: Scene, rng: random.Random) -> list[Turn]:

@@ -5,11 +5,12 @@ Without them training stays for thousands of steps at naming *some* color of the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from mmllm.batch import Batch
@@ -27,6 +28,7 @@ class LookupBatch(Batch):
     told: Tensor  # [B, T] the part of the scenes that a token of a description tells of, or -1
     about: Tensor  # [B, T, 2] bit i: what comes after this token is read from part i, the first named and the last
     named: Tensor  # [B, T] the place in the question where it names what comes after this token, or -1
+    compared: Tensor  # [B, T, 2] first tokens of the two values that decide what comes after this token, or -1
 
 
 def guide_bits(about: About) -> tuple[int, int]:
@@ -55,6 +57,34 @@ def guided_attention_sum(attention: Tensor, batch: LookupBatch, reads: Literal["
     wanted = (about[rows, queries, None] >> torch.arange(MAX_PARTS, device=about.device)) & 1  # [Q, parts]
     target = wanted / wanted.sum(-1, keepdim=True)
     return -(target[:, None] * share.log()).sum(-1).mean(1).sum()
+
+
+class ReadOut(nn.Module):
+    """Two linear heads that name both values of a comparison from what is known behind a layer at the answer.
+
+    Without them the second value overwrites the first, and whether two colors are the same is never learned. They are
+    for training alone. After deeply-supervised nets, https://arxiv.org/abs/1409.5185.
+    """
+
+    def __init__(self, layer: int, hidden_size: int, vocab_size: int):
+        super().__init__()
+        self.layer = layer
+        self.heads = nn.ModuleList(nn.Linear(hidden_size, vocab_size) for _ in range(2))
+
+    def forward(self, hidden_states: Sequence[Tensor], batch: LookupBatch) -> Tensor:
+        """Cross entropy of both values, summed over the comparisons of a batch.
+
+        `hidden_states`, each [B, T, hidden_size], are the embeddings and what is behind each layer, as in transformers.
+        """
+        hidden = hidden_states[self.layer + 1]
+        rows, places = torch.nonzero(batch.compared[..., 0] >= 0, as_tuple=True)
+        known = functional.rms_norm(hidden[rows, places].float(), hidden.shape[-1:], eps=1e-6)
+        values = batch.compared[rows, places]
+        losses = (
+            functional.cross_entropy(head(known).float(), values[:, which], reduction="sum")
+            for which, head in enumerate(self.heads)
+        )
+        return torch.stack(list(losses)).sum()
 
 
 def _rotary_bias(width: int, theta: float) -> tuple[Tensor, Tensor]:

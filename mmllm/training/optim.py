@@ -19,7 +19,7 @@ def _is_decayed(parameter: nn.Parameter) -> bool:
 
 def _is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
     """What Muon is made for: 2-D weights between hidden layers, so no embeddings, heads or convolutions."""
-    outer = ("embed", "lm_head", "visual.proj", "text_projection")
+    outer = ("embed", "lm_head", "read_out", "visual.proj", "text_projection")
     return parameter.ndim == 2 and not any(word in name for word in outer)
 
 

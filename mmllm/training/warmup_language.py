@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from mmllm.batch import IMAGE_TOKEN, Batch
-from mmllm.config import ConfigError, GuideConfig, LanguageConfig, WarmupLanguageConfig
+from mmllm.config import ConfigError, LanguageConfig, WarmupLanguageConfig
 from mmllm.data.chat import OWN_TEMPLATE, Rendered, Renderer
 from mmllm.data.collate import collate
 from mmllm.model.language import load_language, load_tokenizer
 from mmllm.scenes.ask import QUESTION_TYPES
 from mmllm.scenes.talk import Conversation, as_text, describe, sample_text
 from mmllm.scenes.world import Split
-from mmllm.training.lookup import LookupBatch, guide_bits, guided_attention_sum, init_for_lookup
+from mmllm.training.lookup import LookupBatch, ReadOut, guide_bits, guided_attention_sum, init_for_lookup
 from mmllm.training.losses import supervised_rows, token_loss_sum
 from mmllm.training.order import Order
 
@@ -87,6 +87,7 @@ class TextRow:
     told: np.ndarray
     about: np.ndarray
     named: np.ndarray
+    compared: np.ndarray
     types: tuple[str, ...]
 
 
@@ -95,6 +96,7 @@ def _row(renderer: Renderer, conversation: Conversation, rng: random.Random, nam
     rendered = renderer.render_example(example)
     told, about = np.full(len(rendered.input_ids), -1, np.int8), np.zeros((len(rendered.input_ids), 2), np.int16)
     named, the = np.full(len(rendered.input_ids), -1, np.int16), renderer.encode(" the")
+    compared = np.full((len(rendered.input_ids), 2), -1, np.int16)
     behind = len(renderer.encode(renderer.template.user_open))
     for text, part in zip(example.messages[0].parts, parts, strict=True):
         start, behind = behind, behind + len(renderer.encode(str(text)))
@@ -107,9 +109,12 @@ def _row(renderer: Renderer, conversation: Conversation, rng: random.Random, nam
             answer = rendered.input_ids[first : behind - 1]
             at = find((*the, *answer), rendered.input_ids, question) + len(the)
             named[here] = np.arange(at, at + len(answer))
+        if turn.compared:
+            compared[first - 1] = [renderer.encode(f" {value}")[0] for value in turn.compared]
         question = behind
     types = tuple(turn.type for turn in conversation.turns)
-    return TextRow(np.array(rendered.input_ids, np.int32), np.array(rendered.is_answer), told, about, named, types)
+    ids, flags = np.array(rendered.input_ids, np.int32), np.array(rendered.is_answer)
+    return TextRow(ids, flags, told, about, named, compared, types)
 
 
 def find(wanted: Sequence[int], tokens: Sequence[int], start: int) -> int:
@@ -152,14 +157,17 @@ def answer_spans(is_answer: Sequence[bool]) -> list[tuple[int, int]]:
 
 
 class _LanguageLoss(nn.Module):
-    def __init__(self, model: Any, guides: Sequence[GuideConfig], guide_weight: float):
+    def __init__(self, model: Any, config: WarmupLanguageConfig):
         super().__init__()
-        self.model, self.guides, self.guide_weight = model, guides, guide_weight
+        self.model, self.guides, self.guide_weight = model, config.guides, config.guide_weight
+        self.read_out = None
+        if config.read_out is not None:
+            self.read_out = ReadOut(config.read_out, model.config.hidden_size, model.config.vocab_size)
 
     def forward(self, batch: LookupBatch) -> Tensor:
         out = self.model.get_decoder()(
             input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False,
-            output_attentions=self.guide_weight > 0,
+            output_attentions=self.guide_weight > 0, output_hidden_states=self.read_out is not None,
         )  # fmt: skip
         mask, targets = supervised_rows(batch.labels)
         loss = token_loss_sum(self.model.get_output_embeddings()(out.last_hidden_state[:, :-1][mask]), targets)
@@ -168,6 +176,8 @@ class _LanguageLoss(nn.Module):
         for guide in self.guides:
             attention = out.attentions[guide.layer][:, guide.heads]
             loss = loss + self.guide_weight * guided_attention_sum(attention, batch, guide.reads)
+        if self.read_out is not None:
+            loss = loss + self.guide_weight * self.read_out(out.hidden_states, batch)
         return loss
 
 
@@ -188,8 +198,10 @@ class WarmupLanguage:
         with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
             self.rows = self._render(pool, "train", config.num_descriptions)
             self.val_rows = self._render(pool, "val", config.num_val_descriptions)
-        self.module: nn.Module = _LanguageLoss(self.model, config.guides, config.guide_weight)
-        self.parts = {"language": list(self.module.named_parameters())}
+        self.module: nn.Module = _LanguageLoss(self.model, config)
+        self.parts = {"language": list(self.model.named_parameters())}
+        if self.module.read_out is not None:
+            self.parts["read_out"] = list(self.module.read_out.named_parameters("read_out"))
         self.num_examples = len(self.rows)
 
     def _new_model(self, language: dict[str, Any]) -> Any:
@@ -224,12 +236,21 @@ class WarmupLanguage:
         batch = collate(rendered, pad_token_id=self.tokenizer.pad_token_id, example_ids=names)
         told, named = torch.full_like(batch.input_ids, -1), torch.full_like(batch.input_ids, -1)
         about = torch.zeros(*batch.input_ids.shape, 2, dtype=torch.long)
+        compared = torch.full_like(about, -1)
         for number, row in enumerate(rows):
             told[number, : len(row.told)] = torch.from_numpy(row.told)
             about[number, : len(row.about)] = torch.from_numpy(row.about)
             named[number, : len(row.named)] = torch.from_numpy(row.named)
+            compared[number, : len(row.compared)] = torch.from_numpy(row.compared)
         return LookupBatch(
-            batch.input_ids, batch.attention_mask, batch.labels, example_ids=names, told=told, about=about, named=named
+            batch.input_ids,
+            batch.attention_mask,
+            batch.labels,
+            example_ids=names,
+            told=told,
+            about=about,
+            named=named,
+            compared=compared,
         )
 
     def order(self, batch_size: int) -> Order:
@@ -245,7 +266,7 @@ class WarmupLanguage:
         return int(batch.attention_mask.sum())
 
     def reaches(self, part: str, batch: Batch) -> bool:
-        return True
+        return part != "read_out" or (isinstance(batch, LookupBatch) and bool((batch.compared >= 0).any()))
 
     def names(self, batch: Batch) -> list[str]:
         return list(batch.example_ids)
