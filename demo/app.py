@@ -142,7 +142,8 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
 def launch(model: str | Path, *, port: int = DEFAULT_PORT, open_browser: bool = False) -> None:
     """Serves the page of a model until Ctrl-C or SIGTERM."""
     print(f"loading {model}", flush=True)
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a script's background job starts with it ignored
+        signal.signal(number, _interrupt)
     with serving(model, port=port) as served:
         try:
             if f":{port}" not in served.address:

@@ -179,12 +179,13 @@ def caption_pictures(
     with Ledger(out) as ledger:
         todo = [path for path in pictures if path not in ledger.done]
         _say_what_is_done(ledger, pictures, todo, stamp)
+        engine = Engine.load(model, device=device) if todo else None
         progress = _Progress(len(todo))
         failures = _Failures(out, progress)
         for folder, reason in closed.items():
             failures.add(folder, reason)
-        if todo:
-            job = _Job(Engine.load(model, device=device), ledger, failures, progress, stamp)
+        if engine is not None:
+            job = _Job(engine, ledger, failures, progress, stamp)
             with progress.bar:
                 job.run(todo, batch_size, Sampling(max_new_tokens=max_new_tokens))
             print(job.summary(out))
