@@ -26,7 +26,7 @@ from mmllm.scenes.world import Kind, Scene, Split, sample_kind, sample_scene
 SPLITS: tuple[Split, ...] = ("train", "val", "compositions")
 # Training shows and asks more of what takes longest to learn; the other splits judge all kinds alike.
 SHOWN_IN_TRAINING: dict[Kind, int] = {"objects": 40, "text": 42, "chart": 18}
-ASKED_IN_TRAINING = (*QUESTION_TYPES, *["compare"] * 6, *["count", "relation"] * 2, "follow_up")
+ASKED_IN_TRAINING = (*QUESTION_TYPES, *["compare", "count"] * 4, *["relation"] * 2, "follow_up")
 TURNS_PER_PICTURE = 10
 TWIN_EVERY = 8  # every eighth picture is the twin of the one before it, for questions about two
 TEXT_EVERY = 16  # one conversation without picture for so many pictures
