@@ -6,13 +6,14 @@ range or combination is one ConfigError that names the dotted path, what was giv
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from yaml import YAMLError
 
 
@@ -30,19 +31,38 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Precision = Literal["fp32", "bf16"]
 
 
-class VisionConfig(_Section):
-    """The vision tower: an open_clip model name, `local-dir:FOLDER`, or a model config `FILE.json`."""
+def _check_layers(value: Any) -> Any:
+    layers = value if isinstance(value, list | tuple) else [value]
+    if not layers or not all(isinstance(layer, int) and not isinstance(layer, bool) and layer < 0 for layer in layers):
+        raise ValueError("layers are counted from the last: -1, -2 ..., or a list of such numbers")
+    return value
+
+
+class TowerConfig(_Section):
+    """One vision encoder.
+
+    `source` is an open_clip model name, `local-dir:FOLDER`, a model config `FILE.json` or `hf-hub:ORG/NAME`;
+    `transformers:FOLDER` or `transformers:ORG/NAME`; or `patches:16` for raw patches of 16 pixels and no encoder.
+    """
 
     source: str
-    pretrained: str | None = None  # an open_clip tag or a weights file; none for local-dir, which holds its own
-    layer: Annotated[int, Field(lt=0)] = -2  # whose output is read; LLaVA reads the last but one
-    fit: Literal["stretch", "pad", "square"] = "pad"  # how a picture that is not square becomes square
+    pretrained: str | None = None  # an open_clip tag or a weights file; none where the source holds its own
+    revision: str | None = None  # transformers: only: the commit, tag or branch
+    layer: Annotated[int | tuple[int, ...], BeforeValidator(_check_layers)] = -2  # LLaVA reads the last but one
+    image_size_px: PositiveInt | None = None  # default: that of the encoder's training
 
     @model_validator(mode="after")
-    def _one_place_of_weights(self) -> VisionConfig:
-        if self.pretrained and self.source.startswith(("local-dir:", "hf-hub:")):
+    def _one_place_of_weights(self) -> TowerConfig:
+        if self.pretrained and self.source.startswith(("local-dir:", "hf-hub:", "transformers:", "patches:")):
             raise ValueError(f"{self.source} holds its own weights, so pretrained ({self.pretrained}) must be left out")
         return self
+
+
+class VisionConfig(TowerConfig):
+    """The vision tower: an encoder, or two whose patches are concatenated by channel."""
+
+    fit: Literal["stretch", "pad", "square"] = "pad"  # how a picture that is not square becomes square
+    fuse_with: TowerConfig | None = None
 
 
 class ProjectorConfig(_Section):
@@ -162,6 +182,7 @@ class StageConfig(RunConfig):
     model: ModelConfig
     data: DataConfig
     train: Annotated[tuple[Literal["vision", "projector", "language"], ...], Field(min_length=1)]
+    vision_last_layers: PositiveInt | None = None  # of a trained tower, how many layers are; default: all of it
     lora: LoraConfig | None = None
 
     @model_validator(mode="after")
@@ -169,6 +190,8 @@ class StageConfig(RunConfig):
         self.check_rates(self.train)
         if self.lora and "language" not in self.train:
             raise ValueError("lora adapts the LLM, but train does not list language")
+        if self.vision_last_layers and "vision" not in self.train:
+            raise ValueError("vision_last_layers says how much of the tower is trained, but train does not list vision")
         if self.data.cache_features and "vision" in self.train:
             raise ValueError("data.cache_features keeps the frozen tower's output, but train lists vision")
         return self
@@ -348,9 +371,17 @@ def _leaves(tree: Any, path: str = "") -> dict[str, Any]:
     }
 
 
+def _settings(text: str) -> dict[str, Any]:
+    """The leaves of dumped settings, with the defaults of keys that this version knows and that one did not."""
+    tree = OmegaConf.to_container(OmegaConf.create(text))
+    with contextlib.suppress(ValidationError, KeyError, TypeError):
+        tree = CONFIGS[tree["stage"]].model_validate(tree).model_dump(mode="json")  # type: ignore[call-overload, index]
+    return _leaves(tree)
+
+
 def settings_differences(there: str, here: str) -> list[str]:
     """What tells two dumped settings apart as far as it decides the weights, a line for each key."""
-    old, new = (_leaves(OmegaConf.to_container(OmegaConf.create(text))) for text in (there, here))
+    old, new = _settings(there), _settings(here)
     keys = [key for key in {**old, **new} if not any(f"{key}.".startswith(f"{free}.") for free in _FREE)]
     values = [(key, old.get(key, "nothing"), new.get(key, "nothing")) for key in keys]
     return [f"{key}: {before} there, {now} here" for key, before, now in values if before != now]

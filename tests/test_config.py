@@ -73,7 +73,7 @@ def test_an_unknown_key_is_named_with_its_path_and_the_allowed_keys(write: Any) 
     assert "allowed: path, images, max_examples" in refused(write(settings(data__train=[{"path": "a", "file": "b"}])))
     assert "lorra: unknown key" in refused(write(settings(lorra={"rank": 4})))
     text = refused(write(settings()), "model.vision.layers=3")
-    assert "model.vision.layers: unknown key (given: 3); allowed: source, pretrained, layer, fit" in text
+    assert "model.vision.layers: unknown key (given: 3); allowed: source, pretrained, revision, layer, " in text
 
 
 def test_all_problems_are_told_at_once(write: Any) -> None:
@@ -101,7 +101,10 @@ def test_all_problems_are_told_at_once(write: Any) -> None:
             "optim.learning_rates.projector: Input should be",
         ),
         ({"seed": -1}, "seed: Input should be greater than or equal to 0 (given: -1)"),
-        ({"model__vision__layer": 0}, "model.vision.layer: Input should be less than 0 (given: 0)"),
+        (
+            {"model__vision__layer": 0},
+            "model.vision.layer: layers are counted from the last: -1, -2 ..., or a list of such numbers (given: 0)",
+        ),
         (
             {"model__vision__fit": "crop"},
             "model.vision.fit: Input should be 'stretch', 'pad' or 'square' (given: 'crop')",

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmllm.model.processor import image_processor
-from mmllm.model.vision import TowerSpec
+from mmllm.model.tower import TowerSpec
 
 SIDE = 16
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.1)

@@ -14,7 +14,9 @@ from open_clip.model import _build_vision_tower
 from tiny import CLIP, SIDE_PX
 
 from mmllm.config import ConfigError, VisionConfig
-from mmllm.model.vision import TowerSpec, VisionTower, load_tower, needs_quick_gelu
+from mmllm.model.tower import TowerSpec
+from mmllm.model.vision import build_tower, load_tower
+from mmllm.model.vision_open_clip import needs_quick_gelu
 
 PIXELS = torch.rand(2, 3, SIDE_PX, SIDE_PX, generator=torch.Generator().manual_seed(0))
 
@@ -40,7 +42,7 @@ def spec_of(vision_cfg: dict[str, Any], layer: int) -> TowerSpec:
     return TowerSpec(config, layer, side, (0.5,) * 3, (0.5,) * 3, "bicubic", "a test")
 
 
-def load(source: str, **options: Any) -> VisionTower:
+def load(source: str, **options: Any) -> Any:
     return load_tower(VisionConfig(source=source, **options))
 
 
@@ -80,8 +82,10 @@ def test_nothing_stands_behind_the_layer_that_is_read(tiny_parts: Path) -> None:
 @pytest.mark.parametrize("layer", [-1, -2])
 def test_every_kind_of_encoder_is_read_as_open_clip_reads_it(name: str, layer: int) -> None:
     torch.manual_seed(0)
-    tower = VisionTower(spec_of(ENCODERS[name], layer)).eval()
+    tower: Any = build_tower(spec_of(ENCODERS[name], layer)).eval()
     encoder = _build_vision_tower(16, ENCODERS[name], False).eval()
+    if name == "timm":
+        encoder.set_input_size(tower.spec.image_size_px)
     names = encoder.state_dict()
     encoder.load_state_dict({**names, **tower.encoder.state_dict()})
     side = tower.spec.image_size_px
@@ -92,7 +96,7 @@ def test_every_kind_of_encoder_is_read_as_open_clip_reads_it(name: str, layer: i
     assert torch.allclose(patches, all_layers[layer].flatten(2).transpose(1, 2), atol=1e-5)
     assert (tower.num_patches, tower.width) == patches.shape[1:]
     assert (
-        VisionTower(TowerSpec.from_json(json.loads(json.dumps(tower.spec.to_json())))).num_patches == tower.num_patches
+        build_tower(TowerSpec.from_json(json.loads(json.dumps(tower.spec.to_json())))).num_patches == tower.num_patches
     )
 
 
@@ -144,3 +148,64 @@ def test_weights_trained_with_quick_gelu_get_it() -> None:
     assert not needs_quick_gelu("ViT-B-32", "laion2b_s34b_b79k")
     assert not needs_quick_gelu("ViT-B-32", None)
     assert not needs_quick_gelu("some-file", "weights.pt")
+
+
+# One registered name of each kind of trunk; all of them were tried once, and every one could be built and read.
+REGISTERED = (
+    "ViT-B-32-quickgelu", "RN50", "convnext_base", "EVA02-B-16", "ViT-B-16-SigLIP", "ViT-B-16-SigLIP2-256",
+    "coca_ViT-B-32", "ViTamin-S", "MobileCLIP-S1", "vit_medium_patch16_gap_256", "roberta-ViT-B-32",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REGISTERED)
+def test_registered_models_can_be_read(name: str) -> None:
+    config = open_clip.get_model_config(name)
+    side = config["vision_cfg"]["image_size"]
+    spec = TowerSpec(config, -2, side, (0.5,) * 3, (0.5,) * 3, "bicubic", name)
+    with torch.device("meta"):  # without memory
+        tower = build_tower(spec)
+    assert tower.num_patches > 1
+    assert tower.width > 1
+    assert len(tower.blocks()) > 1
+
+
+@pytest.mark.parametrize("name", ["vit", "timm"])
+def test_several_layers_stand_side_by_side_in_the_order_given(name: str) -> None:
+    torch.manual_seed(0)
+    options = ENCODERS[name]
+    both: Any = build_tower(TowerSpec.from_json(spec_of(options, -1).to_json() | {"layer": [-1, -2]})).eval()
+    pixels = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        patches = both(pixels)
+        last, one = (build_tower(spec_of(options, layer)).eval() for layer in (-1, -2))
+        for tower in (last, one):
+            tower.fill(both.encoder.state_dict())  # type: ignore[attr-defined]
+        assert torch.allclose(patches, torch.cat([last(pixels), one(pixels)], dim=2), atol=1e-6)
+    assert both.width == 2 * last.width
+
+
+def test_layers_of_different_grids_are_refused() -> None:
+    spec = TowerSpec.from_json(spec_of(ENCODERS["resnet"], -1).to_json() | {"layer": [-1, -2]})
+    with pytest.raises(
+        ConfigError, match=r"model.vision.layer: these layers have 4, 16 patches; read layers of one size"
+    ):
+        build_tower(spec)
+
+
+def test_another_picture_size_is_what_open_clip_makes_of_it(tiny_parts: Path) -> None:
+    source = f"local-dir:{tiny_parts / 'vision'}"
+    tower = load(source, layer=-1, image_size_px=48).eval()
+    visual = open_clip.create_model(source, require_pretrained=True, force_image_size=48).visual.eval()
+    pixels = torch.rand(2, 3, 48, 48)
+    with torch.no_grad():
+        own = visual.forward_intermediates(pixels)["image_intermediates"][-1]
+        assert torch.allclose(tower(pixels), own.flatten(2).transpose(1, 2), atol=1e-6)
+    assert (tower.num_patches, tower.spec.image_size_px) == (36, 48)
+    twin = build_tower(TowerSpec.from_json(json.loads(json.dumps(tower.spec.to_json())))).eval()
+    twin.load_state_dict(tower.state_dict())
+    assert torch.equal(twin(pixels), tower(pixels))
+
+
+def test_a_revision_is_refused_where_open_clip_would_not_read_it(tiny_parts: Path) -> None:
+    text = refused(f"local-dir:{tiny_parts / 'vision'}", revision="abc")
+    assert "model.vision.revision: open_clip reads no revisions" in text

@@ -15,6 +15,7 @@ from tiny_runs import log_of, losses_of, settings_of, train_in_process, weights_
 from torch import Tensor
 
 from mmllm.batch import Example, message
+from mmllm.config import ConfigError
 from mmllm.inference.engine import Engine, Sampling
 from mmllm.model.build import build_model
 from mmllm.model.checkpoint import load_checkpoint, read_manifest, verify_files
@@ -70,6 +71,34 @@ def test_a_tower_that_is_trained_moves(tiny_runs: Path, tmp_path: Path, untraine
     rates = "optim.learning_rates={vision: 0.01, projector: 0.01, language: 0.01}"
     out = train_in_process(tiny_runs / "stage2.yaml", tmp_path / "out", "train=[vision,projector,language]", rates)
     assert moved(untrained, weights_of(out)) == set(untrained)
+
+
+def test_of_a_tower_the_last_layers_alone_can_be_trained(
+    tiny_runs: Path, tmp_path: Path, untrained: dict[str, Tensor]
+) -> None:
+    train = ("train=[vision,projector]", "optim.learning_rates={vision: 0.01, projector: 0.02}")
+    out = train_in_process(tiny_runs / "stage1.yaml", tmp_path / "last", *train, "vision_last_layers=1")
+    changed = {name for name in moved(untrained, weights_of(out)) if not name.startswith("projector.")}
+    assert changed == {name for name in untrained if ".resblocks.1." in name}
+    with pytest.raises(ConfigError, match="vision_last_layers: 3, but the tower runs 2 layers"):
+        train_in_process(tiny_runs / "stage1.yaml", tmp_path / "none", *train, "vision_last_layers=3")
+    with pytest.raises(ConfigError, match="but train does not list vision"):
+        settings_of(tiny_runs / "stage1.yaml", tmp_path / "none", "vision_last_layers=1")
+
+
+def test_a_model_without_encoder_learns_from_raw_patches(tiny_runs: Path, tmp_path: Path) -> None:
+    source = ("model.vision={source: 'patches:8', image_size_px: 32}", "model.projector={kind: linear}")
+    out = train_in_process(tiny_runs / "stage2.yaml", tmp_path / "out", *source)
+    assert losses_of(out)[-1] < losses_of(out)[0]
+    weights = weights_of(out)
+    assert not [name for name in weights if name.startswith("vision_tower.")]
+    assert weights["projector.layer.weight"].shape[1] == 3 * 8 * 8
+    picture = Image.new("RGB", (32, 32), "red")
+    example = Example("a", "", (message("user", "<image>\nwhat is it?"),), (picture,))
+    assert Engine.load(out, device="cpu").reply(example, Sampling(max_new_tokens=4)).num_image_tokens == 16
+    train = ("train=[vision,projector]", "optim.learning_rates={vision: 0.01, projector: 0.02}")
+    with pytest.raises(ConfigError, match="patches:8 has no encoder to train"):
+        train_in_process(tiny_runs / "stage1.yaml", tmp_path / "none", *train, *source)
 
 
 def test_lora_moves_its_adapters_and_the_projector_and_is_merged_exactly(

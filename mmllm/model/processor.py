@@ -7,7 +7,7 @@ from typing import Any
 from transformers import AutoProcessor, LlavaImageProcessor, ProcessorMixin
 
 from mmllm.batch import IMAGE_TOKEN
-from mmllm.model.vision import INTERPOLATIONS, TowerSpec
+from mmllm.model.tower import INTERPOLATIONS, TowerSpec
 
 
 def image_processor(spec: TowerSpec, fit: str) -> LlavaImageProcessor:

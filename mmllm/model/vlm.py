@@ -22,7 +22,8 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mmllm.batch import Batch
-from mmllm.model.vision import TowerSpec, VisionTower
+from mmllm.model.tower import TowerSpec, VisionTower
+from mmllm.model.vision import build_tower
 from projector import Projector, build_projector
 
 
@@ -78,7 +79,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         super().__init__(config)
         assert config.vision is not None
         assert config.projector is not None
-        self.vision_tower = VisionTower(TowerSpec.from_json(config.vision))
+        self.vision_tower = build_tower(TowerSpec.from_json(config.vision))
         self.projector = build_projector(
             config.projector["kind"],
             vision_dim=self.vision_tower.width,
@@ -115,9 +116,11 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:  # [N, C, H, W] -> [N, P, Dv]
         """Patch tokens of the vision tower, without gradient where the tower is frozen."""
-        is_trained = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
+        parameters = list(self.vision_tower.parameters())
+        is_trained = any(parameter.requires_grad for parameter in parameters)
+        dtype = parameters[0].dtype if parameters else pixel_values.dtype  # raw patches have no encoder
         with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained):
-            return self.vision_tower(pixel_values.to(next(self.vision_tower.parameters()).dtype))  # type: ignore[no-any-return]
+            return self.vision_tower(pixel_values.to(dtype))  # type: ignore[no-any-return]
 
     def embed(self, input_ids: Tensor, image_features: Tensor | None) -> Tensor:
         """Token embeddings with projected patches in the image slots: [B, T], [N, P, Dv] -> [B, T, D].

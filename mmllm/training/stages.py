@@ -97,7 +97,7 @@ class ConversationStage:
             )
         self.model.requires_grad_(False)
         if "vision" in train:
-            self.model.vision_tower.requires_grad_(True)
+            self._unfreeze_tower(self.config.vision_last_layers)
         if "projector" in train:
             self.model.projector.requires_grad_(True)
         if "language" in train:
@@ -105,6 +105,16 @@ class ConversationStage:
                 add_lora(self.model, self.config.lora)
             else:
                 self.model.language_model.requires_grad_(True)
+
+    def _unfreeze_tower(self, last_layers: int | None) -> None:
+        tower = self.model.vision_tower
+        blocks = tower.blocks()
+        if last_layers and last_layers > len(blocks):
+            raise ConfigError(f"vision_last_layers: {last_layers}, but the tower runs {len(blocks)} layers")
+        if not any(True for _ in tower.parameters()):
+            raise ConfigError(f"train lists vision, but {tower.spec.source} has no encoder to train")
+        for module in blocks[-last_layers:] if last_layers else [tower]:
+            module.requires_grad_(True)
 
     def _set_modes(self) -> None:
         """Training mode, also for a frozen LLM (only then are gradients checkpointed); not for a frozen tower."""

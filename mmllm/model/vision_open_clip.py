@@ -1,0 +1,181 @@
+"""open_clip's image encoders: ViT, ModifiedResNet and every trunk of timm (SigLIP, EVA, ConvNeXt ...)."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from mmllm.config import ConfigError, TowerConfig
+from mmllm.model.tower import LayeredTower, TowerSpec, concatenate
+
+LOCAL_DIR = "local-dir:"
+RESNET_STAGES = ("layer1", "layer2", "layer3", "layer4")  # of ModifiedResNet, behind its stem
+
+
+class OpenClipTower(LayeredTower):
+    """One of open_clip's image encoders. `spec.model_cfg` is its model config: embed_dim, vision_cfg, quick_gelu ..."""
+
+    def __init__(self, spec: TowerSpec):
+        super().__init__(spec)
+        from open_clip.model import _build_vision_tower
+
+        config = spec.model_cfg
+        self.encoder: Any = _build_vision_tower(
+            config["embed_dim"], config["vision_cfg"], config.get("quick_gelu", False)
+        )
+        _set_input_size(self.encoder, spec.image_size_px)
+        self._read = self._indices(len(_layers(self.encoder)))
+        _prune(self.encoder, max(self._read))
+        self._probe()
+
+    def blocks(self) -> list[nn.Module]:
+        return _layers(self.encoder)
+
+    def forward(self, pixels: Tensor) -> Tensor:  # [N, C, H, W] -> [N, P, Dv]
+        indices = sorted(set(self._read))
+        output = self.encoder.forward_intermediates(pixels, indices=indices, stop_early=True, intermediates_only=True)
+        maps = dict(zip(indices, output["image_intermediates"], strict=True))  # layer -> [N, Dv, rows, columns]
+        return concatenate([maps[index].flatten(2).transpose(1, 2) for index in self._read])
+
+
+def _set_input_size(encoder: Any, side: int) -> None:
+    """timm builds a trunk for the picture size of its own training; ours may be another."""
+    if hasattr(encoder, "trunk") and hasattr(encoder.trunk, "set_input_size"):
+        encoder.trunk.set_input_size(img_size=(side, side))
+
+
+def _layers(encoder: Any) -> list[nn.Module]:
+    """What `forward_intermediates` counts and `_prune` has left, in order."""
+    if hasattr(encoder, "transformer"):
+        return list(encoder.transformer.resblocks)
+    if hasattr(encoder, "trunk"):
+        modules = dict(encoder.trunk.named_modules())
+        return [modules[row["module"]] for row in encoder.trunk.feature_info if row["module"] in modules]
+    stages = [getattr(encoder, name) for name in RESNET_STAGES]
+    return [encoder.act3, *(stage for stage in stages if not isinstance(stage, nn.Identity))]
+
+
+def _prune(encoder: Any, last: int) -> None:
+    """Takes away what stands behind layer `last`: layers, norm, pooling and head. It would only be run and saved."""
+    if hasattr(encoder, "transformer"):
+        encoder.prune_intermediate_layers(indices=[last], prune_norm=True, prune_head=True)
+        encoder.attn_pool = encoder.attn_pool_contrastive = None
+    elif hasattr(encoder, "trunk"):  # a timm model
+        if not hasattr(encoder.trunk, "prune_intermediate_layers"):
+            raise ConfigError(f"model.vision.source: layers of timm's {type(encoder.trunk).__name__} cannot be read")
+        encoder.trunk.prune_intermediate_layers(indices=[last], prune_norm=True, prune_head=True)
+        encoder.head = nn.Identity()
+    else:
+        for name in RESNET_STAGES[last:]:
+            setattr(encoder, name, nn.Identity())
+        encoder.attnpool = nn.Identity()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.vision.source: cannot read {path}: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"model.vision.source: {path} must hold an open_clip config, got {type(data).__name__}")
+    return data
+
+
+def _model_cfg(source: str) -> dict[str, Any]:
+    """open_clip's config of a registered name, a `local-dir:FOLDER` or a `FILE.json`."""
+    import open_clip
+
+    if source.startswith(LOCAL_DIR):
+        folder = Path(source.removeprefix(LOCAL_DIR))
+        if not folder.is_dir():
+            raise ConfigError(f"model.vision.source: no folder {folder}")
+        data = _read_json(folder / "open_clip_config.json")
+    elif source.endswith(".json"):
+        data = _read_json(Path(source))
+    elif source.startswith("hf-hub:") or source in open_clip.list_models():
+        data = open_clip.get_model_config(source)
+    else:
+        from difflib import get_close_matches
+
+        near = get_close_matches(source, open_clip.list_models(), n=5, cutoff=0.4)
+        raise ConfigError(
+            f"model.vision.source: open_clip has no model {source!r}; near it: {', '.join(near) or 'nothing'}. "
+            f"Also allowed: {LOCAL_DIR}FOLDER, FILE.json, hf-hub:ORG/NAME"
+        )
+    config: dict[str, Any] = data.get("model_cfg", data)
+    if missing := {"embed_dim", "vision_cfg"} - set(config):
+        raise ConfigError(
+            f"model.vision.source: {source} lacks {', '.join(sorted(missing))}: no open_clip model config"
+        )
+    return config
+
+
+def needs_quick_gelu(name: str, pretrained: str | None) -> bool:
+    """Whether these weights were trained with QuickGELU, as all of OpenAI's; open_clip would build GELU and warn."""
+    import open_clip
+
+    known = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else {}
+    return bool(known.get("quick_gelu", False))
+
+
+def load_open_clip_tower(config: TowerConfig) -> OpenClipTower:
+    """The pretrained tower of these settings. Raises ConfigError where it has no weights or no such layer.
+
+    Position embeddings are interpolated to `image_size_px` where that is not the size of the encoder's training.
+    """
+    import open_clip
+
+    model_cfg = _model_cfg(config.source)
+    is_local = config.source.startswith((LOCAL_DIR, "hf-hub:"))
+    if config.revision:
+        raise ConfigError(
+            f"model.vision.revision: open_clip reads no revisions ({config.source}@{config.revision}); download that "
+            f"revision into a folder and give {LOCAL_DIR}FOLDER"
+        )
+    if not is_local and not config.pretrained:
+        tags = open_clip.list_pretrained_tags_by_model(config.source) if not config.source.endswith(".json") else []
+        raise ConfigError(
+            f"model.vision.pretrained: {config.source} needs a weights file or one of open_clip's tags "
+            f"({', '.join(tags) or 'none known'}); an untrained tower sees nothing"
+        )
+    name = config.source
+    if name.endswith(".json"):
+        open_clip.add_model_config(Path(name))
+        name = Path(name).stem
+    try:
+        clip: Any = open_clip.create_model(
+            name,
+            pretrained=None if is_local else config.pretrained,
+            require_pretrained=True,
+            force_quick_gelu=needs_quick_gelu(name, config.pretrained),
+            force_image_size=config.image_size_px,
+        )
+    except (RuntimeError, FileNotFoundError, OSError, ValueError) as error:
+        raise ConfigError(f"model.vision: cannot load {config.source}: {error}") from error
+    tower = OpenClipTower(_spec(config, model_cfg, clip))
+    tower.fill(clip.visual.state_dict())
+    return tower
+
+
+def _spec(config: TowerConfig, model_cfg: dict[str, Any], clip: Any) -> TowerSpec:
+    import open_clip
+
+    preprocess = open_clip.get_model_preprocess_cfg(clip)
+    size = preprocess["size"]
+    side = config.image_size_px or int(size[0] if isinstance(size, list | tuple) else size)
+    kept = copy.deepcopy({key: value for key, value in model_cfg.items() if key != "text_cfg"})
+    kept["quick_gelu"] = any(type(module).__name__ == "QuickGELU" for module in clip.visual.modules())
+    kept["vision_cfg"]["image_size"] = side
+    return TowerSpec(
+        model_cfg=kept,
+        layer=config.layer,
+        image_size_px=side,
+        mean=tuple(preprocess["mean"]),
+        std=tuple(preprocess["std"]),
+        interpolation=preprocess.get("interpolation", "bicubic"),
+        source=config.source if not config.pretrained else f"{config.source} {config.pretrained}",
+    )

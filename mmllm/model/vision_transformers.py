@@ -1,0 +1,175 @@
+"""transformers' image encoders: CLIP, SigLIP, SigLIP 2 and DINO v2 and v3, from a folder or a hub name."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmllm.config import ConfigError, TowerConfig
+from mmllm.model.language import quiet_transformers
+from mmllm.model.tower import LayeredTower, TowerSpec, concatenate
+
+TRANSFORMERS = "transformers:"
+RESAMPLINGS = {2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling -> open_clip's names
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """How one of transformers' encoders is built: its class, where its layers and its final norm are."""
+
+    model_class: str
+    layers: str
+    norm: str
+    num_prefix_tokens: int = 1  # CLS; registers come on top, by config
+
+
+ENCODERS: dict[str, Encoder] = {
+    "clip_vision_model": Encoder("CLIPVisionModel", "encoder.layers", "post_layernorm"),
+    "siglip_vision_model": Encoder("SiglipVisionModel", "encoder.layers", "post_layernorm", 0),
+    "siglip2_vision_model": Encoder("Siglip2VisionModel", "encoder.layers", "post_layernorm", 0),
+    "dinov2": Encoder("Dinov2Model", "encoder.layer", "layernorm"),
+    "dinov2_with_registers": Encoder("Dinov2WithRegistersModel", "encoder.layer", "layernorm"),
+    "dinov3_vit": Encoder("DINOv3ViTModel", "model.layer", "norm"),
+    "dinov3_convnext": Encoder("DINOv3ConvNextModel", "model.stages", "layer_norm"),
+}
+
+
+class TransformersTower(LayeredTower):
+    """One of ENCODERS. `spec.model_cfg` is the encoder's own config, `model_type` included."""
+
+    def __init__(self, spec: TowerSpec):
+        super().__init__(spec)
+        kind = ENCODERS[spec.model_cfg["model_type"]]
+        config = _config(spec.model_cfg)
+        self.encoder: Any = _class(config)(config)
+        layers = self.encoder.get_submodule(kind.layers)
+        self._read = self._indices(len(layers))
+        del layers[max(self._read) + 1 :]  # what stands behind would only be run and saved
+        setattr(self.encoder, kind.norm, nn.Identity())
+        embeddings: Any = getattr(self.encoder, "embeddings", None)
+        if getattr(embeddings, "mask_token", None) is not None:
+            embeddings.mask_token = None  # for training with hidden patches, as the encoder once was
+        self._num_prefix_tokens = kind.num_prefix_tokens + getattr(config, "num_register_tokens", 0)
+        self._probe()
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.encoder.get_submodule(ENCODERS[self.encoder.config.model_type].layers))
+
+    def forward(self, pixels: Tensor) -> Tensor:  # [N, C, H, W] -> [N, P, Dv]
+        is_last = set(self._read) == {max(self._read)}
+        output = self.encoder(**self._inputs(pixels), output_hidden_states=not is_last)
+        if is_last:
+            patches: Tensor = output.last_hidden_state[:, self._num_prefix_tokens :]
+            return concatenate([patches] * len(self._read))
+        states = [output.hidden_states[index + 1] for index in self._read]  # the first is the embedding
+        if states[0].ndim == 4:  # ConvNeXt: [N, Dv, rows, columns]
+            return concatenate([state.flatten(2).transpose(1, 2) for state in states])
+        return concatenate([state[:, self._num_prefix_tokens :] for state in states])
+
+    def _inputs(self, pixels: Tensor) -> dict[str, Tensor]:
+        if self.encoder.config.model_type != "siglip2_vision_model":
+            return {"pixel_values": pixels}
+        size = self.encoder.config.patch_size  # takes patches, so that pictures of any aspect ratio fit one batch
+        rows, columns = pixels.shape[2] // size, pixels.shape[3] // size
+        cut = pixels[:, :, : rows * size, : columns * size].unflatten(3, (columns, size)).unflatten(2, (rows, size))
+        patches = cut.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # [N, P, size * size * C]
+        return {
+            "pixel_values": patches,
+            "pixel_attention_mask": torch.ones(patches.shape[:2], dtype=torch.long, device=pixels.device),
+            "spatial_shapes": torch.tensor([[rows, columns]] * len(pixels), dtype=torch.long),
+        }
+
+
+def _config(model_cfg: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(**copy.deepcopy(model_cfg))
+    config.vision_use_head = False  # SigLIP's attention pool, which stands behind the last layer
+    return config
+
+
+def _class(config: Any) -> Any:
+    import transformers
+
+    return getattr(transformers, ENCODERS[config.model_type].model_class)
+
+
+def load_transformers_tower(config: TowerConfig) -> TransformersTower:
+    """The pretrained tower of these settings. Raises ConfigError where it is none, is not whole or has no such layer.
+
+    Position embeddings are interpolated to `image_size_px` where that is not the size of the encoder's training.
+    """
+    from transformers import AutoConfig, AutoImageProcessor
+
+    name = config.source.removeprefix(TRANSFORMERS)
+    try:
+        with quiet_transformers():
+            found = AutoConfig.from_pretrained(name, revision=config.revision)
+            encoder_config = getattr(found, "vision_config", found)
+            if encoder_config.model_type not in ENCODERS:
+                raise ConfigError(
+                    f"model.vision.source: {name} is of type {encoder_config.model_type!r}, which is no vision encoder "
+                    f"that can be read; allowed: {', '.join(ENCODERS)}, or a model with one of them inside"
+                )
+            transform = AutoImageProcessor.from_pretrained(name, revision=config.revision)
+            encoder, report = _class(encoder_config).from_pretrained(
+                name, config=encoder_config, revision=config.revision, dtype=torch.float32, output_loading_info=True
+            )
+    except (OSError, RuntimeError, KeyError) as error:
+        raise ConfigError(f"model.vision: cannot load {config.source}: {error}") from error
+    except ValueError as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"model.vision: cannot load {config.source}: {error}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise ConfigError(
+            f"model.vision.source: {name} lacks {len(missing)} weights of its encoder, such as {missing[0]}; "
+            "copy or download it again"
+        )
+    side = config.image_size_px or _image_size(transform, encoder_config)
+    spec = TowerSpec(
+        model_cfg={**encoder_config.to_diff_dict(), "model_type": encoder_config.model_type},
+        layer=config.layer,
+        image_size_px=side,
+        mean=tuple(transform.image_mean),
+        std=tuple(transform.image_std),
+        interpolation=RESAMPLINGS[int(transform.resample)],
+        source=config.source + (f"@{config.revision}" if config.revision else ""),
+        family="transformers",
+    )
+    weights = encoder.state_dict()
+    if (positions := _positions(encoder, side)) is not None:
+        spec.model_cfg["image_size"] = side
+        weights["embeddings.position_embedding.weight"] = positions
+    tower = TransformersTower(spec)
+    tower.fill(weights)
+    return tower
+
+
+def _image_size(transform: Any, config: Any) -> int:
+    """The side of the pictures that the encoder's own transform makes."""
+    for size in (getattr(transform, "crop_size", None), getattr(transform, "size", None)):
+        if size is not None and size.get("height"):
+            return int(size["height"])
+    if hasattr(config, "num_patches"):  # SigLIP 2, which takes patches
+        return int(config.patch_size * config.num_patches**0.5)
+    return int(config.image_size)
+
+
+@torch.no_grad()
+def _positions(encoder: Any, side: int) -> Tensor | None:
+    """CLIP's and SigLIP's position embeddings for another picture size, as transformers interpolates them.
+
+    None where the size is the encoder's own, and for encoders that interpolate by themselves (SigLIP 2, DINO).
+    """
+    config = encoder.config
+    if config.model_type not in ("clip_vision_model", "siglip_vision_model") or side == config.image_size:
+        return None
+    num_tokens = (side // config.patch_size) ** 2 + ENCODERS[config.model_type].num_prefix_tokens
+    hidden = torch.zeros(1, num_tokens, config.hidden_size)
+    positions: Tensor = encoder.embeddings.interpolate_pos_encoding(hidden, side, side)
+    return positions[0]
