@@ -208,6 +208,26 @@ def doctor(
             sys.exit(FAILED)
 
 
+exports = typer.Typer(no_args_is_help=True, help="Write a model in a format that other programs read.")
+app.add_typer(exports, name="export")
+
+
+@exports.command("hf")
+def export_hf(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="A new folder.")],
+) -> None:
+    """Write a model for transformers, vLLM and TRL: LlavaForConditionalGeneration, compared before it is left there."""
+    with report_errors(debug=_debug):
+        from mmllm.export.hf_llava import export_hf as export
+
+        verdict = export(model, out)
+        print(
+            f"{out}: transformers reads it and gives the same tokens, pixels and answers for "
+            f"{verdict.num_conversations} conversations; logits differ by at most {verdict.max_logit_difference:.1e}"
+        )
+
+
 def _usage(text: str) -> None:
     print(f"error: {text}", file=sys.stderr)
     sys.exit(USAGE)

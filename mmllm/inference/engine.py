@@ -132,7 +132,7 @@ class Engine:
         values = pixels.transpose(1, 2, 0) * std + mean
         return Image.fromarray(np.clip(values * 255 + 0.5, 0, 255).astype(np.uint8))
 
-    def _inputs(self, rendered: Sequence[Rendered], images: Sequence[str | Image.Image]) -> dict[str, Tensor]:
+    def inputs(self, rendered: Sequence[Rendered], images: Sequence[str | Image.Image]) -> dict[str, Tensor]:
         """Prompts padded on the left, whatever the tokenizer says, and their pictures one behind the other."""
         device = self.model.get_input_embeddings().weight.device
         longest = max(len(one.input_ids) for one in rendered)
@@ -185,7 +185,7 @@ class Engine:
         """
         begun = time.monotonic()
         rendered = self._render(example, sampling)
-        inputs = self._inputs([rendered], example.images)
+        inputs = self.inputs([rendered], example.images)
         abandoned = threading.Event()  # the caller stopped listening, as a closed tab does
         queue: SimpleQueue[list[int] | None] = SimpleQueue()
 
@@ -235,7 +235,7 @@ class Engine:
             return []
         begun = time.monotonic()
         rendered = [self._render(example, sampling) for example in examples]
-        inputs = self._inputs(rendered, [image for example in examples for image in example.images])
+        inputs = self.inputs(rendered, [image for example in examples for image in example.images])
         with self._lock:
             generated = self._generate(inputs, sampling).tolist()
         replies = []

@@ -7,19 +7,17 @@ from typing import Any
 import torch
 
 from mmllm.batch import IMAGE_TOKEN
-from mmllm.config import ConfigError, ModelConfig
+from mmllm.config import ConfigError, ModelConfig, ProjectorConfig
 from mmllm.model.language import load_language
 from mmllm.model.processor import VisionLanguageProcessor, image_processor
+from mmllm.model.tower import VisionTower
 from mmllm.model.vision import load_tower
 from mmllm.model.vlm import VisionLanguageConfig, VisionLanguageModel
-from projector import build_projector
+from projector import Projector, build_projector
 
 
 def build_model(config: ModelConfig) -> tuple[VisionLanguageModel, VisionLanguageProcessor, dict[str, Any]]:
-    """(model, processor, where each part came from). Raises ConfigError where parts are missing or do not fit.
-
-    The number of image tokens is counted by running the tower and the projector once.
-    """
+    """(model, processor, where each part came from). Raises ConfigError where parts are missing or do not fit."""
     assert config.vision is not None
     assert config.projector is not None
     assert config.language is not None
@@ -27,36 +25,59 @@ def build_model(config: ModelConfig) -> tuple[VisionLanguageModel, VisionLanguag
     tower = load_tower(config.vision)
     language_model, tokenizer = load_language(config.language)
     width = language_model.config.get_text_config().hidden_size
-    try:
-        projector = build_projector(
-            config.projector.kind,
-            vision_dim=tower.width,
-            llm_dim=width,
-            num_patches=tower.num_patches,
-            **config.projector.options,
-        )
-    except ValueError as error:
-        raise ConfigError(f"model.projector: {error}") from error
-    with torch.no_grad():
-        num_image_tokens = projector(torch.zeros(1, tower.num_patches, tower.width)).shape[1]
-    model_config = VisionLanguageConfig(
-        vision=tower.spec.to_json(),
-        projector={"kind": config.projector.kind, "options": dict(config.projector.options)},
-        text_config=language_model.config,
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-        num_image_tokens=num_image_tokens,
-    )
-    model = VisionLanguageModel.assemble(model_config, tower, projector, language_model)
-    processor = VisionLanguageProcessor(
-        image_processor(tower.spec, config.vision.fit),
-        tokenizer,
-        chat_template=tokenizer.chat_template,
+    projector = fitting_projector(config.projector, tower, width)
+    model, processor = join_parts(
+        tower, projector, language_model, tokenizer, kind=config.projector, fit=config.vision.fit,
         template=config.template,
-        num_image_tokens=num_image_tokens,
-    )
+    )  # fmt: skip
     origin = {
         "vision": tower.spec.source,
         "projector": config.projector.kind,
         "language": config.language.source + (f"@{config.language.revision}" if config.language.revision else ""),
     }
     return model, processor, origin
+
+
+def fitting_projector(config: ProjectorConfig, tower: VisionTower, llm_dim: int) -> Projector:
+    """A fresh projector between a tower and an LLM of this width. Raises ConfigError where it fits no such tower."""
+    try:
+        return build_projector(
+            config.kind, vision_dim=tower.width, llm_dim=llm_dim, num_patches=tower.num_patches, **config.options
+        )
+    except ValueError as error:
+        raise ConfigError(f"model.projector: {error}") from error
+
+
+def join_parts(
+    tower: VisionTower,
+    projector: Projector,
+    language_model: Any,
+    tokenizer: Any,
+    *,
+    kind: ProjectorConfig,
+    fit: str,
+    template: str,
+) -> tuple[VisionLanguageModel, VisionLanguageProcessor]:
+    """The model of these parts, none of them copied, and the processor beside it.
+
+    The number of image tokens is counted by running the projector once on as many patches as the tower gives.
+    """
+    parameter = next(projector.parameters())
+    with torch.no_grad():
+        num_image_tokens = projector(parameter.new_zeros(1, tower.num_patches, tower.width)).shape[1]
+    config = VisionLanguageConfig(
+        vision=tower.spec.to_json(),
+        projector={"kind": kind.kind, "options": dict(kind.options)},
+        text_config=language_model.config,
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        num_image_tokens=num_image_tokens,
+    )
+    model = VisionLanguageModel.assemble(config, tower, projector, language_model)
+    processor = VisionLanguageProcessor(
+        image_processor(tower.spec, fit),
+        tokenizer,
+        chat_template=tokenizer.chat_template,
+        template=template,
+        num_image_tokens=num_image_tokens,
+    )
+    return model, processor

@@ -1,0 +1,132 @@
+"""Whether a folder of transformers' Llava says what our model says: tokens, pixels, logits and greedy answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mmllm.batch import Example, ImageRef, Message, message
+from mmllm.export.towers import ExportError
+from mmllm.inference.engine import Engine, Sampling
+from mmllm.model.language import quiet_transformers
+
+# Largest difference of logits, of the same sums in another order. Measured in fp32: up to 2e-5 on small models.
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.25, torch.float16: 0.03}
+NUM_NEW_TOKENS = 12
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a comparison gave, where it held."""
+
+    max_logit_difference: float
+    num_conversations: int
+
+
+def probes() -> list[Example]:
+    """Conversations with two pictures, with one and with none; pictures are noise, wide, high and square."""
+    generator = np.random.default_rng(0)
+    pictures = [
+        Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        for height, width in ((40, 90), (75, 50), (64, 64))
+    ]
+    turns = (
+        message("user", "<image>\nWhat is in the picture?"),
+        message("assistant", "a circle"),
+        message("user", "And in <image>?", 1),
+    )
+    return [
+        Example("two pictures", "", turns, (pictures[0], pictures[1])),
+        Example("one picture", "", (message("user", "<image>\nWhat color is it?"),), (pictures[2],)),
+        Example("no picture", "", (message("user", "Hello, who are you?"),)),
+    ]
+
+
+def _content(turn: Message, pictures: Iterator[Any]) -> list[dict[str, Any]]:
+    return [
+        {"type": "image", "image": next(pictures)} if isinstance(p, ImageRef) else {"type": "text", "text": p}
+        for p in turn.parts
+    ]
+
+
+def _inputs_of(processor: Any, examples: list[Example]) -> Any:
+    """What transformers' pipeline makes of these conversations."""
+    chats = []
+    for example in examples:
+        pictures = iter(example.images)
+        chats.append([{"role": turn.role, "content": _content(turn, pictures)} for turn in example.messages])
+    return processor.apply_chat_template(
+        chats, add_generation_prompt=True, tokenize=True, return_dict=True,
+        processor_kwargs={"padding": True, "padding_side": "left", "return_tensors": "pt"},
+    )  # fmt: skip
+
+
+@torch.inference_mode()
+def compare_with_transformers(engine: Engine, folder: Path) -> Verdict:
+    """Loads the folder with transformers alone and asks it what the engine is asked. Raises ExportError."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    dtype = next(engine.model.language_model.parameters()).dtype
+    with quiet_transformers():
+        theirs, report = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        processor = AutoProcessor.from_pretrained(folder)
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(map(str, report[what])):
+            raise ExportError(f"transformers reads the written model with {what.replace('_', ' ')}: {names[0]} ...")
+    theirs.eval()
+    examples = probes()
+    worst = 0.0
+    for group in ([examples[0]], [examples[1]], [examples[2]], examples):
+        worst = max(worst, _compare(engine, theirs, processor, group, TOLERANCES[dtype]))
+    return Verdict(worst, len(examples))
+
+
+def _compare(engine: Engine, theirs: Any, processor: Any, examples: list[Example], tolerance: float) -> float:
+    names = " and ".join(example.id for example in examples)
+    rendered = [engine.renderer.render_example(example) for example in examples]
+    ours = engine.inputs(rendered, [image for example in examples for image in example.images])
+    inputs = _inputs_of(processor, examples)
+    if not torch.equal(ours["input_ids"], inputs["input_ids"]):
+        place, own, other = _first_difference(ours["input_ids"], inputs["input_ids"])
+        raise ExportError(
+            f"chat template: transformers' processor gives other tokens than ours for {names}: {other} for {own} at "
+            f"{place}; the tokenizer's own rules for begin tokens or spaces differ from the template's"
+        )
+    if "pixel_values" in ours:
+        torch.testing.assert_close(ours["pixel_values"], inputs["pixel_values"].float(), atol=1e-5, rtol=0)
+    dtype = next(theirs.parameters()).dtype
+    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items() if k != "token_type_ids"}
+    attended = inputs["attention_mask"].bool()
+    own_logits = engine.model(**{k: v.to(dtype) if v.is_floating_point() else v for k, v in ours.items()}).logits
+    their_logits = theirs(**inputs).logits
+    difference = (own_logits - their_logits)[attended].abs().max().item()
+    if not difference <= tolerance:  # also where it is not a number
+        raise ExportError(
+            f"logits of {names} differ by {difference:.2g} between this model and transformers' Llava, allowed is "
+            f"{tolerance:.0e}; a part works otherwise there"
+        )
+    answers = [reply.text for reply in engine.reply_batch(examples, Sampling(max_new_tokens=NUM_NEW_TOKENS))]
+    generated = theirs.generate(**inputs, max_new_tokens=NUM_NEW_TOKENS, do_sample=False)
+    texts = [_decoded(engine, row) for row in generated[:, inputs["input_ids"].shape[1] :]]
+    if texts != answers and tolerance < 1e-3:  # in 16 bits, a tie may fall to the other side
+        raise ExportError(f"greedy answers differ: {answers} here, {texts} in transformers' Llava")
+    return float(difference)
+
+
+def _decoded(engine: Engine, row: Tensor) -> str:
+    ids = row.tolist()
+    end = engine.renderer.end_token_id
+    return engine.renderer.decode(ids[: ids.index(end) + 1] if end in ids else ids)
+
+
+def _first_difference(ours: Tensor, theirs: Tensor) -> tuple[int, int, int]:
+    one, other = ours.flatten().tolist(), theirs.flatten().tolist()
+    place = next((i for i, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), len(other) - 1)
+    return place, one[min(place, len(one) - 1)], other[place]
