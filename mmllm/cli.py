@@ -208,6 +208,24 @@ def doctor(
             sys.exit(FAILED)
 
 
+@app.command("import")
+def import_(
+    source: Annotated[str, typer.Argument(help="A folder or hub name: transformers' Llava, LLaVA's own, or an LLM.")],
+    out: Annotated[Path, typer.Argument(help="A new folder, for the checkpoint.")],
+    template: Annotated[Optional[str], typer.Option(help="Its chat template, where its files do not say.")] = None,  # noqa: UP045
+    vision: Annotated[Optional[str], typer.Option(help="Its vision tower, such as transformers:FOLDER.")] = None,  # noqa: UP045
+    base: Annotated[Optional[str], typer.Option(help="The LLM that a lone projector or LoRA belongs to.")] = None,  # noqa: UP045
+    projector: Annotated[str, typer.Option(help="The fresh projector between an LLM and --vision.")] = "mlp",
+) -> None:
+    """Make a checkpoint of somebody else's model, compared with transformers where transformers can read it."""
+    with report_errors(debug=_debug):
+        from mmllm.export.import_llava import ImportOptions, import_model
+
+        verdict = import_model(source, out, ImportOptions(template, vision, base, projector))
+        told = f"; logits differ from transformers' by at most {verdict.max_logit_difference:.1e}" if verdict else ""
+        print(f"{out}: imported from {source}{told}")
+
+
 exports = typer.Typer(no_args_is_help=True, help="Write a model in a format that other programs read.")
 app.add_typer(exports, name="export")
 

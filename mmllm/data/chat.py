@@ -71,9 +71,26 @@ OWN_TEMPLATE = "tokenizer"
 
 
 def _render_own(tokenizer: Any, turns: Sequence[tuple[str, str]], *, prompt: bool = False, **variables: Any) -> str:
-    messages = [{"role": role, "content": text} for role, text in turns]
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **variables)
-    return text
+    """The turns in the tokenizer's own template.
+
+    Those of vision-language models take a content as a list of parts, and lose one that is a text without a word.
+    """
+
+    def render(contents: list[Any]) -> str:
+        messages = [{"role": role, "content": content} for (role, _), content in zip(turns, contents, strict=True)]
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **variables)
+        return text
+
+    text = render([content for _, content in turns])
+    if all(content.strip() in text for _, content in turns):
+        return text
+    from jinja2 import TemplateError
+
+    try:
+        parts = render([[{"type": "text", "text": content}] for _, content in turns])
+    except (TypeError, TemplateError):  # this one takes texts, and leaves some out for a reason of its own
+        return text
+    return parts if all(content.strip() in parts for _, content in turns) else text
 
 
 def _refuse_dates(tokenizer: Any, turns: Sequence[tuple[str, str]]) -> None:

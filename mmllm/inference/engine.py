@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmllm.batch import Example
-from mmllm.data.chat import Rendered, Renderer
+from mmllm.data.chat import Rendered, Renderer, jinja_template
 from mmllm.data.images import load_image
 from mmllm.model.checkpoint import load_checkpoint
 from mmllm.model.processor import VisionLanguageProcessor
@@ -114,6 +114,13 @@ class Engine:
         model, processor, _ = load_checkpoint(path)
         model = model.to(place, torch.bfloat16 if place.type == "cuda" else torch.float32)
         return Engine(model, processor, name=Path(path).resolve().name)
+
+    def settle(self) -> None:
+        """Makes what will be saved beside the weights say what the renderer does: chat template, end, padding."""
+        self.processor.chat_template = jinja_template(self.renderer.template)
+        settings = self.model.generation_config
+        settings.eos_token_id = self.renderer.end_token_id
+        settings.pad_token_id = int(self.processor.tokenizer.pad_token_id)
 
     @property
     def max_length_tokens(self) -> int:

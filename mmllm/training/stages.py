@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mmllm.batch import Batch, Example, ImageRef
 from mmllm.config import ConfigError, RunConfig, StageConfig, WarmupLanguageConfig, WarmupVisionConfig, dump_config
-from mmllm.data.chat import ChatError, jinja_template
+from mmllm.data.chat import ChatError
 from mmllm.data.check import load_examples
 from mmllm.data.collate import collate
 from mmllm.data.sources import DataError
@@ -82,10 +82,7 @@ class ConversationStage:
 
     def _describe_chat(self) -> None:
         """What programs other than this one read from a checkpoint: the chat template, and what ends an answer."""
-        self.processor.chat_template = jinja_template(self.engine.renderer.template)
-        settings = self.model.generation_config
-        settings.eos_token_id = self.engine.renderer.end_token_id
-        settings.pad_token_id = int(self.processor.tokenizer.pad_token_id)
+        self.engine.settle()
 
     def _freeze(self) -> None:
         """Only the listed parts get gradients. With LoRA, of the LLM only the adapters do."""

@@ -1,0 +1,246 @@
+"""`mmllm import`: models of others as checkpoints of ours: transformers' Llava, LLaVA's own folders, and bare pairs.
+
+What a folder is, its config.json says; nothing is guessed from its name. A model of transformers' Llava is compared
+with transformers itself before the checkpoint is left there.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmllm.batch import IMAGE_TOKEN
+from mmllm.config import ConfigError, LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
+from mmllm.data.chat import OWN_TEMPLATE, TEMPLATES, ChatError
+from mmllm.export.original_llava import is_original, read_original
+from mmllm.export.parity import Verdict, check_place_of_pictures, compare_with_transformers
+from mmllm.export.parts import ModelImportError, Parts, read_json
+from mmllm.inference.engine import Engine
+from mmllm.model.build import build_model, join_parts
+from mmllm.model.checkpoint import save_checkpoint
+from mmllm.model.language import load_tokenizer, quiet_transformers
+from mmllm.model.processor import VisionLanguageProcessor
+from mmllm.model.tower import TowerSpec
+from mmllm.model.vision_transformers import RESAMPLINGS, TransformersTower
+from mmllm.model.vlm import VisionLanguageModel
+from projector import Projector, build_projector
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """What a folder does not say itself."""
+
+    template: str | None = None  # a key of TEMPLATES, or `tokenizer`; default: the folder's own
+    vision: str | None = None  # as `model.vision.source`; default: what the folder names
+    base: str | None = None  # the LLM that an adapter or a lone projector belongs to
+    projector: str = "mlp"  # of a bare pair
+
+
+def import_model(source: str, out: str | Path, options: ImportOptions) -> Verdict | None:
+    """Writes the checkpoint; returns its comparison with transformers where transformers can read the source.
+
+    Raises ModelImportError where the source is not understood, not whole or does not fit; nothing is left then.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ModelImportError(f"{out} is there already; give a new folder")
+    config = _config(source)
+    is_llava = config.get("model_type") == "llava" and "vision_config" in config
+    try:
+        model, processor, origin = _read(source, config, options)
+        engine = Engine(model, processor, name=out.name)
+    except ChatError as error:
+        raise ModelImportError(
+            f"{source}: {error}. Name the one it was trained with: --template {' or '.join(TEMPLATES)} "
+            "(LLaVA-1.5: vicuna_v1)"
+        ) from error
+    engine.settle()
+    partial = out.with_name(out.name + ".part")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        save_checkpoint(partial, model, processor, card=_card(source, out, origin), origin=origin)
+        verdict = None
+        if is_llava:
+            written = Engine.load(partial, device="cpu")
+            if options.template is None:
+                check_place_of_pictures(written, source)
+            verdict = compare_with_transformers(written, source, asks_alike=False)
+        if out.is_dir():
+            out.rmdir()
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return verdict
+
+
+def _config(source: str) -> dict[str, Any]:
+    if Path(source).is_dir():
+        for name in ("config.json", "adapter_config.json"):
+            if (Path(source) / name).is_file():
+                return read_json(Path(source) / name)
+        raise ModelImportError(f"{source} has no config.json, so nothing says what it is; copy or download it again")
+    from transformers.utils import cached_file
+
+    try:
+        path = cached_file(source, "config.json")
+    except OSError as error:
+        raise ModelImportError(f"{source} is no folder, and cannot be had from the hub: {error}") from error
+    return read_json(Path(str(path)))
+
+
+def _read(
+    source: str, config: dict[str, Any], options: ImportOptions
+) -> tuple[VisionLanguageModel, VisionLanguageProcessor, dict[str, Any]]:
+    kind = config.get("model_type")
+    if is_original(config):
+        parts = read_original(Path(source), config, vision=options.vision, base=options.base)
+    elif kind == "llava":
+        parts = _read_transformers(source)
+    elif kind == "llava_next":
+        raise ModelImportError(
+            f"{source} is a LlavaNext: it cuts pictures into tiles of a grid, which no model here does"
+        )
+    elif options.vision:
+        return _pair(source, options)
+    else:
+        raise ModelImportError(
+            f"{source} is of type {kind!r}: no LLaVA. Give a folder of transformers' Llava or of LLaVA's own code; or "
+            "an LLM, and with --vision the encoder to pair it with"
+        )
+    template = options.template or parts.template
+    if template is None:
+        raise ChatError("its files do not say how conversations are written")
+    model, processor = join_parts(
+        parts.tower, parts.projector, parts.language_model, parts.tokenizer, kind=parts.kind, fit=parts.fit,
+        template=template,
+    )  # fmt: skip
+    return model, processor, parts.origin
+
+
+def _pair(source: str, options: ImportOptions) -> tuple[VisionLanguageModel, VisionLanguageProcessor, dict[str, Any]]:
+    """An encoder and an LLM with a fresh projector between them, to be trained by stage 1."""
+    assert options.vision is not None
+    return build_model(
+        ModelConfig(
+            vision=VisionConfig(source=options.vision),
+            projector=ProjectorConfig(kind=options.projector),
+            language=LanguageConfig(source=source),
+            template=options.template or OWN_TEMPLATE,
+        )
+    )
+
+
+def _read_transformers(source: str) -> Parts:
+    """The parts of transformers' LlavaForConditionalGeneration, in the precision that they are stored in."""
+    from transformers import AutoModelForCausalLM, AutoProcessor, LlavaForConditionalGeneration
+
+    try:
+        with quiet_transformers():
+            llava, report = LlavaForConditionalGeneration.from_pretrained(source, output_loading_info=True)
+            theirs = AutoProcessor.from_pretrained(source)
+    except (OSError, RuntimeError, KeyError, ValueError) as error:
+        raise ModelImportError(f"{source} cannot be loaded: {error}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise ModelImportError(f"{source} lacks {len(missing)} weights, such as {missing[0]}; download it again")
+    config = llava.config
+    tower = _tower(llava, theirs.image_processor, source)
+    projector, kind = _projector(llava.model.multi_modal_projector, config.projector_hidden_act, tower.width)
+    with torch.device("meta"):
+        language_model = AutoModelForCausalLM.from_config(config.text_config)
+    setattr(language_model, language_model.base_model_prefix, llava.model.language_model)
+    language_model.set_output_embeddings(llava.lm_head)
+    tokenizer = load_tokenizer(source)
+    if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) != config.image_token_id:
+        raise ModelImportError(
+            f"{source} marks pictures with token {config.image_token_id}, "
+            f"{theirs.tokenizer.convert_ids_to_tokens(config.image_token_id)!r}; here it must be {IMAGE_TOKEN}"
+        )
+    tokenizer.chat_template = theirs.chat_template or tokenizer.chat_template
+    if len(tokenizer) > language_model.get_input_embeddings().num_embeddings:
+        language_model.resize_token_embeddings(len(tokenizer))
+    origin = dict.fromkeys(("vision", "projector", "language"), source)
+    return Parts(tower, projector, kind, language_model, tokenizer, _fit(theirs.image_processor), OWN_TEMPLATE, origin)
+
+
+def _tower(llava: Any, transform: Any, source: str) -> TransformersTower:
+    config, encoder = llava.config, llava.model.vision_tower
+    vision = config.vision_config
+    num_layers = vision.num_hidden_layers
+    given = config.vision_feature_layer
+    layers = [given] if isinstance(given, int) else list(given)
+    layers = [layer if layer < 0 else layer - num_layers - 1 for layer in layers]  # 0 is the embedding
+    has_cls = vision.model_type == "clip_vision_model"
+    if has_cls != (config.vision_feature_select_strategy == "default"):
+        raise ModelImportError(
+            f"{source} reads {config.vision_feature_select_strategy!r} features of a {vision.model_type}: the token of "
+            "the whole picture stands among the patches, or a patch is lost; here patches are read, and all of them"
+        )
+    try:
+        tower = TransformersTower(
+            TowerSpec(
+                model_cfg={**vision.to_diff_dict(), "model_type": vision.model_type},
+                layer=layers[0] if len(layers) == 1 else tuple(layers),
+                image_size_px=int(vision.image_size),
+                mean=tuple(transform.image_mean),
+                std=tuple(transform.image_std),
+                interpolation=RESAMPLINGS[int(transform.resample)],
+                source=f"transformers:{source}",
+                family="transformers",
+            )
+        )
+    except (ConfigError, KeyError) as error:
+        raise ModelImportError(f"{source}: its vision tower, {vision.model_type}, cannot be read: {error}") from error
+    tower.to(next(encoder.parameters()).dtype)
+    tower.fill(encoder.state_dict())
+    return tower
+
+
+def _fit(transform: Any) -> str:
+    """How this transform makes a picture square."""
+    if getattr(transform, "do_pad", False):
+        return "pad"
+    return "square" if getattr(transform, "do_center_crop", False) else "stretch"
+
+
+def _projector(theirs: Any, activation: str, width: int) -> tuple[Projector, ProjectorConfig]:
+    one, two = theirs.linear_1, theirs.linear_2
+    is_linear = activation == "linear" and bool((two.weight == torch.eye(len(two.weight)).to(two.weight)).all())
+    if one.bias is None or (activation != "gelu" and not is_linear):
+        raise ModelImportError(
+            f"projector: two layers with {activation}, biases {one.bias is not None}; here it is GELU"
+        )
+    kind = "linear" if is_linear and not bool(two.bias.any()) else "mlp"
+    projector = build_projector(kind, vision_dim=width, llm_dim=one.out_features).to(one.weight.dtype)
+    own = [module for module in projector.modules() if isinstance(module, nn.Linear)]
+    for layer, their_layer in zip(own, (one, two), strict=False):
+        layer.load_state_dict(their_layer.state_dict())
+    return projector, ProjectorConfig(kind=kind)
+
+
+def _card(source: str, out: Path, origin: dict[str, Any]) -> str:
+    rows = "\n".join(f"| {part} | {where} |" for part, where in origin.items())
+    return f"""---
+library_name: mmllm
+pipeline_tag: image-text-to-text
+---
+
+# {out.name}
+
+Imported from {source} with `mmllm import`.
+
+| part | from |
+|---|---|
+{rows}
+
+    mmllm chat {out} --image PICTURE.png
+    mmllm caption {out} FOLDER_OF_PICTURES --out captions.jsonl
+    mmllm export hf {out} NEW_FOLDER
+
+To train it further, copy a config of configs/ and set `model: {{checkpoint: {out}}}`.
+"""

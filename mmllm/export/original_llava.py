@@ -1,0 +1,156 @@
+"""Folders of LLaVA's own code, https://github.com/haotian-liu/LLaVA: whole models, projectors alone, and LoRA.
+
+The LLM's config carries fields named `mm_*`; weights of the projector are `model.mm_projector.*`, and those of a tower
+that was trained too `model.vision_tower.vision_tower.*`.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mmllm.config import ConfigError, LanguageConfig, ProjectorConfig, VisionConfig
+from mmllm.export.parts import ModelImportError, Parts, read_tensors, read_weights
+from mmllm.model.build import fitting_projector
+from mmllm.model.language import load_language, load_tokenizer
+from mmllm.model.tower import LayeredTower, VisionTower
+from mmllm.model.vision import load_tower
+
+# its model types -> transformers' type of the LLM inside
+LANGUAGE_TYPES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
+ADAPTER = "adapter_config.json"
+PROJECTOR_FILES = ("mm_projector.bin", "non_lora_trainables.bin")
+TOWER = "vision_tower.vision_tower."
+
+
+def is_original(config: dict[str, Any]) -> bool:
+    return "mm_vision_tower" in config or (config.get("model_type") in LANGUAGE_TYPES and "vision_config" not in config)
+
+
+def read_original(folder: Path, config: dict[str, Any], *, vision: str | None, base: str | None) -> Parts:
+    """The parts of such a folder. Raises ModelImportError where something is missing or cannot be had here."""
+    _check(folder, config)
+    has_llm = any((folder / name).is_file() for name in _LLM_FILES)
+    extra = next((folder / name for name in PROJECTOR_FILES if (folder / name).is_file()), None)
+    if not has_llm and extra is None:
+        raise ModelImportError(f"{folder} has neither an LLM's weights nor {' nor '.join(PROJECTOR_FILES)}")
+    if not has_llm and base is None:
+        raise ModelImportError(
+            f"{folder} holds no LLM, only {extra.name if extra else ''}; give the LLM it was trained on with --base "
+            f"(its config names {config.get('_name_or_path') or 'none'})"
+        )
+    tower = _tower(folder, config, vision)
+    if has_llm:
+        weights = read_weights(folder)
+        language_model, tokenizer = _language(folder, config, weights)
+    else:
+        assert extra is not None
+        weights = read_tensors(extra)
+        language_model, tokenizer = load_language(LanguageConfig(source=str(base)))
+        if (folder / ADAPTER).is_file():
+            language_model = _merged(language_model, folder)
+    own = {re.sub(rf"^.*{re.escape(TOWER)}(vision_model\.)?", "", k): v for k, v in weights.items() if TOWER in k}
+    if own:
+        assert isinstance(tower, LayeredTower)
+        tower.fill({key: value.float() for key, value in own.items()})
+    kind = _kind(config)
+    projector = fitting_projector(kind, tower, language_model.config.hidden_size)
+    _fill_projector(projector, weights, folder)
+    origin = {
+        "vision": f"{folder} (trained)" if own else tower.spec.source,
+        "projector": str(folder),
+        "language": str(folder) if has_llm else f"{base}" + (f" + {folder}" if (folder / ADAPTER).is_file() else ""),
+    }
+    fit = "pad" if config.get("image_aspect_ratio") == "pad" else "square"
+    return Parts(tower, projector, kind, language_model.float(), tokenizer, fit, None, origin)
+
+
+_LLM_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def _check(folder: Path, config: dict[str, Any]) -> None:
+    """What this reader cannot bring over exactly is refused."""
+    wrong = {
+        "mm_use_im_start_end": config.get("mm_use_im_start_end", False),
+        "image_aspect_ratio": "anyres" in str(config.get("image_aspect_ratio")),
+        "mm_vision_select_feature": config.get("mm_vision_select_feature", "patch") != "patch",
+    }
+    for name, is_wrong in wrong.items():
+        if is_wrong:
+            raise ModelImportError(f"{folder} has {name}: {config[name]!r}, which no model here does")
+
+
+def _tower(folder: Path, config: dict[str, Any], vision: str | None) -> VisionTower:
+    name = vision or f"transformers:{config.get('mm_vision_tower')}"
+    layer = int(config.get("mm_vision_select_layer", -2))
+    try:
+        return load_tower(VisionConfig(source=name, layer=layer))
+    except ConfigError as error:
+        raise ModelImportError(
+            f"{folder} names the vision tower {config.get('mm_vision_tower')!r}: {error}. Give a folder that has it, "
+            "with --vision transformers:FOLDER"
+        ) from error
+
+
+def _language(folder: Path, config: dict[str, Any], weights: dict[str, Tensor]) -> tuple[Any, Any]:
+    """The LLM of a whole model: its weights are all those that are neither projector nor tower."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    kind = LANGUAGE_TYPES.get(str(config.get("model_type")))
+    if kind is None:
+        allowed = ", ".join(LANGUAGE_TYPES)
+        raise ModelImportError(f"{folder} is of type {config.get('model_type')!r}; of LLaVA's own, allowed: {allowed}")
+    skipped = ("model_type", "architectures", "transformers_version", "auto_map")
+    fields = {key: value for key, value in config.items() if key not in skipped and not key.startswith("mm_")}
+    text_config = AutoConfig.for_model(kind, **fields)
+    with torch.device("meta"):
+        language_model = AutoModelForCausalLM.from_config(text_config)
+    own = {key: value for key, value in weights.items() if "mm_projector" not in key and TOWER not in key}
+    own = {key: value for key, value in own.items() if "rotary_emb.inv_freq" not in key}
+    report = language_model.load_state_dict(own, strict=False, assign=True)
+    language_model.tie_weights()
+    tied = set(language_model.all_tied_weights_keys)
+    if missing := [key for key in report.missing_keys if key not in tied]:
+        raise ModelImportError(f"{folder} lacks {len(missing)} weights of its LLM, such as {missing[0]}")
+    if report.unexpected_keys:
+        raise ModelImportError(
+            f"{folder} has weights that its LLM has no place for, such as {report.unexpected_keys[0]}"
+        )
+    tokenizer = load_tokenizer(str(folder))
+    if len(tokenizer) > language_model.get_input_embeddings().num_embeddings:
+        language_model.resize_token_embeddings(len(tokenizer))
+    return language_model, tokenizer
+
+
+def _merged(language_model: Any, folder: Path) -> Any:
+    """The LLM with the folder's LoRA merged into its full-precision weights."""
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(language_model, str(folder)).merge_and_unload(safe_merge=True)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ModelImportError(f"{folder}: its LoRA does not fit the LLM of --base: {error}") from error
+
+
+def _kind(config: dict[str, Any]) -> ProjectorConfig:
+    name = str(config.get("mm_projector_type", "linear"))
+    if name == "linear":
+        return ProjectorConfig(kind="linear")
+    if found := re.fullmatch(r"mlp(\d+)x_gelu", name):
+        return ProjectorConfig(kind="mlp", options={"depth": int(found[1])})
+    raise ModelImportError(f"mm_projector_type {name!r} is not one of LLaVA's linear and mlpNx_gelu")
+
+
+def _fill_projector(projector: Any, weights: dict[str, Tensor], folder: Path) -> None:
+    found = {
+        re.sub(r"^.*mm_projector\.", "", key): value.float() for key, value in weights.items() if "mm_projector" in key
+    }
+    prefix = "layer." if "weight" in found else "layers."
+    try:
+        projector.load_state_dict({prefix + key: value for key, value in found.items()})
+    except RuntimeError as error:
+        raise ModelImportError(f"{folder}: its projector does not fit tower and LLM: {error}") from error

@@ -1,0 +1,79 @@
+"""What every reader of a foreign folder brings: the parts of a model, and how its files are read safely."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mmllm.config import ProjectorConfig
+from mmllm.model.tower import VisionTower
+from projector import Projector
+
+
+class ModelImportError(ValueError):
+    """A foreign model that cannot be read; the message says what is missing or does not fit."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a model, loaded, and what a processor needs to know about them."""
+
+    tower: VisionTower
+    projector: Projector
+    kind: ProjectorConfig
+    language_model: Any
+    tokenizer: Any
+    fit: str
+    template: str | None  # None where the folder does not say
+    origin: dict[str, Any]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ModelImportError(f"{path} cannot be read: {error}") from error
+    if not isinstance(data, dict):
+        raise ModelImportError(f"{path} must hold an object, got {type(data).__name__}")
+    return data
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file or of a pickle; a pickle that holds more than tensors is refused unread."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        tensors: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+        return tensors
+    except pickle.UnpicklingError as error:
+        raise ModelImportError(
+            f"{path} is a pickle that holds code, or is damaged, and was not run: {str(error).splitlines()[0]}. "
+            "Get the model as safetensors"
+        ) from error
+    except (OSError, RuntimeError, EOFError, SafetensorError) as error:
+        raise ModelImportError(f"{path} cannot be read, it may be cut off: {error}; download it again") from error
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All weights of a folder as transformers saves them, in one file or in shards. Raises ModelImportError."""
+    for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
+        index = folder / f"{stem}{suffix}.index.json"
+        if index.is_file():
+            names = sorted(set(read_json(index)["weight_map"].values()))
+            if missing := [name for name in names if not (folder / name).is_file()]:
+                raise ModelImportError(
+                    f"{folder} lacks {len(missing)} of {len(names)} files of weights ({', '.join(missing[:3])}); "
+                    "its download did not end, start it again"
+                )
+            return {key: value for name in names for key, value in read_tensors(folder / name).items()}
+        if (folder / f"{stem}{suffix}").is_file():
+            return read_tensors(folder / f"{stem}{suffix}")
+    raise ModelImportError(f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin, nor their index")

@@ -1,0 +1,297 @@
+"""`mmllm import`: models of others say here what they say there, or are refused with what is missing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from llava_parts import ENCODER, LLMS, make_encoder, make_llm
+from safetensors.torch import load_file, save_file
+from test_export_hf_llava import PICTURES, checkpoint
+from typer.testing import CliRunner
+
+from mmllm.batch import IMAGE_TOKEN, Example, message
+from mmllm.cli import app
+from mmllm.export.hf_llava import export_hf
+from mmllm.export.import_llava import ImportOptions, import_model
+from mmllm.export.parity import Verdict
+from mmllm.export.parts import ModelImportError
+from mmllm.inference.engine import Engine, Sampling
+from mmllm.model.language import load_tokenizer
+
+TURNS = (message("user", "<image>\nwhat is it?"), message("assistant", "a red"), message("user", "and <image>?", 1))
+ASKED = Example("x", "", TURNS, tuple(PICTURES))
+# llava-hf's way of writing: contents are lists, pictures first
+LISTS = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>' }}{% for part in m.content if part.type == 'image' %}<image>\n"
+    "{% endfor %}{% for part in m.content if part.type == 'text' %}{{ part.text }}{% endfor %}"
+    "{% if m.role == 'assistant' %}<|end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_parts: Path) -> Any:
+    return load_tokenizer(str(tiny_parts / "language"))
+
+
+@pytest.fixture(scope="session")
+def parts(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("import_parts")
+    make_encoder("clip", folder / "clip")
+    make_encoder("siglip", folder / "siglip")
+    for kind in LLMS:
+        make_llm(kind, folder / kind, tokenizer)
+    return folder
+
+
+def llava(parts: Path, folder: Path, vision: str, language: str, tokenizer: Any, **options: Any) -> Any:
+    """A LlavaForConditionalGeneration as transformers saves one, of these parts."""
+    encoder = transformers.AutoModel.from_pretrained(parts / vision)
+    llm = transformers.AutoModelForCausalLM.from_pretrained(parts / language)
+    strategy = "default" if vision == "clip" else "full"
+    config = transformers.LlavaConfig(
+        vision_config=encoder.config, text_config=llm.config, image_seq_length=16,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), vision_feature_layer=-2,
+        **{"vision_feature_select_strategy": strategy, **options},
+    )  # fmt: skip
+    torch.manual_seed(4)
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    model.model.vision_tower.load_state_dict(encoder.state_dict())
+    model.model.language_model.load_state_dict(llm.model.state_dict())
+    model.lm_head.load_state_dict(llm.lm_head.state_dict())
+    for parameter in model.model.multi_modal_projector.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    transform = transformers.AutoImageProcessor.from_pretrained(parts / vision)
+    transformers.LlavaProcessor(
+        transform, tokenizer, patch_size=8, vision_feature_select_strategy=strategy, chat_template=LISTS,
+        num_additional_image_tokens=int(vision == "clip"),
+    ).save_pretrained(folder)  # fmt: skip
+    return model
+
+
+def logits(folder: Path, example: Example = ASKED) -> torch.Tensor:
+    engine = Engine.load(folder, device="cpu")
+    with torch.inference_mode():
+        return engine.model(**engine.inputs([engine.renderer.render_example(example)], list(example.images))).logits
+
+
+def logits_there(model: Any, folder: Path, out: Path) -> torch.Tensor:
+    """transformers' own, for the same tokens, with its own pixels."""
+    transform = transformers.AutoImageProcessor.from_pretrained(folder)
+    engine = Engine.load(out, device="cpu")
+    ids = engine.inputs([engine.renderer.render_example(ASKED)], [])["input_ids"]
+    with torch.inference_mode():
+        return model(input_ids=ids, pixel_values=transform(PICTURES, return_tensors="pt")["pixel_values"]).logits
+
+
+def imported(source: Path, out: Path, **options: Any) -> Verdict | None:
+    return import_model(str(source), out, ImportOptions(**options))
+
+
+def refused(source: Path | str, out: Path, **options: Any) -> str:
+    with pytest.raises(ModelImportError) as caught:
+        import_model(str(source), out, ImportOptions(**options))
+    assert not out.exists()
+    assert not out.with_name(out.name + ".part").exists()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("language", LLMS)
+@pytest.mark.parametrize("vision", ["clip", "siglip"])
+def test_a_llava_of_transformers_says_the_same_here(
+    parts: Path, tokenizer: Any, tmp_path: Path, vision: str, language: str
+) -> None:
+    model = llava(parts, tmp_path / "theirs", vision, language, tokenizer)
+    verdict = imported(tmp_path / "theirs", tmp_path / "out")
+    assert verdict is not None
+    assert verdict.max_logit_difference <= 1e-4
+    own = logits(tmp_path / "out")
+    torch.testing.assert_close(own, logits_there(model, tmp_path / "theirs", tmp_path / "out"), atol=1e-4, rtol=0)
+    assert own.std() > 0.1
+    assert len(Engine.load(tmp_path / "out", device="cpu").model.vision_tower.blocks()) == 2, "layer -2 of three"
+
+
+@pytest.mark.parametrize("projector", ["linear", "mlp"])
+def test_what_was_exported_comes_back_as_it_was(parts: Path, tmp_path: Path, projector: str) -> None:
+    model = checkpoint(tmp_path / "model", f"transformers:{parts / 'siglip'}", {"kind": projector}, parts / "qwen2")
+    export_hf(model, tmp_path / "hf")
+    imported(tmp_path / "hf", tmp_path / "back")
+    torch.testing.assert_close(logits(tmp_path / "back"), logits(model), atol=1e-5, rtol=0)
+    assert Engine.load(tmp_path / "back", device="cpu").model.config.projector["kind"] == projector
+    one, other = (Engine.load(path, device="cpu") for path in (model, tmp_path / "back"))
+    assert one.prompt(ASKED) == other.prompt(ASKED)
+    greedy = Sampling(max_new_tokens=6)
+    assert one.reply(ASKED, greedy).text == other.reply(ASKED, greedy).text
+
+
+def original(parts: Path, folder: Path, tokenizer: Any, model: Any, **fields: Any) -> Path:
+    """The same model as LLaVA's own code would have saved it."""
+    folder.mkdir()
+    weights = {}
+    for name, value in model.state_dict().items():
+        if name.startswith("model.language_model."):
+            weights["model." + name.removeprefix("model.language_model.")] = value
+        elif name.startswith("lm_head."):
+            weights[name] = value
+        elif name.startswith("model.multi_modal_projector."):
+            part = name.removeprefix("model.multi_modal_projector.linear_")
+            weights[f"model.mm_projector.{0 if part[0] == '1' else 2}.{part[2:]}"] = value
+    save_file({name: value.contiguous() for name, value in weights.items()}, folder / "model.safetensors")
+    config = model.config.text_config.to_dict()
+    config |= {
+        "model_type": "llava_llama", "architectures": ["LlavaLlamaForCausalLM"], "mm_vision_tower": str(parts / "clip"),
+        "mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch",
+        "mm_hidden_size": ENCODER["hidden_size"], "mm_use_im_start_end": False, "mm_use_im_patch_token": False,
+        "image_aspect_ratio": "square", **fields,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def theirs(parts: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    folder = tmp_path_factory.mktemp("theirs") / "llava"
+    return folder, llava(parts, folder, "clip", "llama", tokenizer)
+
+
+def test_a_folder_of_llavas_own_code_says_what_transformers_says(
+    parts: Path, tokenizer: Any, theirs: tuple[Path, Any], tmp_path: Path
+) -> None:
+    folder, model = theirs
+    source = original(parts, tmp_path / "own", tokenizer, model)
+    assert imported(source, tmp_path / "out", template="vicuna_v1") is None
+    there = logits_there(model, folder, tmp_path / "out")
+    torch.testing.assert_close(logits(tmp_path / "out"), there, atol=1e-4, rtol=0)
+    assert Engine.load(tmp_path / "out", device="cpu").processor.template == "vicuna_v1"
+    weights = load_file(source / "model.safetensors")
+    names = sorted(weights)
+    (source / "model.safetensors").unlink()
+    shards = {"pytorch_model-1.bin": names[::2], "pytorch_model-2.bin": names[1::2]}
+    for file, own in shards.items():
+        torch.save({name: weights[name] for name in own}, source / file)
+    index = {"weight_map": {name: file for file, own in shards.items() for name in own}}
+    (source / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    imported(source, tmp_path / "sharded", template="vicuna_v1")
+    assert torch.equal(logits(tmp_path / "sharded"), logits(tmp_path / "out"))
+    (source / "pytorch_model-2.bin").unlink()
+    text = refused(source, tmp_path / "half", template="vicuna_v1")
+    assert "lacks 1 of 2 files of weights (pytorch_model-2.bin); its download did not end, start it again" in text
+
+
+def test_a_lone_projector_and_a_lora_need_their_llm_and_then_say_the_same(
+    parts: Path, tokenizer: Any, theirs: tuple[Path, Any], tmp_path: Path
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    folder, model = theirs
+    source = original(parts, tmp_path / "own", tokenizer, model)
+    weights = load_file(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
+    projector = {name: value for name, value in weights.items() if "mm_projector" in name}
+    torch.save(projector, source / "mm_projector.bin")
+    text = refused(source, tmp_path / "out", template="vicuna_v1")
+    assert "holds no LLM, only mm_projector.bin; give the LLM it was trained on with --base" in text
+    imported(source, tmp_path / "out", template="vicuna_v1", base=str(parts / "llama"))
+    there = logits_there(model, folder, tmp_path / "out")
+    torch.testing.assert_close(logits(tmp_path / "out"), there, atol=1e-4, rtol=0)
+
+    (source / "mm_projector.bin").unlink()
+    torch.save({f"base_model.model.{name}": v for name, v in projector.items()}, source / "non_lora_trainables.bin")
+    llm = transformers.AutoModelForCausalLM.from_pretrained(parts / "llama")
+    lora = get_peft_model(llm, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    lora.save_pretrained(source)
+    imported(source, tmp_path / "lora", template="vicuna_v1", base=str(parts / "llama"))
+    model.model.language_model.load_state_dict(lora.merge_and_unload().model.state_dict())
+    there = logits_there(model, folder, tmp_path / "lora")
+    own = logits(tmp_path / "lora")
+    torch.testing.assert_close(own, there, atol=1e-4, rtol=0)
+    assert not torch.allclose(own, logits(tmp_path / "out"), atol=1e-2), "the adapter says something"
+
+
+def test_a_pair_of_encoder_and_llm_becomes_a_checkpoint_to_train(parts: Path, tmp_path: Path) -> None:
+    vision = f"transformers:{parts / 'siglip'}"
+    done = CliRunner().invoke(app, ["import", str(parts / "mistral"), str(tmp_path / "out"), "--vision", vision])
+    assert done.exit_code == 0, done.output
+    assert Engine.load(tmp_path / "out", device="cpu").reply(ASKED, Sampling(max_new_tokens=2)).num_image_tokens == 32
+
+
+class _Code:
+    def __reduce__(self) -> Any:
+        return (print, ("this code ran",))
+
+
+def test_a_pickle_with_code_is_refused_and_not_run(
+    parts: Path, tokenizer: Any, theirs: tuple[Path, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source = original(parts, tmp_path / "own", tokenizer, theirs[1])
+    (source / "model.safetensors").unlink()
+    torch.save({"model.mm_projector.0.weight": _Code()}, source / "pytorch_model.bin")
+    text = refused(source, tmp_path / "out", template="vicuna_v1")
+    assert "is a pickle that holds code, or is damaged, and was not run" in text
+    assert "this code ran" not in capfd.readouterr().out
+
+
+CHANGED = {
+    "mm_use_im_start_end: True": {"mm_use_im_start_end": True},
+    "image_aspect_ratio: 'anyres'": {"image_aspect_ratio": "anyres"},
+    "mm_vision_select_feature: 'cls_patch'": {"mm_vision_select_feature": "cls_patch"},
+    "names the vision tower '/nowhere'": {"mm_vision_tower": "/nowhere"},
+    "mm_projector_type 'resampler' is not one of": {"mm_projector_type": "resampler"},
+    "its projector does not fit tower and LLM": {"mm_projector_type": "mlp3x_gelu"},
+    "of LLaVA's own, allowed: llava, llava_llama": {"model_type": "llava_mpt"},
+    "lacks 9 weights of its LLM, such as": {"num_hidden_layers": 3},
+    "has weights that its LLM has no place for": {"num_hidden_layers": 1},
+}
+
+
+@pytest.mark.parametrize("reason", CHANGED)
+def test_what_cannot_be_brought_over_exactly_is_refused_by_name(
+    parts: Path, tokenizer: Any, theirs: tuple[Path, Any], tmp_path: Path, reason: str
+) -> None:
+    source = original(parts, tmp_path / "own", tokenizer, theirs[1], **CHANGED[reason])
+    assert reason in refused(source, tmp_path / "out", template="vicuna_v1")
+
+
+def test_other_folders_are_refused_with_what_is_allowed(
+    parts: Path, tokenizer: Any, theirs: tuple[Path, Any], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert "is of type 'llama': no LLaVA" in refused(parts / "llama", out)
+    assert "is no folder, and cannot be had from the hub" in refused("no-one/nothing", out)
+    assert "has no config.json, so nothing says what it is" in refused(tmp_path, out)
+    source = original(parts, tmp_path / "own", tokenizer, theirs[1])
+    assert "its files do not say how conversations are written. Name the one" in refused(source, out)
+    half = Path(shutil.copytree(theirs[0], tmp_path / "half"))
+    weights = load_file(half / "model.safetensors")
+    lost = next(name for name in weights if "multi_modal_projector" in name)
+    save_file({k: v for k, v in weights.items() if k != lost}, half / "model.safetensors", {"format": "pt"})
+    assert "lacks 1 weights, such as model.multi_modal_projector." in refused(half, out)
+    (half / "model.safetensors").unlink()
+    assert "cannot be loaded" in refused(half, out)
+    config = json.loads((half / "config.json").read_text())
+    for change, reason in (
+        ({"model_type": "llava_next"}, "is a LlavaNext: it cuts pictures into tiles"),
+        ({"vision_feature_select_strategy": "full"}, "reads 'full' features of a clip_vision_model"),
+        ({"image_token_index": 3}, "marks pictures with token 3"),
+    ):
+        shutil.copy(theirs[0] / "model.safetensors", half / "model.safetensors")
+        (half / "config.json").write_text(json.dumps({**config, **change}))
+        assert reason in refused(half, out)
+
+
+def test_a_chat_template_that_ends_no_answer_asks_for_another_one(parts: Path, tokenizer: Any, tmp_path: Path) -> None:
+    llava(parts, tmp_path / "theirs", "clip", "llama", tokenizer)
+    template = LISTS.replace("<|end|>", " ")
+    (tmp_path / "theirs" / "chat_template.jinja").write_text(template)
+    text = refused(tmp_path / "theirs", tmp_path / "out")
+    assert "Name the one it was trained with: --template plain or vicuna_v1" in text
+    verdict = imported(tmp_path / "theirs", tmp_path / "out", template="vicuna_v1")
+    assert verdict is not None
+    assert verdict.max_logit_difference <= 1e-4
