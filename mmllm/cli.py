@@ -74,6 +74,21 @@ def check(
 
 
 @app.command()
+def explain(
+    config: Annotated[Path, typer.Argument(help="A YAML file of configs/ with a data section.")],
+    overrides: Annotated[Optional[list[str]], typer.Argument(help="section.key=value ...")] = None,  # noqa: UP045
+    sample: Annotated[Optional[str], typer.Option(help="The id of an example; default: the first one.")] = None,  # noqa: UP045
+    html: Annotated[Optional[Path], typer.Option(help="Also write a page of one file for a browser.")] = None,  # noqa: UP045
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Show what the model will see and be taught from one example, and whether it will be asked the same way."""
+    with report_errors(debug=_debug):
+        from mmllm.inference.explain import run_explain
+
+        run_explain(config, overrides or [], sample=sample, html=html, as_json=as_json)
+
+
+@app.command()
 def chat(
     model: Model,
     image: Annotated[Optional[list[Path]], typer.Option(help="A picture to ask about; may be repeated.")] = None,  # noqa: UP045

@@ -7,14 +7,18 @@ profiles are not applied. What cannot be decoded to the end is an ImageError, so
 
 from __future__ import annotations
 
+import contextlib
 import io
+import re
 import struct
+import warnings
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 # Pillow warns from this many pixels on, see Image.MAX_IMAGE_PIXELS: a quarter of a gigabyte as RGB.
 MAX_PIXELS = 89_478_485
@@ -32,6 +36,7 @@ _DAMAGE = (
     EOFError,
     IndexError,
     TypeError,
+    ArithmeticError,
     struct.error,
     zlib.error,
 )
@@ -47,6 +52,12 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
+# Pillow spreads PNG's grey of fewer bits over 0-255, but leaves the transparent grey as the file has it.
+_STEPS = {"1": 255, "L;2": 85, "L;4": 17}
+
+# Of Pillow's warnings none says more than the picture or the ImageError does, and a million rows would repeat them.
+_PILLOWS_WARNINGS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
+
 
 class ImageError(ValueError):
     """An image that cannot be used; the message names it, says what is wrong and what to do."""
@@ -60,14 +71,27 @@ def load_image(source: str | Path | bytes | Image.Image, *, max_pixels: int = MA
     """
     if max_pixels < 1:
         raise ValueError(f"max_pixels must be at least 1, got {max_pixels}")
-    if isinstance(source, Image.Image):
-        return _decode(source, "the image in memory", max_pixels)
-    if isinstance(source, bytes):
-        return _read(io.BytesIO(source), f"the image given as {len(source):,} bytes", max_pixels)
-    if not isinstance(source, str | Path):
-        raise ImageError(f"an image must be a path, bytes or a PIL image, got {type(source).__name__}")
-    with _open_file(source) as file:
-        return _read(file, _shown(source), max_pixels)
+    with _without_warnings():
+        if isinstance(source, Image.Image):
+            return _decode(source, "the image in memory", max_pixels)
+        if isinstance(source, bytes):
+            return _read(io.BytesIO(source), f"the image given as {len(source):,} bytes", max_pixels)
+        if not isinstance(source, str | Path):
+            raise ImageError(f"an image must be a path, bytes or a PIL image, got {type(source).__name__}")
+        with _open_file(source) as file:
+            return _read(file, _shown(source), max_pixels)
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Like `warnings.catch_warnings`, which would lose or keep filters where several threads read pictures."""
+    filters: list[Any] = warnings.filters  # type: ignore[assignment]
+    filters.insert(0, _PILLOWS_WARNINGS)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):  # where another thread emptied the list meanwhile
+            filters.remove(_PILLOWS_WARNINGS)
 
 
 def _shown(source: str | Path) -> str:
@@ -103,7 +127,7 @@ def _read(file: IO[bytes], name: str, max_pixels: int) -> Image.Image:
             f"{name} is not an image that can be read, it starts with {start!r}; "
             f"give one of {', '.join(FORMATS)}, or copy it again if it should be one"
         ) from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except Image.DecompressionBombError as error:
         raise ImageError(f"{name} has too many pixels ({error}); make it smaller") from error
     except _DAMAGE as error:
         raise ImageError(_damaged(name, error)) from error
@@ -122,6 +146,8 @@ def _decode(picture: Image.Image, name: str, max_pixels: int) -> Image.Image:
         )
     if width * height == 0:
         raise ImageError(f"{name} has no pixels ({width} x {height}); give a picture of at least 1 x 1")
+    tiles = picture.tile if isinstance(picture, ImageFile.ImageFile) else []
+    stored = str(tiles[0].args) if tiles else ""
     try:
         picture.load()
     except AssertionError as error:  # Pillow's, where the file of a picture that was opened is gone
@@ -129,7 +155,7 @@ def _decode(picture: Image.Image, name: str, max_pixels: int) -> Image.Image:
     except _DAMAGE as error:
         raise ImageError(_damaged(name, error)) from error
     turn = _TURNS.get(_orientation(picture))
-    rgb = _to_rgb(picture, name)
+    rgb = _to_rgb(_with_transparent_colour(picture, stored), name)
     if turn is not None:
         rgb = rgb.transpose(turn)
     rgb.info = {}  # it still names the old orientation, and would be turned again when loaded again
@@ -145,11 +171,27 @@ def _orientation(picture: Image.Image) -> int:
     return value if isinstance(value, int) else 1
 
 
+def _with_transparent_colour(picture: Image.Image, stored: str) -> Image.Image:
+    """The picture with PNG's transparent colour in the bits of its pixels; `stored` is Pillow's name of the file's."""
+    transparent = picture.info.get("transparency")
+    if stored in _STEPS and isinstance(transparent, int):
+        transparent *= _STEPS[stored]
+    elif stored == "RGB;16B" and isinstance(transparent, tuple):  # so is every colour that became the same in 8 bits
+        transparent = tuple(value >> 8 for value in transparent)
+    else:
+        return picture
+    picture = picture.copy()
+    picture.info["transparency"] = transparent
+    return picture
+
+
 def _to_rgb(picture: Image.Image, name: str) -> Image.Image:
     if picture.mode == "I" or picture.mode.startswith("I;16"):
         picture = _grey_of_16_bits(picture, name)
     if picture.mode == "F":
         raise ImageError(f"{name} has floating-point pixels, for which no white is defined; save it with 8 or 16 bits")
+    if picture.mode in ("P", "PA") and picture.palette is None:
+        raise ImageError(f"{name} has colours of a palette but no palette; save it as RGB")
     try:
         if not picture.has_transparency_data:
             return picture.convert("RGB")

@@ -81,6 +81,14 @@ def load_pixels(processor: VisionLanguageProcessor, images: Sequence[str | Path 
     return pixels.float()
 
 
+def as_seen(transform: Any, image: str | Path | Image.Image) -> Image.Image:
+    """The picture that a tower with this transform sees: its pixel values, back in 0-255. Raises ImageError."""
+    pixels = transform([load_image(image)], return_tensors="pt")["pixel_values"][0].float().numpy()
+    mean, std = np.array(transform.image_mean), np.array(transform.image_std)
+    values = pixels.transpose(1, 2, 0) * std + mean
+    return Image.fromarray(np.clip(values * 255 + 0.5, 0, 255).astype(np.uint8))
+
+
 def find_device(name: str | None) -> torch.device:
     """The device of this name, or a GPU where there is one. Raises ValueError where this machine has no such device."""
     if name is None:
@@ -133,11 +141,7 @@ class Engine:
 
     def seen(self, image: str | Path | Image.Image) -> Image.Image:
         """The picture as the vision tower sees it: resized, cropped or padded, values back in 0-255."""
-        pixels = load_pixels(self.processor, [image])[0].numpy()
-        transform = self.processor.image_processor
-        mean, std = np.array(transform.image_mean), np.array(transform.image_std)
-        values = pixels.transpose(1, 2, 0) * std + mean
-        return Image.fromarray(np.clip(values * 255 + 0.5, 0, 255).astype(np.uint8))
+        return as_seen(self.processor.image_processor, image)
 
     def inputs(self, rendered: Sequence[Rendered], images: Sequence[str | Image.Image]) -> dict[str, Tensor]:
         """Prompts padded on the left, whatever the tokenizer says, and their pictures one behind the other."""
