@@ -181,6 +181,6 @@ that differ by at most {verdict.max_logit_difference:.1e}, and the same greedy a
     question = {{"type": "text", "text": "\\nWhat is in the picture?"}}
     print(chat(text=[{{"role": "user", "content": [picture, question]}}], max_new_tokens=64))
 
-    transformers serve --force-model {out.name}
+    transformers serve {out.name}
     vllm serve {out.name}
 """
