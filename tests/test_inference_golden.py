@@ -16,7 +16,8 @@ from test_inference_doctor import examine, states
 from tiny_runs import train_in_process
 
 from mmllm.inference import golden
-from mmllm.inference.engine import Engine
+from mmllm.inference.conversation import Conversation
+from mmllm.inference.engine import Engine, Sampling
 from mmllm.inference.golden import GOLDEN, Check, make_golden, precision_of, read_golden, verify_golden
 from mmllm.model.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, write_manifest
 
@@ -212,3 +213,19 @@ def test_a_checkpoint_saved_without_them_loads(copy: Path) -> None:
     save_checkpoint(copy, model, processor, card="")
     assert verify_golden(model, processor, copy) == []
     Engine.load(copy, device="cpu")
+
+
+def test_an_answer_never_holds_the_token_that_stands_for_a_picture(tiny_checkpoint: Path) -> None:
+    model, processor, _ = load_checkpoint(tiny_checkpoint)
+    favoured = torch.nn.Linear(32, model.language_model.config.vocab_size)
+    favoured.load_state_dict({"weight": model.language_model.lm_head.weight, "bias": torch.zeros_like(favoured.bias)})
+    with torch.no_grad():
+        favoured.bias[processor.image_token_id] = 1e4
+    model.language_model.lm_head = favoured
+    engine = Engine(model, processor, name="favours <image>")
+    answers = json.loads(make_golden(engine)[GOLDEN])["answers"]
+    assert [answer["text"] for answer in answers] == [
+        answer.text for answer in (read_golden(tiny_checkpoint) or pytest.fail("none")).answers
+    ]
+    reply = engine.reply(Conversation().ask(answers[2]["question"]), Sampling(max_new_tokens=golden.NUM_TOKENS))
+    assert reply.text == answers[2]["text"]

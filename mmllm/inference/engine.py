@@ -243,29 +243,27 @@ class Engine:
         """The whole reply to one conversation."""
         return self.reply_batch([example], sampling)[0]
 
-    def answer_ids(self, examples: Sequence[Example], sampling: Sampling = GREEDY) -> list[tuple[Rendered, list[int]]]:
-        """(prompt, token ids of the reply) of several conversations in one batch; the end token is the last id."""
-        rendered = [self._render(example, sampling) for example in examples]
-        inputs = self._inputs(rendered, [image for example in examples for image in example.images])
-        with self._lock:
-            generated = self._generate(inputs, sampling).tolist()
-        end = self.renderer.end_token_id
-        cut = [row[: row.index(end) + 1] if end in row else row for row in generated]
-        return list(zip(rendered, cut, strict=True))
-
     def reply_batch(self, examples: Sequence[Example], sampling: Sampling = GREEDY) -> list[Reply]:
         """Replies to several conversations in one batch, the same as one by one."""
         if not examples:
             return []
         begun = time.monotonic()
-        return [
-            Reply(
-                self.renderer.decode(ids),
-                self._finish(ids, None),
-                len(rendered.input_ids),
-                rendered.num_image_tokens,
-                len(ids),
-                time.monotonic() - begun,
+        rendered = [self._render(example, sampling) for example in examples]
+        inputs = self._inputs(rendered, [image for example in examples for image in example.images])
+        with self._lock:
+            generated = self._generate(inputs, sampling).tolist()
+        replies = []
+        for one, row in zip(rendered, generated, strict=True):
+            end = self.renderer.end_token_id
+            ids = row[: row.index(end) + 1] if end in row else row
+            replies.append(
+                Reply(
+                    self.renderer.decode(ids),
+                    self._finish(ids, None),
+                    len(one.input_ids),
+                    one.num_image_tokens,
+                    len(ids),
+                    time.monotonic() - begun,
+                )
             )
-            for rendered, ids in self.answer_ids(examples, sampling)
-        ]
+        return replies

@@ -17,7 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from mmllm.config import ConfigError, ModelConfig
@@ -168,12 +167,11 @@ def check_full_precision(language_model: Any) -> None:
     """
     quantised = getattr(language_model.get_base_model().config, "quantization_config", None)
     kinds = set()
-    for module in language_model.modules():
-        if hasattr(module, "lora_A"):
-            weight = module.get_base_layer().weight
-            is_plain = type(weight) in (Tensor, nn.Parameter)
-            kinds.add(str(weight.dtype).removeprefix("torch.") if is_plain else type(weight).__name__)
-    if quantised or kinds != {str(torch.float32).removeprefix("torch.")}:
+    for name, parameter in language_model.get_base_model().named_parameters():
+        if ".base_layer." in name and ".lora_" not in name:  # what an adapter lies on
+            is_plain = type(parameter) is nn.Parameter  # libraries keep quantised weights in classes of their own
+            kinds.add(str(parameter.dtype).removeprefix("torch.") if is_plain else type(parameter).__name__)
+    if quantised or kinds != {"float32"}:
         found = "quantised" if quantised else f"in {', '.join(sorted(kinds))}"
         raise ConfigError(
             f"the base of this adapter is loaded {found}; merging needs its full precision, float32: load it so"
