@@ -98,11 +98,24 @@ def batched_replies() -> dict[str, float]:
     return {"batch of 32": ours, "one by one": theirs, "ratio": theirs / ours}
 
 
+def golden_answers() -> dict[str, float]:
+    """Loading a checkpoint against verifying its golden answers, prompts and pictures after that."""
+    from mmllm.inference.golden import read_golden, verify_golden
+    from mmllm.model.checkpoint import load_checkpoint
+
+    folder = "runs/tiny/stage2"
+    assert read_golden(folder), f"{folder} has no golden answers; train it again"
+    model, processor, _ = load_checkpoint(folder)
+    ours, theirs = side_by_side(lambda: verify_golden(model, processor, folder), lambda: load_checkpoint(folder))
+    return {"verifying": ours, "loading": theirs, "ratio": theirs / ours}
+
+
 BENCHES: dict[str, Callable[[], dict[str, float]]] = {
     "supervised_rows": supervised_rows,
     "feature_cache": feature_cache,
     "attention": attention,
     "batched_replies": batched_replies,
+    "golden_answers": golden_answers,
 }
 
 

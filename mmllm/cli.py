@@ -165,6 +165,23 @@ def evaluate(
 
 
 @app.command()
+def merge(
+    model: Annotated[Path, typer.Argument(help="A checkpoint that a LoRA run left.")],
+    out: Annotated[Path, typer.Argument(help="A new folder, for the same model as one checkpoint without adapter.")],
+    device: Device = None,
+) -> None:
+    """Merge a LoRA adapter into its base in full precision, and prove that the model has stayed the same."""
+    with report_errors(debug=_debug):
+        from mmllm.training.lora import merge_checkpoint
+
+        found = merge_checkpoint(model, out, device=device)
+        print(
+            f"{out}: merged; on the golden prompts no logit moved by more than {found['moved']:.2g} "
+            f"(the largest is {found['largest_logit']:.3g})"
+        )
+
+
+@app.command()
 def demo(
     model: Model,
     port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 7860,

@@ -23,6 +23,7 @@ from mmllm.inference.doctor import CORE, EXTRAS, package_finding
 from mmllm.model.checkpoint import load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).parent.parent
+GOLDEN = ("golden prompts", "golden pictures", "golden answers")
 
 
 def examine(*arguments: object) -> tuple[int, dict[tuple[str, str], dict]]:
@@ -121,7 +122,7 @@ def test_a_package_that_does_not_import_is_a_line_of_the_report(
 def test_a_good_checkpoint_passes_every_step(checkpoint: Path) -> None:
     status, findings = examine(checkpoint)
     assert status == 0
-    assert states(findings, "model") == dict.fromkeys(("manifest", "files", "loading", "answer"), "ok")
+    assert states(findings, "model") == dict.fromkeys(("manifest", "files", "loading", *GOLDEN, "answer"), "ok")
     assert "4 image tokens" in findings["model", "loading"]["text"]
     assert "red circle" in findings["model", "answer"]["text"]
     text = CliRunner().invoke(app, ["doctor", str(checkpoint)]).stdout
@@ -132,7 +133,9 @@ def test_a_changed_file_is_named_and_the_rest_still_tried(checkpoint: Path) -> N
     (checkpoint / "README.md").write_text("changed")
     status, findings = examine(checkpoint)
     assert status == 1
-    assert states(findings, "model") == {"manifest": "ok", "files": "broken", "loading": "ok", "answer": "ok"}
+    assert states(findings, "model") == {
+        "manifest": "ok", "files": "broken", "loading": "ok", **dict.fromkeys(GOLDEN, "ok"), "answer": "ok"
+    }  # fmt: skip
     assert "README.md" in findings["model", "files"]["text"]
 
 
@@ -156,6 +159,16 @@ def test_weights_that_are_no_numbers_are_found(checkpoint: Path) -> None:
     assert status == 1
     assert findings["model", "files"]["state"] == "ok"
     assert "not all numbers are finite in projector." in findings["model", "loading"]["text"]
+
+
+def test_a_checkpoint_of_an_older_version_works_and_has_no_golden_answers(checkpoint: Path) -> None:
+    model, processor, _ = load_checkpoint(checkpoint)
+    save_checkpoint(checkpoint, model, processor, card="")
+    status, findings = examine(checkpoint)
+    assert status == 0
+    assert findings["model", "golden answers"]["state"] == "note"
+    assert findings["model", "golden answers"]["text"].startswith("none: it was saved by an older version")
+    assert findings["model", "answer"]["state"] == "ok"
 
 
 def test_a_folder_without_model_is_a_line_of_the_report(tmp_path: Path) -> None:

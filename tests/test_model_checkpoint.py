@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from torch import Tensor
 from mmllm.model.checkpoint import (
     MANIFEST,
     CheckpointError,
+    file_hash,
     load_checkpoint,
     read_manifest,
     save_checkpoint,
@@ -113,9 +117,10 @@ def test_a_damaged_file_is_named(copy: Path, name: str) -> None:
 
 def test_the_manifest_vouches_for_every_file(tiny_checkpoint: Path) -> None:
     manifest = read_manifest(tiny_checkpoint)
-    files = {path.name for path in tiny_checkpoint.iterdir() if path.is_file()} - {MANIFEST}
-    assert set(manifest["files"]) == files
+    files = {str(path.relative_to(tiny_checkpoint)) for path in tiny_checkpoint.rglob("*") if path.is_file()}
+    assert set(manifest["files"]) == files - {MANIFEST}
     assert {WEIGHTS, "config.json", "tokenizer.json", "chat_template.jinja", "processor_config.json"} <= files
+    assert {"golden.json", "golden/picture_1.png"} <= files, "those in folders too"
     assert verify_files(tiny_checkpoint) == []
 
 
@@ -131,3 +136,65 @@ def test_a_save_that_fails_leaves_the_old_checkpoint_as_it_was(copy: Path) -> No
     save_checkpoint(copy, model, processor, card="new")
     assert (copy / "README.md").read_text() == "new"
     assert torch.equal(*(next(m.projector.parameters()) for m in (model, load_checkpoint(copy)[0])))
+
+
+def test_a_new_checkpoint_leaves_nothing_of_the_old_one(copy: Path) -> None:
+    model, processor, _ = load_checkpoint(copy)
+    (copy / "samples").mkdir()
+    (copy / "log.jsonl").write_text("{}")
+    save_checkpoint(copy, model, processor, card="", files={"notes/one.txt": b"1"})
+    assert not (copy / "golden").exists()
+    assert not (copy / "golden.json").exists()
+    assert (copy / "log.jsonl").is_file(), "what is not the checkpoint's stays"
+    assert read_manifest(copy)["files"]["notes/one.txt"] == file_hash(copy / "notes" / "one.txt")
+    assert sorted(path.name for path in copy.iterdir() if path.name.startswith("checkpoint.")) == []
+
+
+def save_elsewhere(out: Path, source: Path, number: int, *, kill_at: int = 0) -> multiprocessing.Process:
+    """A process that saves `source` changed into `out` six times, or kills itself as it moves so many files there."""
+
+    def work() -> None:
+        model, processor, _ = load_checkpoint(source)
+        with torch.no_grad():
+            next(model.projector.parameters()).add_(number)
+        whole, moves = Path.replace, []
+
+        def replace(self: Path, target: Path) -> Path:
+            moves.append(target)
+            if len(moves) == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return whole(self, target)
+
+        Path.replace = replace  # type: ignore[method-assign]
+        for _ in range(1 if kill_at else 6):
+            save_checkpoint(out, model, processor, card=str(number), files={"golden/x": bytes(number)})
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    return process  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("kill_at", [1, 2, 5])
+def test_a_save_that_is_killed_leaves_the_old_checkpoint_or_one_that_is_not_finished(copy: Path, kill_at: int) -> None:
+    process = save_elsewhere(copy, copy, 1, kill_at=kill_at)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    if kill_at == 1:  # the manifest of the part that is being written
+        assert verify_files(copy) == []
+        assert load_checkpoint(copy)[2]["origin"]
+    else:
+        assert "is not a finished checkpoint: it has no manifest.json" in refused(copy)
+
+
+def test_of_two_processes_that_save_at_once_one_is_whole(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    both = [save_elsewhere(out, tiny_checkpoint, number) for number in (1, 2)]
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
+    assert verify_files(out) == []
+    model = load_checkpoint(out)[0]
+    number = int((out / "README.md").read_text())
+    added = next(model.projector.parameters()) - next(load_checkpoint(tiny_checkpoint)[0].projector.parameters())
+    torch.testing.assert_close(added, torch.full_like(added, number), atol=1e-5, rtol=0)
+    assert sorted(path.name for path in out.iterdir() if path.name.startswith("checkpoint.")) == []

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from tiny import model_config
 from tiny_runs import log_of, losses_of, settings_of, train_in_process, weights_of
 from torch import Tensor
@@ -18,7 +17,7 @@ from mmllm.batch import Example, message
 from mmllm.config import ConfigError
 from mmllm.inference.engine import Engine, Sampling
 from mmllm.model.build import build_model
-from mmllm.model.checkpoint import load_checkpoint, read_manifest, verify_files
+from mmllm.model.checkpoint import read_manifest
 from mmllm.training.stages import ConversationStage
 
 CACHED = "data.cache_features=true"
@@ -101,39 +100,6 @@ def test_a_model_without_encoder_learns_from_raw_patches(tiny_runs: Path, tmp_pa
         train_in_process(tiny_runs / "stage1.yaml", tmp_path / "none", *train, *source)
 
 
-def test_lora_moves_its_adapters_and_the_projector_and_is_merged_exactly(
-    tiny_runs: Path, tmp_path: Path, untrained: dict[str, Tensor]
-) -> None:
-    overrides = ("lora.rank=4", "lora.alpha=8", "lora.dropout=0.1")
-    stage = ConversationStage(settings_of(tiny_runs / "stage2.yaml", tmp_path, *overrides))
-    assert all("lora_" in name for name, _ in stage.parts["language"])
-    assert all(name.startswith("projector.") for name, _ in stage.parts["projector"])
-    trained = {name for named in stage.parts.values() for name, _ in named}
-    assert trained == {name for name, p in stage.model.named_parameters() if p.requires_grad}
-
-    out = train_in_process(tiny_runs / "stage2.yaml", tmp_path / "out", *overrides)
-    after = weights_of(out)
-    linear = {
-        f"language_model.model.layers.{layer}.{part}_proj.weight"
-        for layer in (0, 1)
-        for part in ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")
-    }
-    assert moved(untrained, after) == linear | {name for name in untrained if name.startswith("projector.")}
-    adapter = load_file(out / "adapter" / "adapter_model.safetensors")
-    first = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
-    name = "language_model.model.layers.0.self_attn.q_proj.weight"
-    update = 8 / 4 * adapter[first.format("B")] @ adapter[first.format("A")]
-    torch.testing.assert_close(after[name], untrained[name] + update)
-    model = load_checkpoint(out)[0]
-    assert not any("lora" in part for part, _ in model.named_modules())
-    assert verify_files(out) == []
-
-
-def test_lora_on_layers_that_are_not_there_is_refused(tiny_runs: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"lora.target_modules: .*query_layer"):
-        ConversationStage(settings_of(tiny_runs / "stage2.yaml", tmp_path, "lora.target_modules=[query_layer]"))
-
-
 def test_cached_features_give_the_loss_of_the_tower(tiny_runs: Path, tmp_path: Path) -> None:
     config, slow = tiny_runs / "stage2.yaml", "optim.learning_rates={projector: 1e-4, language: 1e-4}"
     plain = train_in_process(config, tmp_path / "a" / "plain", slow)
@@ -202,7 +168,13 @@ def test_a_run_leaves_a_log_a_plot_its_settings_and_a_card(stage1: Path) -> None
     assert settings_of(stage1 / "config.yaml", stage1).stage == "stage1"
     assert manifest["figures"]["val_loss"] == log_of(stage1)[-1]["val_loss"]
     card = (stage1 / "README.md").read_text()
-    for text in (f"mmllm chat {stage1}", f"mmllm train {stage1}/config.yaml out=NEW_FOLDER", "16 examples"):
+    for text in (
+        f"mmllm chat {stage1}",
+        f"mmllm doctor {stage1}",
+        "no adapter to merge",
+        f"mmllm train {stage1}/config.yaml out=NEW_FOLDER",
+        "16 examples",
+    ):
         assert text in card
 
 

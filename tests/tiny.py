@@ -14,6 +14,8 @@ from PIL import Image
 
 from mmllm.batch import IMAGE_TOKEN
 from mmllm.config import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
+from mmllm.inference.engine import Engine
+from mmllm.inference.golden import make_golden
 from mmllm.model.build import build_model
 from mmllm.model.checkpoint import save_checkpoint
 from mmllm.scenes.talk import about_one, as_text
@@ -95,5 +97,8 @@ def make_checkpoint(folder: Path, parts: Path) -> Path:
     """A checkpoint as a stage saves one."""
     torch.manual_seed(0)
     model, processor, origin = build_model(model_config(parts))
-    save_checkpoint(folder, model, processor, card="A model of random weights, for tests.\n", origin=origin)
+    model.eval()
+    files = make_golden(Engine(model, processor, name="tiny"))
+    card = "A model of random weights, for tests.\n"
+    save_checkpoint(folder, model, processor, card=card, files=files, origin=origin)
     return folder

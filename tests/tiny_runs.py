@@ -79,7 +79,9 @@ def train_in_process(path: Path, out: Path, *overrides: str) -> Path:
 
 
 def weights_of(out: Path) -> dict[str, Tensor]:
-    return load_file(out / "model.safetensors")
+    """All tensors of a checkpoint, an adapter's with them."""
+    files = [out / "model.safetensors", *(out / "adapter").glob("*.safetensors")]
+    return {name: value for file in files for name, value in load_file(file).items()}
 
 
 def log_of(out: Path) -> list[dict[str, Any]]:

@@ -19,6 +19,8 @@ from typing import Any, Literal
 CORE = {
     "accelerate": "training on one or many devices",
     "datasets": "readers of data sets",
+    "filelock": "one save at a time",
+    "fsspec": "data on other file systems",
     "matplotlib": "loss curves, and the fonts of drawn text",
     "numpy": "arrays",
     "omegaconf": "settings",
@@ -37,8 +39,10 @@ CORE = {
 EXTRAS = {
     "demo": {"gradio": "the chat page"},
     "lora": {"peft": "LoRA in stage 2"},
+    "tars": {"webdataset": "tar files of examples"},
     "track": {"tensorboard": "curves in TensorBoard"},
     "dev": {
+        "hypothesis": "property tests",
         "mypy": "type checks",
         "playwright": "tests of the page",
         "pre-commit": "checks before a commit",
@@ -217,12 +221,11 @@ def _files() -> Iterator[Finding]:
 
 
 def _model(folder: Path) -> Iterator[Finding]:
-    """Manifest, hashes, weights and one answer; what follows from a failure is not tried."""
+    """Manifest, hashes, weights, golden answers and one new answer; what follows from a failure is not tried."""
     steps: tuple[tuple[str, Callable[[Path, dict[str, Any]], str]], ...] = (
         ("manifest", _read_manifest),
         ("files", _verify_files),
         ("loading", _load_engine),
-        ("answer", _answer),
     )
     loaded: dict[str, Any] = {}
     for name, step in steps:
@@ -230,6 +233,8 @@ def _model(folder: Path) -> Iterator[Finding]:
         yield finding
         if finding.state == "broken" and name != "files":
             return
+    yield from _golden(folder, loaded["engine"])
+    yield _attempt("model", "answer", lambda: _answer(loaded["engine"]))
 
 
 def _read_manifest(folder: Path, loaded: dict[str, Any]) -> str:
@@ -237,9 +242,10 @@ def _read_manifest(folder: Path, loaded: dict[str, Any]) -> str:
 
     manifest = read_manifest(folder)
     versions = manifest.get("versions", {})
+    based = f"; an adapter on {manifest['base']['source']}" if "base" in manifest else ""
     origin = ", ".join(f"{part}: {source}" for part, source in manifest.get("origin", {}).items()) or "unknown origin"
     written = f"written with transformers {versions.get('transformers', '?')}"
-    return f"{folder}: format {manifest['format_version']}; {origin}; {written}"
+    return f"{folder}: format {manifest['format_version']}; {origin}{based}; {written}"
 
 
 def _verify_files(folder: Path, loaded: dict[str, Any]) -> str:
@@ -255,7 +261,7 @@ def _load_engine(folder: Path, loaded: dict[str, Any]) -> str:
 
     from mmllm.inference.engine import Engine
 
-    engine = loaded["engine"] = Engine.load(folder)
+    engine = loaded["engine"] = Engine.load(folder, verify=False)
     parameters = dict(engine.model.named_parameters())
     broken = [name for name, value in parameters.items() if not bool(torch.isfinite(value).all())]
     if broken:
@@ -266,7 +272,23 @@ def _load_engine(folder: Path, loaded: dict[str, Any]) -> str:
     return f"{count / 1e6:,.2f}M parameters, {engine.processor.num_image_tokens} image tokens a picture"
 
 
-def _answer(folder: Path, loaded: dict[str, Any]) -> str:
+def _golden(folder: Path, engine: Any) -> Iterator[Finding]:
+    """Whether prompts, pictures and answers are what they were when the checkpoint was saved, a line for each."""
+    from mmllm.inference.golden import verify_golden
+
+    try:
+        checks = verify_golden(engine.model, engine.processor, folder)
+    except FAILURES as error:
+        yield Finding("model", "golden answers", "broken", str(error) or type(error).__name__)
+        return
+    for check in checks:
+        yield Finding("model", f"golden {check.part}", "ok" if check.holds else "broken", check.text)
+    if not checks:
+        text = "none: it was saved by an older version, so only the hashes of its files tell whether it has changed"
+        yield Finding("model", "golden answers", "note", text)
+
+
+def _answer(engine: Any) -> str:
     """One question about a drawn picture. Whether the answer is right is what `mmllm eval` measures."""
     from mmllm.inference.conversation import Conversation
     from mmllm.inference.engine import Sampling
@@ -277,7 +299,7 @@ def _answer(folder: Path, loaded: dict[str, Any]) -> str:
     rng = random.Random(0)
     scene = Scene("objects", things=(Thing("circle", "red", "large", "center"),))
     turn = ask_attribute("color")(scene, rng)[0]
-    reply = loaded["engine"].reply(Conversation().ask(turn.question, [draw(scene, rng)]), Sampling(max_new_tokens=16))
+    reply = engine.reply(Conversation().ask(turn.question, [draw(scene, rng)]), Sampling(max_new_tokens=16))
     if not reply.num_new_tokens:
         raise ValueError(f"no token came out for {turn.question!r}")
     speed = reply.num_new_tokens / max(reply.seconds, 1e-9)

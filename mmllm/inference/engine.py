@@ -107,20 +107,33 @@ class Engine:
 
     def __init__(self, model: VisionLanguageModel, processor: VisionLanguageProcessor, *, name: str):
         self.model, self.processor, self.name = model, processor, name
-        self.renderer = Renderer(
+        self.renderer = self.renderer_of(processor)
+        self._lock = threading.Lock()
+
+    @staticmethod
+    def renderer_of(processor: VisionLanguageProcessor) -> Renderer:
+        """The renderer that a checkpoint's own processor describes. Raises ChatError."""
+        return Renderer(
             processor.tokenizer,
             processor.template,
             image_token_id=processor.image_token_id,
             num_image_tokens=processor.num_image_tokens,
         )
-        self._lock = threading.Lock()
 
     @staticmethod
-    def load(path: str | Path, *, device: str | None = None) -> Engine:
-        """The engine of a checkpoint, in bf16 on a GPU and fp32 elsewhere. Raises CheckpointError, ValueError."""
+    def load(path: str | Path, *, device: str | None = None, verify: bool = True) -> Engine:
+        """The engine of a checkpoint, in bf16 on a GPU and fp32 elsewhere. Raises CheckpointError, ValueError.
+
+        With `verify` one that does not give its golden answers is refused. For the small model that takes 0.03 s,
+        where the files take 0.08 s and the first import of the libraries a second; see CHEAP_PARAMETERS for large ones.
+        """
+        from mmllm.inference.golden import require_golden  # which asks engines, so it cannot be imported before
+
         place = find_device(device)
         model, processor, _ = load_checkpoint(path)
         model = model.to(place, torch.bfloat16 if place.type == "cuda" else torch.float32)
+        if verify:
+            require_golden(model, processor, path)
         return Engine(model, processor, name=Path(path).resolve().name)
 
     def settle(self) -> None:
@@ -184,6 +197,7 @@ class Engine:
                 max_new_tokens=min(sampling.max_new_tokens, room),
                 eos_token_id=self.renderer.end_token_id,
                 pad_token_id=int(self.processor.tokenizer.pad_token_id),
+                suppress_tokens=[self.renderer.image_token_id],  # it stands for a picture, and an answer has none
             )
         return generated[:, inputs["input_ids"].shape[1] :]
 

@@ -1,34 +1,41 @@
 """Checkpoint directories: written whole or not at all, and read strictly.
 
 `manifest.json` is written last: a directory that has one is complete. It says what the checkpoint is, so nothing is
-ever guessed from a folder's name.
+ever guessed from a folder's name. One with a `base` is a LoRA checkpoint, see mmllm/model/adapter.py.
 """
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
+import os
 import shutil
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from mmllm.model.adapter import (
+    CHECKPOINT,
+    MANIFEST,
+    CheckpointError,
+    attach_adapter,
+    file_hash,
+    find_base,
+    merge_adapter,
+    own_tensors,
+    save_adapter,
+)
 from mmllm.model.language import quiet_transformers
 from mmllm.model.processor import VisionLanguageProcessor
-from mmllm.model.vlm import VisionLanguageModel
+from mmllm.model.vlm import VisionLanguageConfig, VisionLanguageModel
 
-MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 KIND = "vision-language-model"
-
-
-class CheckpointError(ValueError):
-    """A directory that is not a complete checkpoint of this project."""
-
-
-def file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def library_versions() -> dict[str, str]:
@@ -42,11 +49,13 @@ def library_versions() -> dict[str, str]:
     return found
 
 
+def _files(folder: Path) -> Iterator[str]:
+    yield from sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
 def write_manifest(folder: Path, **facts: Any) -> None:
-    """The manifest of all files now in the folder, written as the last of them."""
-    files = {
-        path.name: file_hash(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name != MANIFEST
-    }
+    """The manifest of all files now in the folder and below, written as the last of them."""
+    files = {name: file_hash(folder / name) for name in _files(folder) if name != MANIFEST}
     manifest = {"kind": KIND, "format_version": FORMAT_VERSION, **facts, "versions": library_versions(), "files": files}
     partial = folder / (MANIFEST + ".part")
     partial.write_text(json.dumps(manifest, indent=2) + "\n")
@@ -90,38 +99,99 @@ def verify_files(folder: str | Path) -> list[str]:
 
 
 def save_checkpoint(
-    folder: str | Path, model: VisionLanguageModel, processor: VisionLanguageProcessor, *, card: str, **facts: Any
+    folder: str | Path,
+    model: VisionLanguageModel,
+    processor: VisionLanguageProcessor,
+    *,
+    card: str,
+    files: Mapping[str, bytes] | None = None,
+    base: dict[str, Any] | None = None,
+    **facts: Any,
 ) -> None:
-    """Writes a checkpoint beside its place first and moves it there file by file, the manifest last."""
+    """Writes a checkpoint beside its place first and moves it there entry by entry, the manifest last.
+
+    Killed at any point, the folder holds the old checkpoint, the new one, or none that has a manifest. Of two
+    processes that save into one folder the second waits for the first.
+
+    Args:
+        files: more files to keep in it, by their paths inside the folder.
+        base: of a model with adapters, what `describe_base` said; its weights are not saved again.
+    """
     folder = Path(folder)
-    partial = folder / "checkpoint.part"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    partial, lock = folder / "checkpoint.part", folder / "checkpoint.lock"
+    with FileLock(lock):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        try:
+            _write(partial, model, processor, base)
+            for name, content in {"README.md": card.encode(), **(files or {})}.items():
+                (partial / name).parent.mkdir(exist_ok=True)
+                (partial / name).write_bytes(content)
+            if base is not None:
+                facts["base"] = {**base, "relative": os.path.relpath(base["path"], folder.resolve())}
+            write_manifest(partial, **facts)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)  # what cannot be used shall not fill the disk
+            raise
+        _move_in(partial, folder)
+        lock.unlink()  # while it is held: who waits for it sees that it is gone and takes a new one
+
+
+def _write(folder: Path, model: VisionLanguageModel, processor: VisionLanguageProcessor, base: Any) -> None:
+    with quiet_transformers():
+        if base is None:
+            model.save_pretrained(folder)
+        else:
+            model.save_pretrained(folder, state_dict=own_tensors(model, base))
+            save_adapter(model, folder, base)
+    processor.save_pretrained(folder)
+
+
+def _move_in(partial: Path, folder: Path) -> None:
+    """Puts a whole checkpoint in the place of the one that was in the folder, of which nothing stays behind."""
     try:
-        with quiet_transformers():
-            model.save_pretrained(partial)
-        processor.save_pretrained(partial)
-        (partial / "README.md").write_text(card)
-        write_manifest(partial, **facts)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)  # what cannot be used shall not fill the disk
-        raise
+        old = {folder / Path(name).parts[0] for name in read_manifest(folder)["files"]}
+    except CheckpointError:
+        old = set()
     (folder / MANIFEST).unlink(missing_ok=True)
+    for path in old | {folder / path.name for path in partial.iterdir()}:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
     for path in sorted(partial.iterdir(), key=lambda path: path.name == MANIFEST):
         path.replace(folder / path.name)
     partial.rmdir()
 
 
 def load_checkpoint(folder: str | Path) -> tuple[VisionLanguageModel, VisionLanguageProcessor, dict[str, Any]]:
-    """(model in evaluation mode, processor, manifest). A tensor missing, unexpected or misshapen is an error."""
+    """(model in evaluation mode, processor, manifest). A tensor missing, unexpected or misshapen is an error.
+
+    A LoRA checkpoint comes with its adapter unmerged, on the base that its manifest names.
+    """
+    folder = Path(folder)
     manifest = read_manifest(folder)
-    try:
-        with quiet_transformers():
-            model, report = VisionLanguageModel.from_pretrained(
-                folder, output_loading_info=True, ignore_mismatched_sizes=True
-            )
+    base = manifest.get("base")
+    base_tensors = None if base is None else _base_tensors(find_base(folder, base), base)
+    with _readers_errors(folder), quiet_transformers():
+        model, report = _build(folder, base_tensors)
         processor = VisionLanguageProcessor.from_pretrained(folder)
-    except Exception as error:  # readers of other packages fail with whatever they like on a damaged file
+    _check_report(folder, report)
+    if base is not None:
+        with _readers_errors(folder):
+            attach_adapter(model, folder)
+    return model.eval(), processor, manifest
+
+
+@contextlib.contextmanager
+def _readers_errors(folder: Path) -> Iterator[None]:
+    """Readers of other packages fail with whatever they like on a damaged file: said as a CheckpointError."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
         if damaged := verify_files(folder):
             raise CheckpointError(
                 f"{folder} is damaged: {', '.join(damaged)} is not what its manifest says; copy the folder again"
@@ -129,9 +199,57 @@ def load_checkpoint(folder: str | Path) -> tuple[VisionLanguageModel, VisionLang
         if isinstance(error, OSError | RuntimeError | ValueError | KeyError):
             raise CheckpointError(f"{folder} cannot be loaded: {error}") from error
         raise
+
+
+def _build(folder: Path, base_tensors: dict[str, Tensor] | None) -> tuple[VisionLanguageModel, dict[str, Any]]:
+    """(model, transformers' report of the tensors) of a whole checkpoint, or of a base's tensors and the folder's."""
+    options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    if base_tensors is None:
+        return VisionLanguageModel.from_pretrained(folder, **options)  # type: ignore[no-any-return]
+    from safetensors.torch import load_file
+    from transformers import GenerationConfig
+
+    own = {name: value for path in sorted(folder.glob("*.safetensors")) for name, value in load_file(path).items()}
+    # a tied tensor has two names: where the checkpoint holds one of them, the base's other one is old as well
+    replaced = {base_tensors[name].data_ptr() for name in own if name in base_tensors}
+    tensors = {name: value for name, value in base_tensors.items() if value.data_ptr() not in replaced} | own
+    config = VisionLanguageConfig.from_pretrained(folder)
+    model, report = VisionLanguageModel.from_pretrained(None, config=config, state_dict=tensors, **options)
+    model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model, report
+
+
+def _base_tensors(place: Path, base: dict[str, Any]) -> dict[str, Tensor]:
+    """The LLM of a base, by the names that its tensors have in the whole model."""
+    if base["kind"] == CHECKPOINT:
+        model, _, manifest = load_checkpoint(place)
+        if "base" in manifest:
+            merge_adapter(model)
+        language = model.language_model
+    else:
+        from transformers import AutoModelForCausalLM
+
+        with quiet_transformers():
+            language = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
+    return {f"language_model.{name}": value for name, value in language.state_dict().items()}
+
+
+def _check_report(folder: Path, report: dict[str, Any]) -> None:
     sizes = [f"{name} {list(saved)} for {list(own)}" for name, saved, own in report["mismatched_keys"]]
     for what, keys in {**report, "mismatched_keys": sizes}.items():
         if names := sorted(map(str, keys)):
             shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
             raise CheckpointError(f"{folder} does not fit its config, {what.replace('_', ' ')}: {shown}")
-    return model.eval(), processor, manifest
+
+
+__all__ = [
+    "MANIFEST",
+    "CheckpointError",
+    "file_hash",
+    "library_versions",
+    "load_checkpoint",
+    "read_manifest",
+    "save_checkpoint",
+    "verify_files",
+    "write_manifest",
+]

@@ -1,11 +1,19 @@
-"""LoRA on the LLM through peft. Paper: https://arxiv.org/abs/2106.09685"""
+"""LoRA on the LLM through peft: adding adapters, and merging a finished checkpoint's. Paper: https://arxiv.org/abs/2106.09685"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from mmllm.config import ConfigError, LoraConfig
+from mmllm.inference.engine import find_device
+from mmllm.inference.golden import all_logits, read_golden, require_golden, with_logits
+from mmllm.model.adapter import merge_adapter, quiet_peft
+from mmllm.model.checkpoint import CheckpointError, load_checkpoint, read_manifest, save_checkpoint
 from mmllm.model.vlm import VisionLanguageModel
+from mmllm.training.card import model_card
+
+MERGE_TOLERANCE = 1e-4  # of the largest logit
 
 
 def add_lora(model: VisionLanguageModel, config: LoraConfig) -> None:
@@ -23,12 +31,46 @@ def add_lora(model: VisionLanguageModel, config: LoraConfig) -> None:
         task_type="CAUSAL_LM",
     )
     try:
-        model.language_model = peft.get_peft_model(model.language_model, settings)
+        with quiet_peft():
+            model.language_model = peft.get_peft_model(model.language_model, settings)
     except ValueError as error:
         raise ConfigError(f"lora.target_modules: {error}") from error
 
 
-def merge_lora(model: VisionLanguageModel, adapter: Path) -> None:
-    """Saves the adapter for itself, then merges it into the LLM, whose own names come back."""
-    model.language_model.save_pretrained(adapter)
-    model.language_model = model.language_model.merge_and_unload()
+def merge_checkpoint(source: Path, out: Path, *, device: str | None = None) -> dict[str, float]:
+    """Writes a checkpoint in which a LoRA checkpoint's adapter is part of the LLM; says by how much logits moved.
+
+    Nothing is written where the base is not in full precision, where the adapter's own golden answers do not hold, or
+    where a logit of these answers moves by more than MERGE_TOLERANCE of the largest. Raises CheckpointError or
+    ConfigError.
+    """
+    if "base" not in read_manifest(source):
+        raise CheckpointError(f"{source} holds no adapter: it is whole, and there is nothing to merge")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} is there already; give a new folder")
+    place = find_device(device)
+    model, processor, manifest = load_checkpoint(source)
+    golden = read_golden(source)
+    if golden is None or not golden.answers:
+        raise CheckpointError(f"{source} has no golden answers, so merged and unmerged cannot be compared")
+    model.to(place)
+    require_golden(model, processor, source, answers=True)
+    pictures = [source / picture.file for picture in golden.pictures]
+    before = all_logits(model, processor, golden, pictures)
+    merge_adapter(model)
+    after = all_logits(model, processor, golden, pictures)
+    finite = [old.isfinite() for old in before]  # all but the image token's, which is never chosen
+    moved = max(float((old - new)[kept].abs().max()) for old, new, kept in zip(before, after, finite, strict=True))
+    largest = max(float(old[kept].abs().max()) for old, kept in zip(before, finite, strict=True))
+    if not moved <= MERGE_TOLERANCE * largest:
+        raise CheckpointError(
+            f"{source} merged is not what it was: a logit moves by {moved:.3g}, and {MERGE_TOLERANCE * largest:.3g} is "
+            f"allowed ({MERGE_TOLERANCE} of the largest); nothing was written"
+        )
+    facts: dict[str, Any] = {name: manifest[name] for name in ("origin", "settings", "figures") if name in manifest}
+    facts["merged_from"] = {"path": str(source), "base": manifest["base"]}
+    made = f"the adapter of `{source}` merged into its base, `{manifest['base']['source']}`"
+    card = model_card(out, made, facts.get("origin", {}), facts.get("figures", {}))
+    files = with_logits(golden, {str(p.file): (source / p.file).read_bytes() for p in golden.pictures}, after)
+    save_checkpoint(out, model.to("cpu"), processor, card=card, files=files, **facts)
+    return {"largest_logit": largest, "moved": moved}

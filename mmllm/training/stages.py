@@ -17,12 +17,14 @@ from mmllm.data.check import load_examples
 from mmllm.data.collate import collate
 from mmllm.data.sources import DataError
 from mmllm.inference.engine import Engine, load_pixels
+from mmllm.inference.golden import load_verified, make_golden
+from mmllm.model.adapter import describe_base, merge_adapter
 from mmllm.model.build import build_model
-from mmllm.model.checkpoint import load_checkpoint, save_checkpoint
+from mmllm.model.checkpoint import save_checkpoint
 from mmllm.training.card import model_card
 from mmllm.training.features import FeatureCache
 from mmllm.training.loop import Stage
-from mmllm.training.lora import add_lora, merge_lora
+from mmllm.training.lora import add_lora
 from mmllm.training.losses import conversation_loss_sum, has_plain_head
 from mmllm.training.order import Order
 from mmllm.training.warmup_language import WarmupLanguage
@@ -51,12 +53,15 @@ class ConversationStage:
         self.config = config
         torch.manual_seed(config.seed)
         if config.model.checkpoint:
-            self.model, self.processor, manifest = load_checkpoint(config.model.checkpoint)
+            self.model, self.processor, manifest = load_verified(config.model.checkpoint)
+            if "base" in manifest:
+                merge_adapter(self.model)
             self.origin = {**manifest.get("origin", {}), "started_from": config.model.checkpoint}
             if config.model.template:
                 self.processor.template = config.model.template
         else:
             self.model, self.processor, self.origin = build_model(config.model)
+        self.base = describe_base(config.model) if config.lora else None
         try:
             self.engine = Engine(self.model, self.processor, name=Path(config.out).name)
         except ChatError as error:
@@ -187,15 +192,16 @@ class ConversationStage:
         (folder / f"step_{step:07d}.md").write_text("\n".join(lines))
 
     def save(self, out: Path, log: list[dict[str, Any]]) -> None:
-        """The finished checkpoint. LoRA adapters are kept beside it and merged into the full-precision LLM."""
-        if self.config.lora:
-            merge_lora(self.model, out / "adapter")
+        """The finished checkpoint with its golden answers; of a LoRA run the adapter and not the base's weights."""
+        self.model.eval()
         settings = dump_config(self.config)
         (out / "config.yaml").write_text(settings)
         last = {name: value for row in log for name, value in row.items()}
-        card = model_card(out, self.config, self.origin, last, self.num_examples)
-        facts = {"origin": self.origin, "settings": settings, "figures": last}
-        save_checkpoint(out, self.model.eval(), self.processor, card=card, **facts)
+        facts: dict[str, Any] = {"origin": self.origin, "settings": settings, "figures": last}
+        made = f"{self.config.stage}, {self.config.optim.max_steps} steps on {self.num_examples} examples"
+        card = model_card(out, made, self.origin, last, base=self.base, has_settings=True)
+        files = make_golden(self.engine)
+        save_checkpoint(out, self.model, self.processor, card=card, files=files, base=self.base, **facts)
 
 
 def _first_answer(example: Example) -> int:
