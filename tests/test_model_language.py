@@ -64,7 +64,7 @@ def test_a_backbone_that_is_not_there_is_named(tmp_path: Path) -> None:
         load_tokenizer(str(tmp_path))
     folder = make_backbone(tmp_path)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ConfigError, match=f"model.language: cannot load {tmp_path}"):
+    with pytest.raises(ConfigError, match=f"model.language.source: {tmp_path} has a config.json but no weights"):
         load_language(LanguageConfig(source=str(folder)))
 
 

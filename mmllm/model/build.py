@@ -8,7 +8,7 @@ import torch
 
 from mmllm.batch import IMAGE_TOKEN
 from mmllm.config import ConfigError, ModelConfig
-from mmllm.model.language import load_language
+from mmllm.model.language import check_backbone, load_language
 from mmllm.model.processor import VisionLanguageProcessor, image_processor
 from mmllm.model.vision import load_tower
 from mmllm.model.vlm import VisionLanguageConfig, VisionLanguageModel
@@ -47,6 +47,7 @@ def build_model(config: ModelConfig) -> tuple[VisionLanguageModel, VisionLanguag
         num_image_tokens=num_image_tokens,
     )
     model = VisionLanguageModel.assemble(model_config, tower, projector, language_model)
+    check_backbone(model)
     processor = VisionLanguageProcessor(
         image_processor(tower.spec, config.vision.fit),
         tokenizer,
