@@ -129,7 +129,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         Raises ValueError where slots and image tokens do not agree in number.
         """
         embeds: Tensor = self.get_input_embeddings()(input_ids)
-        slots = input_ids == self.config.image_token_id  # [B, T]
+        slots = (input_ids == self.config.image_token_id).to(embeds.device)  # [B, T]
         if image_features is None:
             if (found := int(slots.sum())) > 0:
                 raise ValueError(f"{found} image slots in the text but no image was given")
@@ -142,7 +142,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
             )
         if found == 0:  # a batch without images: keep the projector in the graph, for ranks that wait for its gradient
             return embeds + 0.0 * image_embeds.sum()
-        filled: Tensor = embeds.masked_scatter(slots.unsqueeze(-1), image_embeds.to(embeds.dtype))
+        filled: Tensor = embeds.masked_scatter(slots.unsqueeze(-1), image_embeds.to(embeds))
         return filled
 
     def embed_batch(self, batch: Batch) -> Tensor:
