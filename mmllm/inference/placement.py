@@ -36,6 +36,5 @@ def spread_model(
             f"the model needs {compute_module_sizes(model)[''] / GIB:.1f} GiB, more than this machine has free "
             f"(GiB of each GPU and of memory: {room}); use a machine with more, or a smaller model"
         )
-    return dispatch_model(  # type: ignore[no-any-return]
-        model, places, skip_keys=sorted(model._skip_keys_device_placement or ()), force_hooks=True
-    )
+    skip_keys = sorted(model._skip_keys_device_placement or ())  # caches stay where their layers are
+    return dispatch_model(model, places, skip_keys=skip_keys)  # type: ignore[no-any-return]
