@@ -93,6 +93,13 @@ def test_the_loss_of_a_padded_batch_is_the_sum_of_its_rows_and_transformers_own(
         torch.testing.assert_close(own * batch.num_supervised, apart[0], rtol=1e-5, atol=0)
 
 
+def test_a_soft_cap_is_found_where_logits_are_too_small_to_show_it(tiny_parts: Path, tmp_path: Path) -> None:
+    small = {"initializer_range": 1e-3, "final_logit_softcapping": 30.0}
+    assert not has_plain_head(
+        build_engine(make_backbone_parts(tmp_path, "gemma2", tiny_parts, **small)).model.language_model
+    )
+
+
 def test_generation_is_the_same_in_a_batch_alone_with_a_cache_and_without(backbone: Backbone) -> None:
     together = generate(backbone.engine, *MIXED).tolist()
     assert generate(backbone.engine, *MIXED, use_cache=False).tolist() == together

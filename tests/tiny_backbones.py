@@ -33,6 +33,8 @@ BACKBONES: dict[str, dict[str, Any]] = {
         "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "word_embed_proj_dim": 32,
         "max_position_embeddings": 512, "init_std": 0.3, "dropout": 0.0,
     },
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512, "initializer_range": 0.3, "resid_pdrop": 0.0,
+             "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     "gpt_neox": {**_SHAPE, "num_key_value_heads": 4},
     "mixtral": {**_SHAPE, "num_local_experts": 4, "num_experts_per_tok": 2},
     "mamba": _STATE_SPACE,
