@@ -77,6 +77,11 @@ def test_a_backbone_that_is_not_there_is_named(tmp_path: Path) -> None:
         load_language(LanguageConfig(source=str(folder)))
 
 
+def test_a_tokenizer_that_is_not_in_the_hubs_cache_says_what_to_do() -> None:
+    with pytest.raises(ConfigError, match="someone/llm is no folder here and not in the hub's cache, and HF_HUB_OFFL"):
+        load_tokenizer("someone/llm")
+
+
 def test_a_model_of_another_kind_is_refused(tmp_path: Path) -> None:
     folder = make_backbone(tmp_path)
     (folder / "config.json").write_text('{"model_type": "never-heard-of"}')
@@ -107,8 +112,9 @@ def test_an_architecture_that_cannot_work_is_refused_before_it_loads(
 ) -> None:
     changes, message = REFUSED[kind]
     config = make_backbone_parts(tmp_path, kind, tiny_parts, **changes)
-    with pytest.raises(ConfigError, match=message):
-        find_architecture(config.language)
+    elsewhere = config.vision.model_copy(update={"source": f"local-dir:{tmp_path / 'no-tower'}"})
+    with pytest.raises(ConfigError, match=message):  # also before the tower is looked for
+        build_model(config.model_copy(update={"vision": elsewhere}))
 
 
 def test_an_llm_that_looks_ahead_is_refused_since_it_answers_otherwise_with_its_cache(

@@ -8,7 +8,7 @@ import torch
 
 from mmllm.batch import IMAGE_TOKEN
 from mmllm.config import ConfigError, ModelConfig
-from mmllm.model.language import check_backbone, load_language
+from mmllm.model.language import check_backbone, find_architecture, load_language
 from mmllm.model.processor import VisionLanguageProcessor, image_processor
 from mmllm.model.vision import load_tower
 from mmllm.model.vlm import VisionLanguageConfig, VisionLanguageModel
@@ -24,6 +24,7 @@ def build_model(config: ModelConfig) -> tuple[VisionLanguageModel, VisionLanguag
     assert config.projector is not None
     assert config.language is not None
     assert config.template is not None
+    find_architecture(config.language)  # before anything large is read
     tower = load_tower(config.vision)
     language_model, tokenizer = load_language(config.language)
     width = language_model.config.get_text_config().hidden_size

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import pickle
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,6 +48,8 @@ def _read_tokenizer(source: str, revision: str | None) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+    if not Path(source).is_dir():
+        check_source(source, revision, setting="model.language.source")
     try:
         declared = get_tokenizer_config(source, revision=revision).get("tokenizer_class")
         # AutoTokenizer replaces a plain tokenizer.json beside a Qwen2 model by Qwen2's own rules, without a word
@@ -93,11 +96,12 @@ def find_architecture(config: LanguageConfig) -> type:
         raise ConfigError(f"{place} has a config.json that cannot be used: {error}") from error
     if type(found) not in MODEL_FOR_CAUSAL_LM_MAPPING or found.get_text_config() is not found:
         raise ConfigError(f"{place} is a {kind}, which is no LLM by itself; give one that AutoModelForCausalLM reads")
-    width = getattr(found, "word_embed_proj_dim", found.hidden_size)  # OPT-350M
-    if width != found.hidden_size:
+    hidden = getattr(found, "hidden_size", None)
+    width = getattr(found, "word_embed_proj_dim", hidden)  # OPT-350M
+    if hidden is None or width != hidden:
         raise ConfigError(
-            f"{place} has embeddings of width {width} for a hidden size of {found.hidden_size}, which the projector "
-            "cannot be built for; choose another LLM"
+            f"{place} has embeddings of width {width} for a hidden size of {hidden}, which the projector cannot be "
+            "built for; choose another LLM"
         )
     if kind in ("mamba", "mamba2", "falcon_mamba") and found.use_bias:
         raise ConfigError(
