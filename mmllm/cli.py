@@ -24,14 +24,17 @@ Model = Annotated[Path, typer.Argument(help="A checkpoint folder, such as runs/t
 
 
 def _device(name: Optional[str]) -> Optional[str]:  # noqa: UP045
-    if name is not None and not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
-        raise typer.BadParameter(f"{name!r} is none of cpu, mps, cuda, cuda:0, cuda:1 ...")
+    if name is not None and not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
+        raise typer.BadParameter(f"{name!r} is none of auto, cpu, mps, cuda, cuda:0, cuda:1 ...")
     return name
 
 
 Device = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option(help="cpu, cuda, cuda:1, mps; default: a GPU where there is one.", callback=_device),
+    typer.Option(
+        help="cpu, cuda, cuda:1, mps, or auto: all GPUs and memory together; default: a GPU where there is one.",
+        callback=_device,
+    ),
 ]
 
 

@@ -73,11 +73,18 @@ class ProjectorConfig(_Section):
 
 
 class LanguageConfig(_Section):
-    """The LLM backbone: a folder or a hub name that AutoModelForCausalLM reads."""
+    """The LLM backbone: a folder or a hub name that AutoModelForCausalLM reads.
+
+    `dtype` is that of its weights while they are frozen. What is trained is always kept in fp32; `optim.precision` is
+    what is computed in.
+    """
 
     source: str
-    revision: str | None = None
-    attention: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] = "sdpa"
+    revision: str | None = None  # of a hub name: a commit, so that it stays the same model
+    attention: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] | None = None  # sdpa, or eager without
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    add_tokens: tuple[str, ...] = ()  # special tokens that a template needs and the LLM lacks, such as <|im_end|>
+    vocab_multiple: PositiveInt = 1  # the embedding's rows are rounded up to a multiple of this
 
 
 class ModelConfig(_Section):
@@ -175,6 +182,22 @@ class RunConfig(_Section):
             )
 
 
+def _check_precision(language: LanguageConfig, optim: OptimConfig, *, is_trained: bool) -> None:
+    """Raises ValueError where the LLM's weights cannot be trained, or computed with, as they are held."""
+    if language.dtype == "fp16":
+        raise ValueError(
+            "model.language.dtype fp16 is for answers only, since small gradients vanish in it; train with fp32, or "
+            "with bf16 where the LLM is frozen or has lora"
+        )
+    if language.dtype != "fp32" and is_trained:
+        raise ValueError(
+            f"model.language.dtype {language.dtype} would lose small updates of an LLM that is trained whole; leave it "
+            "at fp32 and set optim.precision=bf16 to compute in bf16, or use lora"
+        )
+    if language.attention == "flash_attention_2" and language.dtype == optim.precision == "fp32":
+        raise ValueError("model.language.attention flash_attention_2 has no fp32; set optim.precision=bf16")
+
+
 class StageConfig(RunConfig):
     """Stage 1 (projector on captions) and stage 2 (projector and LLM on conversations)."""
 
@@ -194,6 +217,8 @@ class StageConfig(RunConfig):
             raise ValueError("vision_last_layers says how much of the tower is trained, but train does not list vision")
         if self.data.cache_features and "vision" in self.train:
             raise ValueError("data.cache_features keeps the frozen tower's output, but train lists vision")
+        if self.model.language:
+            _check_precision(self.model.language, self.optim, is_trained="language" in self.train and not self.lora)
         return self
 
 
@@ -243,6 +268,8 @@ class WarmupLanguageConfig(RunConfig):
     @model_validator(mode="after")
     def _rates(self) -> WarmupLanguageConfig:
         self.check_rates(["language"] if self.read_out is None else ["language", "read_out"])
+        if isinstance(self.language, LanguageConfig):
+            _check_precision(self.language, self.optim, is_trained=True)
         if isinstance(self.language, dict) and ("model_type" not in self.language or "source" in self.language):
             raise ValueError(
                 f"language: needs a model_type and its options, or source, revision and attention of a trained LM; "

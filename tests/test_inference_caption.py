@@ -180,7 +180,7 @@ def test_wrong_use_is_one_message_and_writes_no_caption(
 def test_an_unknown_device_is_wrong_usage(tiny_checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
     status, _, err = caption(tiny_checkpoint, pictures, "--out", tmp_path / "out.jsonl", "--device", "warp")
     assert status == 2
-    assert "'warp' is none of cpu, mps, cuda" in err
+    assert "'warp' is none of auto, cpu, mps, cuda" in err
 
 
 def test_a_wrong_model_is_told_before_anything_is_written(pictures: Path, tmp_path: Path) -> None:

@@ -149,9 +149,11 @@ def test_the_encoder_inside_a_whole_clip_is_found(tmp_path: Path) -> None:
 
 
 def test_what_is_no_tower_is_refused_by_name(tmp_path: Path) -> None:
-    assert "cannot load transformers:nowhere/at-all" in refused("transformers:nowhere/at-all")
-    llama = transformers.LlamaConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
-    llama.save_pretrained(tmp_path / "llm")
+    assert "model.vision.source: nowhere/at-all is no folder here" in refused("transformers:nowhere/at-all")
+    llama = transformers.LlamaConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=16
+    )
+    transformers.LlamaForCausalLM(llama).save_pretrained(tmp_path / "llm")
     text = refused(f"transformers:{tmp_path / 'llm'}")
     assert "is of type 'llama', which is no vision encoder that can be read; allowed: clip_vision_model" in text
     folder = folder_of("clip_vision_model", tmp_path / "clip")
@@ -171,7 +173,7 @@ def test_a_half_copied_encoder_is_refused_with_what_it_lacks(tmp_path: Path) -> 
         f"transformers:{folder}"
     )
     (folder / "model.safetensors").unlink()
-    assert "cannot load" in refused(f"transformers:{folder}")
+    assert "has a config.json but no weights" in refused(f"transformers:{folder}")
 
 
 def test_two_towers_are_fused_by_channel_each_with_its_own_transform(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from mmllm.data.chat import jinja_template
 from mmllm.export.parity import Verdict, compare_with_transformers
 from mmllm.export.towers import ExportError, TransformersEncoder, encoder_in_transformers
 from mmllm.inference.engine import Engine
-from mmllm.model.language import quiet_transformers
+from mmllm.model.hub import quiet_transformers
 from projector import PROJECTORS, Projector
 
 MAX_SHARD_SIZE = "5GB"

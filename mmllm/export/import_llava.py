@@ -23,7 +23,8 @@ from mmllm.export.parts import ModelImportError, Parts, read_json
 from mmllm.inference.engine import Engine
 from mmllm.model.build import build_model, join_parts
 from mmllm.model.checkpoint import save_checkpoint
-from mmllm.model.language import load_tokenizer, quiet_transformers
+from mmllm.model.hub import quiet_transformers
+from mmllm.model.language import load_tokenizer
 from mmllm.model.processor import VisionLanguageProcessor
 from mmllm.model.tower import TowerSpec
 from mmllm.model.vision_transformers import RESAMPLINGS, TransformersTower

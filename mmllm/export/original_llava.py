@@ -15,6 +15,7 @@ from torch import Tensor
 from mmllm.config import ConfigError, LanguageConfig, ProjectorConfig, VisionConfig
 from mmllm.export.parts import ModelImportError, Parts, read_tensors, read_weights
 from mmllm.model.build import fitting_projector
+from mmllm.model.hub import quiet_transformers
 from mmllm.model.language import load_language, load_tokenizer
 from mmllm.model.tower import LayeredTower, VisionTower
 from mmllm.model.vision import load_tower
@@ -97,8 +98,8 @@ def _tower(folder: Path, config: dict[str, Any], vision: str | None) -> VisionTo
 
 def _language(folder: Path, config: dict[str, Any], weights: dict[str, Tensor]) -> tuple[Any, Any]:
     """The LLM of a whole model: its weights are all those that are neither projector nor tower."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     kind = LANGUAGE_TYPES.get(str(config.get("model_type")))
     if kind is None:
@@ -107,19 +108,16 @@ def _language(folder: Path, config: dict[str, Any], weights: dict[str, Tensor]) 
     skipped = ("model_type", "architectures", "transformers_version", "auto_map")
     fields = {key: value for key, value in config.items() if key not in skipped and not key.startswith("mm_")}
     text_config = AutoConfig.for_model(kind, **fields)
-    with torch.device("meta"):
-        language_model = AutoModelForCausalLM.from_config(text_config)
     own = {key: value for key, value in weights.items() if "mm_projector" not in key and TOWER not in key}
-    own = {key: value for key, value in own.items() if "rotary_emb.inv_freq" not in key}
-    report = language_model.load_state_dict(own, strict=False, assign=True)
-    language_model.tie_weights()
-    tied = set(language_model.all_tied_weights_keys)
-    if missing := [key for key in report.missing_keys if key not in tied]:
-        raise ModelImportError(f"{folder} lacks {len(missing)} weights of its LLM, such as {missing[0]}")
-    if report.unexpected_keys:
-        raise ModelImportError(
-            f"{folder} has weights that its LLM has no place for, such as {report.unexpected_keys[0]}"
+    own = {key: value for key, value in own.items() if "rotary_emb.inv_freq" not in key}  # written by old releases
+    with quiet_transformers():
+        language_model, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(text_config)].from_pretrained(
+            None, config=text_config, state_dict=own, output_loading_info=True
         )
+    if missing := sorted(report["missing_keys"]):
+        raise ModelImportError(f"{folder} lacks {len(missing)} weights of its LLM, such as {missing[0]}")
+    if unexpected := sorted(report["unexpected_keys"]):
+        raise ModelImportError(f"{folder} has weights that its LLM has no place for, such as {unexpected[0]}")
     tokenizer = load_tokenizer(str(folder))
     if len(tokenizer) > language_model.get_input_embeddings().num_embeddings:
         language_model.resize_token_embeddings(len(tokenizer))

@@ -15,7 +15,7 @@ from torch import Tensor
 from mmllm.batch import Example, ImageRef, Message, message
 from mmllm.export.towers import ExportError
 from mmllm.inference.engine import Engine, Sampling
-from mmllm.model.language import quiet_transformers
+from mmllm.model.hub import quiet_transformers
 
 # Largest difference of logits, of the same sums in another order. Measured in fp32: up to 2e-5 on small models.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.25, torch.float16: 0.03}

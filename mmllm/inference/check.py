@@ -100,7 +100,8 @@ def load_text_side(config: ModelConfig) -> TextSide:
         assert config.projector
         assert config.language
         assert config.template
-        tokenizer = load_tokenizer(config.language.source, revision=config.language.revision)
+        language = config.language
+        tokenizer = load_tokenizer(language.source, revision=language.revision, add_tokens=language.add_tokens)
         found = AutoConfig.from_pretrained(config.language.source, revision=config.language.revision)
         text_config = found.get_text_config()
         tower = load_tower(config.vision)

@@ -19,6 +19,7 @@ from torch import Tensor
 from mmllm.batch import Example
 from mmllm.data.chat import Rendered, Renderer, jinja_template
 from mmllm.data.images import load_image
+from mmllm.inference.placement import answer_dtype, spread_model
 from mmllm.model.checkpoint import load_checkpoint
 from mmllm.model.processor import VisionLanguageProcessor
 from mmllm.model.vlm import VisionLanguageModel
@@ -122,16 +123,17 @@ class Engine:
 
     @staticmethod
     def load(path: str | Path, *, device: str | None = None, verify: bool = True) -> Engine:
-        """The engine of a checkpoint, in bf16 on a GPU and fp32 elsewhere. Raises CheckpointError, ValueError.
+        """The engine of a checkpoint, in bf16 or fp16 on a GPU and fp32 elsewhere. Raises CheckpointError, ValueError.
 
+        `device` is one device, or `auto`: all of this machine's, for a model that is too large for one.
         With `verify` one that does not give its golden answers is refused. For the small model that takes 0.03 s,
         where the files take 0.08 s and the first import of the libraries a second; see CHEAP_PARAMETERS for large ones.
         """
         from mmllm.inference.golden import require_golden  # which asks engines, so it cannot be imported before
 
-        place = find_device(device)
+        place = None if device == "auto" else find_device(device)
         model, processor, _ = load_checkpoint(path)
-        model = model.to(place, torch.bfloat16 if place.type == "cuda" else torch.float32)
+        model = spread_model(model) if place is None else model.to(place, answer_dtype(place))
         if verify:
             require_golden(model, processor, path)
         return Engine(model, processor, name=Path(path).resolve().name)
@@ -158,7 +160,7 @@ class Engine:
 
     def inputs(self, rendered: Sequence[Rendered], images: Sequence[str | Image.Image]) -> dict[str, Tensor]:
         """Prompts padded on the left, whatever the tokenizer says, and their pictures one behind the other."""
-        device = self.model.get_input_embeddings().weight.device
+        device = self.model.device
         longest = max(len(one.input_ids) for one in rendered)
         ids = torch.full((len(rendered), longest), int(self.processor.tokenizer.pad_token_id))
         mask = torch.zeros_like(ids)

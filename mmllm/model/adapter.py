@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,9 @@ MANIFEST = "manifest.json"
 ADAPTER = "adapter"
 CHECKPOINT, LANGUAGE = "checkpoint", "language"  # the kinds of base
 _DECIDE = ("config.json", "*.safetensors", "*.safetensors.index.json", f"{ADAPTER}/*.safetensors", f"{ADAPTER}/*.json")
+_PEFT_WRAPPERS = re.compile(
+    r"\.((token_adapter\.)?base_layer|original_module)\."
+)  # between a layer's name and its weight
 _PICKLES = ("*.bin", "*.bin.index.json")  # read by transformers only where there is no safetensors file
 
 
@@ -111,12 +115,13 @@ def own_tensors(model: VisionLanguageModel, base: dict[str, Any]) -> dict[str, T
     """
     kept = {name: value for name, value in model.state_dict().items() if not name.startswith("language_model.")}
     language: Any = model.language_model.get_base_model()
-    is_grown = language.get_input_embeddings().num_embeddings != base["vocab_size"]
+    is_grown = language.config.vocab_size != base["vocab_size"]
     ends = [end for end in (language.get_input_embeddings(), language.get_output_embeddings()) if end is not None]
     grown = {id(parameter) for end in ends for parameter in end.parameters()} if is_grown else set()
     for name, parameter in language.named_parameters(remove_duplicate=False):
-        if ".lora_" not in name and (parameter.requires_grad or id(parameter) in grown):
-            kept[f"language_model.{name.replace('.base_layer.', '.')}"] = parameter.detach()
+        is_adapter = ".lora_" in name or ".trainable_tokens_" in name
+        if not is_adapter and (parameter.requires_grad or id(parameter) in grown):
+            kept[f"language_model.{_PEFT_WRAPPERS.sub('.', name)}"] = parameter.detach()
     return kept
 
 

@@ -8,7 +8,7 @@ import torch
 
 from mmllm.batch import IMAGE_TOKEN
 from mmllm.config import ConfigError, ModelConfig, ProjectorConfig
-from mmllm.model.language import load_language
+from mmllm.model.language import check_backbone, find_architecture, load_language
 from mmllm.model.processor import VisionLanguageProcessor, image_processor
 from mmllm.model.tower import VisionTower
 from mmllm.model.vision import load_tower
@@ -22,6 +22,7 @@ def build_model(config: ModelConfig) -> tuple[VisionLanguageModel, VisionLanguag
     assert config.projector is not None
     assert config.language is not None
     assert config.template is not None
+    find_architecture(config.language)  # before anything large is read
     tower = load_tower(config.vision)
     language_model, tokenizer = load_language(config.language)
     width = language_model.config.get_text_config().hidden_size
@@ -73,6 +74,7 @@ def join_parts(
         num_image_tokens=num_image_tokens,
     )
     model = VisionLanguageModel.assemble(config, tower, projector, language_model)
+    check_backbone(model)
     processor = VisionLanguageProcessor(
         image_processor(tower.spec, fit),
         tokenizer,

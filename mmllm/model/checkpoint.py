@@ -30,7 +30,7 @@ from mmllm.model.adapter import (
     own_tensors,
     save_adapter,
 )
-from mmllm.model.language import quiet_transformers
+from mmllm.model.hub import quiet_transformers
 from mmllm.model.processor import VisionLanguageProcessor
 from mmllm.model.vlm import VisionLanguageConfig, VisionLanguageModel
 

@@ -1,48 +1,54 @@
-"""The LLM backbone and its tokenizer: any AutoModelForCausalLM, with `<image>` as a real token of the vocabulary."""
+"""The LLM backbone and its tokenizer: any AutoModelForCausalLM, with `<image>` as a real token of the vocabulary.
+
+What can be known without loading weights is checked before they are loaded: the folder or repository, the
+architecture, its attention. `check_backbone` tries the rest on the model that was built.
+"""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.utils import logging as transformers_logging
+from torch import Tensor
+from transformers import __version__ as transformers_version
 
 from mmllm.batch import IMAGE_TOKEN
 from mmllm.config import ConfigError, LanguageConfig
+from mmllm.model.hub import check_source, quiet_transformers
+from mmllm.model.vlm import VisionLanguageModel
 
 PLAIN_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")  # all there is to them is in tokenizer.json
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# How far logits that should be equal may lie apart, as a share of the largest. The 16-bit types round at every step.
+_TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.1}
+# What an architecture that cannot do what is asked of it answers with.
+_FAILURES = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Without transformers' progress bars, which would tear ours, and without its reports: what is wrong we say."""
-    was_on, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if was_on:
-            transformers_logging.enable_progress_bar()
-
-
-def load_tokenizer(source: str, *, revision: str | None = None) -> Any:
-    """The tokenizer, with `<image>` added where it is missing and a padding token that is not the end token."""
+def _read_tokenizer(source: str, revision: str | None) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+    if not Path(source).is_dir():
+        check_source(source, revision, setting="model.language.source")
     try:
         declared = get_tokenizer_config(source, revision=revision).get("tokenizer_class")
         # AutoTokenizer replaces a plain tokenizer.json beside a Qwen2 model by Qwen2's own rules, without a word
         loader: Any = PreTrainedTokenizerFast if declared in PLAIN_TOKENIZERS else AutoTokenizer
-        tokenizer = loader.from_pretrained(source, revision=revision)
+        return loader.from_pretrained(source, revision=revision)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.language.source: no tokenizer at {source}: {error}") from error
+
+
+def load_tokenizer(source: str, *, revision: str | None = None, add_tokens: Sequence[str] = ()) -> Any:
+    """The tokenizer, with `<image>` and `add_tokens` as special tokens, and padding that is not the end token."""
+    tokenizer = _read_tokenizer(source, revision)
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
+    tokenizer.add_tokens(list(add_tokens), special_tokens=True)
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer of {source} has no end token, so answers could never stop; give it one")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
@@ -50,18 +56,183 @@ def load_tokenizer(source: str, *, revision: str | None = None) -> Any:
     return tokenizer
 
 
-def load_language(config: LanguageConfig) -> tuple[Any, Any]:
-    """(causal LM in fp32, tokenizer); its embedding grows where the tokenizer has more tokens than it has rows."""
-    from transformers import AutoModelForCausalLM
+def find_architecture(config: LanguageConfig) -> type:
+    """The class of the LLM, from its config alone. Raises ConfigError where it cannot be used here."""
+    from transformers import AutoConfig, PretrainedConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    tokenizer = load_tokenizer(config.source, revision=config.revision)
+    place = f"model.language.source: {config.source}"
+    check_source(config.source, config.revision, setting="model.language.source")
+    try:
+        values, _ = PretrainedConfig.get_config_dict(config.source, revision=config.revision)
+        kind = values.get("model_type")
+        if kind not in CONFIG_MAPPING:
+            own = "brings code of its own, which is never run: " if "auto_map" in values else ""
+            raise ConfigError(
+                f"{place} {own}its architecture {kind!r} is none that transformers {transformers_version} knows; "
+                "choose another LLM, or a release of transformers that knows it"
+            )
+        found = AutoConfig.from_pretrained(config.source, revision=config.revision, trust_remote_code=False)
+    except (OSError, *_FAILURES) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{place} has a config.json that cannot be used: {error}") from error
+    if type(found) not in MODEL_FOR_CAUSAL_LM_MAPPING or found.get_text_config() is not found:
+        raise ConfigError(f"{place} is a {kind}, which is no LLM by itself; give one that AutoModelForCausalLM reads")
+    hidden = getattr(found, "hidden_size", None)
+    width = getattr(found, "word_embed_proj_dim", hidden)  # OPT-350M
+    if hidden is None or width != hidden:
+        raise ConfigError(
+            f"{place} has embeddings of width {width} for a hidden size of {hidden}, which the projector cannot be "
+            "built for; choose another LLM"
+        )
+    if kind in ("mamba", "mamba2", "falcon_mamba") and found.use_bias:
+        raise ConfigError(
+            f"{place} is a {kind} with use_bias, whose state takes in what padding stands in front of a prompt, so "
+            "it would answer otherwise in a batch; choose one without"
+        )
+    architecture: type = MODEL_FOR_CAUSAL_LM_MAPPING[type(found)]
+    _check_attention(architecture, config.attention)
+    return architecture
+
+
+def _check_attention(architecture: Any, attention: str | None) -> None:
+    """Raises ConfigError for an attention that the architecture, or this machine, does not have."""
+    from transformers.utils import is_flash_attn_2_available
+
+    has_flash_here = is_flash_attn_2_available()
+    known = {
+        "eager": True,
+        "sdpa": architecture._supports_sdpa,
+        "flex_attention": architecture._supports_flex_attn,
+        "flash_attention_2": architecture._supports_flash_attn,
+    }
+    if attention is None or (known[attention] and (attention != "flash_attention_2" or has_flash_here)):
+        return
+    why = f"{architecture.__name__} has none"
+    if known[attention]:
+        why = "needs a CUDA GPU and the package flash-attn, and this machine lacks one of them"
+    possible = [name for name, has in known.items() if has and (name != "flash_attention_2" or has_flash_here)]
+    raise ConfigError(f"model.language.attention: {attention}: {why}; possible here: {', '.join(possible)}")
+
+
+def grow_vocabulary(model: Any, num_tokens: int, new_ids: Sequence[int], multiple: int) -> None:
+    """Room for `num_tokens`, rounded up to a multiple. Old rows stay bit for bit; new ones are the mean of the old.
+
+    The mean of the old rows keeps the probabilities of old tokens nearly as they were:
+    https://nlp.stanford.edu/~johnhew/vocab-expansion.html
+    """
+    num_old = model.get_input_embeddings().num_embeddings
+    num_rows = -(-max(num_tokens, num_old) // multiple) * multiple
+    if num_rows > num_old:
+        model.resize_token_embeddings(num_rows, mean_resizing=False)
+    new = sorted({*range(num_old, num_rows), *new_ids})  # a new token may stand in a spare row
+    old = sorted(set(range(num_old)) - set(new))
+    head = model.get_output_embeddings()
+    tables = [model.get_input_embeddings().weight, head.weight, getattr(head, "bias", None)]
+    with torch.no_grad():
+        for table in tables:
+            if new and table is not None:
+                table[new] = table[old].float().mean(0).to(table.dtype)
+
+
+def load_language(config: LanguageConfig) -> tuple[Any, Any]:
+    """(causal LM in `config.dtype` on the CPU, tokenizer), with a row for every token of the tokenizer.
+
+    `model.config.trained_token_ids` are those of `add_tokens`: LoRA trains their rows, and no others.
+    """
+    architecture: Any = find_architecture(config)
+    known = set(_read_tokenizer(config.source, config.revision).get_vocab().values())
+    tokenizer = load_tokenizer(config.source, revision=config.revision, add_tokens=config.add_tokens)
     try:
         with quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(
-                config.source, revision=config.revision, attn_implementation=config.attention, dtype=torch.float32
+            model, report = architecture.from_pretrained(
+                config.source,
+                revision=config.revision,
+                attn_implementation=config.attention,
+                dtype=DTYPES[config.dtype],
+                output_loading_info=True,
             )
-    except (OSError, ValueError) as error:
+    except pickle.UnpicklingError as error:
+        raise ConfigError(
+            f"model.language: {config.source} has a pickle that holds more than tensors, or is damaged. Code in it is "
+            "never run: convert it to safetensors where you trust it, or choose another LLM"
+        ) from error
+    except (OSError, EOFError, *_FAILURES) as error:
         raise ConfigError(f"model.language: cannot load {config.source}: {error}") from error
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(len(tokenizer))
+    if missing := sorted(report["missing_keys"]):
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise ConfigError(
+            f"model.language: the weights of {config.source} lack {shown}, which would be random; download them again"
+        )
+    new_ids = sorted(set(tokenizer.get_vocab().values()) - known)
+    grow_vocabulary(model, len(tokenizer), new_ids, config.vocab_multiple)
+    _set_padding(model, int(tokenizer.pad_token_id))
+    model.config.trained_token_ids = [tokenizer.convert_tokens_to_ids(token) for token in config.add_tokens]
     return model, tokenizer
+
+
+def _set_padding(model: Any, pad_token_id: int) -> None:
+    """The embedding gives its padding row no gradient: that must not be the end token's, as many configs have it."""
+    model.config.pad_token_id = pad_token_id
+    embedding = model.get_input_embeddings()
+    if embedding.padding_idx is not None:
+        embedding.padding_idx = pad_token_id
+
+
+@torch.no_grad()
+def check_backbone(model: VisionLanguageModel) -> None:
+    """Raises ConfigError for an LLM that answers otherwise from embeddings, in a padded batch, or with its cache.
+
+    Tried on a few tokens: architectures do not say what they do with padding, and a wrong answer is no error.
+    """
+    name = type(model.language_model).__name__
+    special = {model.config.image_token_id, model.config.text_config.eos_token_id}
+    words = [index for index in range(model.config.text_config.vocab_size) if index not in special][:9]
+    long, short, follow = torch.tensor([words[:6]]), torch.tensor([words[3:6]]), words[6:]
+    padding = torch.full((1, 3), words[0])
+    mask = torch.tensor([[1] * 6, [1] * 3 + [0] * 3])
+    tolerance = _TOLERANCES[model.get_input_embeddings().weight.dtype]
+    try:
+        with quiet_transformers(), torch.compiler.set_stance("force_eager"):  # flex attention compiles for minutes
+            plain = [model.language_model(input_ids=ids, use_cache=False).logits for ids in (long, short)]
+            _compare(name, "from embeddings", plain[0], model(input_ids=long, use_cache=False).logits, tolerance)
+            right = torch.cat([long, torch.cat([short, padding], 1)])
+            padded = model(input_ids=right, attention_mask=mask, use_cache=False).logits
+            _compare(name, "in a batch that is padded on the right", plain[1], padded[1:, :3], tolerance)
+            alone = torch.cat([_follow(model, ids, None, follow, use_cache=False) for ids in (long, short)])
+            cached = torch.cat([_follow(model, ids, None, follow, use_cache=True) for ids in (long, short)])
+            _compare(name, "with its cache", alone, cached, tolerance)
+            left = torch.cat([long, torch.cat([padding, short], 1)])
+            batch = _follow(model, left, mask.flip(1), follow, use_cache=True)
+            _compare(name, "in a batch that is padded on the left", alone, batch, tolerance)
+    except _FAILURES as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"model.language: {name} cannot be used here: {error}; choose another LLM") from error
+
+
+def _follow(model: Any, ids: Tensor, mask: Tensor | None, follow: Sequence[int], *, use_cache: bool) -> Tensor:
+    """Logits [B, T, V] while generation is made to say these tokens."""
+    start = ids.shape[1]
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids) if mask is None else mask,
+        prefix_allowed_tokens_fn=lambda _, so_far: [follow[len(so_far) - start]],
+        max_new_tokens=len(follow),
+        do_sample=False,
+        use_cache=use_cache,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return torch.stack(out.logits, 1)
+
+
+def _compare(name: str, how: str, expected: Tensor, found: Tensor, tolerance: float) -> None:
+    spread = float((expected.float() - found.float()).abs().max() / expected.float().abs().max())
+    if not spread <= tolerance:
+        raise ConfigError(
+            f"model.language: {name} answers otherwise {how} than alone: its logits differ by {spread:.1%} of the "
+            "largest, so training or generation would be wrong; choose another LLM"
+        )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmllm.config import ConfigError, TowerConfig
-from mmllm.model.language import quiet_transformers
+from mmllm.model.hub import check_source, quiet_transformers
 from mmllm.model.tower import LayeredTower, TowerSpec, concatenate
 
 TRANSFORMERS = "transformers:"
@@ -106,6 +106,7 @@ def load_transformers_tower(config: TowerConfig) -> TransformersTower:
     from transformers import AutoConfig, AutoImageProcessor
 
     name = config.source.removeprefix(TRANSFORMERS)
+    check_source(name, config.revision, setting="model.vision.source")
     try:
         with quiet_transformers():
             found = AutoConfig.from_pretrained(name, revision=config.revision)

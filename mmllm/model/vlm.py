@@ -7,6 +7,7 @@ take the places of those tokens, in the order in which the images stand.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -16,8 +17,10 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     GenerationMixin,
+    LogitsProcessorList,
     PretrainedConfig,
     PreTrainedModel,
+    SuppressTokensLogitsProcessor,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -87,6 +90,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
             **config.projector["options"],
         )
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.language_inputs = frozenset(inspect.signature(self.language_model.forward).parameters)
         self.post_init()
 
     @classmethod
@@ -128,7 +132,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         Raises ValueError where slots and image tokens do not agree in number.
         """
         embeds: Tensor = self.get_input_embeddings()(input_ids)
-        slots = input_ids == self.config.image_token_id  # [B, T]
+        slots = (input_ids == self.config.image_token_id).to(embeds.device)  # [B, T]
         if image_features is None:
             if (found := int(slots.sum())) > 0:
                 raise ValueError(f"{found} image slots in the text but no image was given")
@@ -141,7 +145,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
             )
         if found == 0:  # a batch without images: keep the projector in the graph, for ranks that wait for its gradient
             return embeds + 0.0 * image_embeds.sum()
-        filled: Tensor = embeds.masked_scatter(slots.unsqueeze(-1), image_embeds.to(embeds.dtype))
+        filled: Tensor = embeds.masked_scatter(slots.unsqueeze(-1), image_embeds.to(embeds))
         return filled
 
     def embed_batch(self, batch: Batch) -> Tensor:
@@ -163,9 +167,13 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         inputs_embeds: Tensor | None = None,
         image_features: Tensor | None = None,
         labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits [B, T, V] of the LLM, and the mean loss where `labels` are given. `kwargs` go to the LLM."""
+        """Logits [B, T, V] of the LLM, and the mean loss where `labels` are given. `kwargs` go to the LLM.
+
+        `position_ids` do so where it takes any: a state-space LLM has no positions.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         if inputs_embeds is None:
@@ -173,6 +181,8 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
                 image_features = self.encode_images(pixel_values)
             assert input_ids is not None
             inputs_embeds = self.embed(input_ids, image_features)
+        if "position_ids" in self.language_inputs:
+            kwargs["position_ids"] = position_ids
         return self.language_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, labels=labels, **kwargs)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
@@ -180,7 +190,24 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         images = {name: kwargs.pop(name, None) for name in ("pixel_values", "image_features")}
         is_first = kwargs.get("is_first_iteration", False) or not kwargs.get("use_cache", True)
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
-        return {**inputs, **images} if is_first else inputs
+        if "output_router_logits" in self.language_inputs:
+            inputs["output_router_logits"] = False  # a loss of training, which fails on one new token behind padding
+        if is_first:
+            return {**inputs, **images}
+        if "cache_params" in self.language_inputs:
+            inputs.pop("attention_mask", None)  # padding stands in the state already, and a new token is none
+        return inputs
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> Any:
+        """The recurrent state of a state-space LLM travels under the name by which its forward takes it."""
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        if "cache_params" in self.language_inputs and "past_key_values" in model_kwargs:
+            model_kwargs["cache_params"] = model_kwargs.pop("past_key_values")
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+        """An answer never holds the image token: there would be no picture for its slot."""
+        never = SuppressTokensLogitsProcessor([self.config.image_token_id], device=self.device)
+        return LogitsProcessorList([never, *super()._get_logits_processor(*args, **kwargs)])
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mmllm.config import ConfigError, LoraConfig
 from mmllm.inference.engine import find_device
-from mmllm.inference.golden import all_logits, read_golden, require_golden, with_logits
+from mmllm.inference.golden import all_logits, precision_of, read_golden, require_golden, with_logits
 from mmllm.model.adapter import merge_adapter, quiet_peft
 from mmllm.model.checkpoint import CheckpointError, load_checkpoint, read_manifest, save_checkpoint
 from mmllm.model.vlm import VisionLanguageModel
@@ -15,9 +16,17 @@ from mmllm.training.card import model_card
 
 MERGE_TOLERANCE = 1e-4  # of the largest logit
 
+# Their kernels read these weights past the layer that holds them, so an adapter there does nothing, or only without
+# the kernels: https://github.com/huggingface/transformers/blob/main/src/transformers/models/mamba/modeling_mamba.py
+_BYPASSED = {
+    "mamba": ["x_proj", "dt_proj", "out_proj"],
+    "falcon_mamba": ["x_proj", "dt_proj", "out_proj"],
+    "mamba2": ["out_proj"],
+}
+
 
 def add_lora(model: VisionLanguageModel, config: LoraConfig) -> None:
-    """Puts adapters into the LLM's linear layers; they alone get gradients there."""
+    """Puts adapters into the LLM's linear layers; they and the rows of added tokens alone get gradients there."""
     try:
         import peft
     except ImportError as error:
@@ -28,6 +37,8 @@ def add_lora(model: VisionLanguageModel, config: LoraConfig) -> None:
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         target_modules=targets,
+        exclude_modules=_BYPASSED.get(model.config.text_config.model_type),
+        trainable_token_indices=_trained_rows(model),
         task_type="CAUSAL_LM",
     )
     try:
@@ -35,6 +46,17 @@ def add_lora(model: VisionLanguageModel, config: LoraConfig) -> None:
             model.language_model = peft.get_peft_model(model.language_model, settings)
     except ValueError as error:
         raise ConfigError(f"lora.target_modules: {error}") from error
+
+
+def _trained_rows(model: VisionLanguageModel) -> dict[str, list[int]] | None:
+    """The rows of added tokens by the names of the embedding and of a head of its own; peft lets a tied head follow."""
+    rows = getattr(model.config.text_config, "trained_token_ids", None)
+    if not rows:
+        return None
+    language_model = model.language_model
+    embedding, head = language_model.get_input_embeddings(), language_model.get_output_embeddings()
+    tables = [embedding] if head.weight is embedding.weight else [embedding, head]
+    return {name: rows for name, module in language_model.named_modules() if any(module is table for table in tables)}
 
 
 def merge_checkpoint(source: Path, out: Path, *, device: str | None = None) -> dict[str, float]:
@@ -71,6 +93,7 @@ def merge_checkpoint(source: Path, out: Path, *, device: str | None = None) -> d
     facts["merged_from"] = {"path": str(source), "base": manifest["base"]}
     made = f"the adapter of `{source}` merged into its base, `{manifest['base']['source']}`"
     card = model_card(out, made, facts.get("origin", {}), facts.get("figures", {}))
+    golden = replace(golden, precision=precision_of(model))
     files = with_logits(golden, {str(p.file): (source / p.file).read_bytes() for p in golden.pictures}, after)
     save_checkpoint(out, model.to("cpu"), processor, card=card, files=files, **facts)
     return {"largest_logit": largest, "moved": moved}

@@ -24,27 +24,48 @@ def supervised_rows(labels: Tensor) -> tuple[Tensor, Tensor]:
     return mask, targets[mask]
 
 
+_LARGE_LOGIT = 200.0  # far above any soft cap in use (Gemma 2: 30), far below what fp16 holds
+
+
 @torch.no_grad()
 def has_plain_head(language_model: Any) -> bool:
-    """Whether logits are just the head applied to the decoder's output: no soft cap, no scale.
+    """Whether logits are just the head applied to the decoder's output: no soft cap, no scale, no loss of a router.
 
-    Only then may the head run on supervised rows alone. Found by trying, since architectures do not say.
+    Only then may the head run on supervised rows alone. Found by trying, since architectures do not say: with a
+    decoder output so large that a soft cap shows, which small logits would pass almost unchanged.
     """
+    if _has_router_loss(language_model):
+        return False
     device = language_model.get_input_embeddings().weight.device
     ids = torch.arange(4, device=device)[None] % language_model.config.vocab_size
+    decoder, head = language_model.get_decoder(), language_model.get_output_embeddings()
     was_training = language_model.training
     language_model.eval()
-    hidden = language_model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-    own = language_model(input_ids=ids, use_cache=False).logits
+    hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
+    hidden = hidden * (_LARGE_LOGIT / head(hidden).abs().max().clamp(min=1e-6))
+
+    def enlarge(module: Any, args: Any, output: Any) -> Any:
+        output.last_hidden_state = hidden
+        return output
+
+    with decoder.register_forward_hook(enlarge):
+        own = language_model(input_ids=ids, use_cache=False).logits
     language_model.train(was_training)
-    head = language_model.get_output_embeddings()
-    return bool(torch.allclose(head(hidden).float(), own.float(), rtol=1e-4, atol=1e-5))
+    return bool(torch.allclose(head(hidden).float(), own.float(), rtol=1e-3, atol=1e-3 * _LARGE_LOGIT))
+
+
+def _has_router_loss(language_model: Any) -> bool:
+    """Whether the LLM's config asks for the loss that spreads tokens evenly over a mixture's experts."""
+    return bool(getattr(language_model.config, "output_router_logits", False))
 
 
 def conversation_loss_sum(model: VisionLanguageModel, batch: Batch, *, plain_head: bool) -> Tensor:
     """The loss of a batch of conversations, summed over its supervised tokens.
 
-    About nineteen in twenty rows of image data are not supervised, so the head runs on those that are.
+    About nineteen in twenty rows of image data are not supervised, so the head runs on those that are. A mixture of
+    experts whose config says `output_router_logits` gets its router's loss in training, once for each supervised
+    token, so that it keeps its weight when the step divides by their number. That loss is one of the whole batch:
+    with it, and only with it, a batch's loss is not the sum of its rows'.
     """
     embeds = model.embed_batch(batch)
     language_model = model.language_model
@@ -53,4 +74,8 @@ def conversation_loss_sum(model: VisionLanguageModel, batch: Batch, *, plain_hea
     if plain_head:
         hidden = language_model.get_decoder()(**inputs).last_hidden_state[:, :-1]
         return token_loss_sum(language_model.get_output_embeddings()(hidden[mask]), targets)
-    return token_loss_sum(language_model(**inputs).logits[:, :-1][mask], targets)
+    outputs = language_model(**inputs)
+    loss = token_loss_sum(outputs.logits[:, :-1][mask], targets)
+    if _has_router_loss(language_model) and language_model.training:
+        loss = loss + language_model.config.router_aux_loss_coef * outputs.aux_loss * len(targets)
+    return loss

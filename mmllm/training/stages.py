@@ -81,6 +81,9 @@ class ConversationStage:
             self.features = FeatureCache(self.engine, self.examples, Path(config.out).parent / "cache")
         self.module: nn.Module = _ConversationLoss(self.model)
         if config.optim.gradient_checkpointing:
+            if not self.model.language_model.supports_gradient_checkpointing:
+                kind = self.model.config.text_config.model_type
+                raise ConfigError(f"optim.gradient_checkpointing: {kind} cannot recompute its layers; leave it out")
             self.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
         self.parts = self._parts()
         self._set_modes()

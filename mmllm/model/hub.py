@@ -1,0 +1,117 @@
+"""Where a backbone's files are: a local folder, or a hub repository at a revision. Whole, or refused with the reason.
+
+Looked at before anything big is read: the config, the list of shards, and the header of each file of weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from transformers.utils import logging as transformers_logging
+
+from mmllm.config import ConfigError
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' progress bars, which would tear ours, and without its reports: what is wrong we say."""
+    was_on, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if was_on:
+            transformers_logging.enable_progress_bar()
+
+
+def check_source(source: str, revision: str | None, *, setting: str) -> None:
+    """Raises ConfigError, naming `setting`, for a source that is not there, not allowed, or not whole."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        if revision:
+            raise ConfigError(f"{setting}: {source} is a folder, which has no revisions; leave out revision {revision}")
+    elif source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise ConfigError(f"{setting}: there is no folder {source}")
+    else:
+        from huggingface_hub import is_offline_mode
+
+        folder = _hub_folder(source, revision, setting)
+        if not is_offline_mode():
+            return  # transformers loads what the cache lacks
+    try:
+        _check_files(folder)
+    except ConfigError as error:
+        raise ConfigError(f"{setting}: {source} {error}") from error
+
+
+def _hub_folder(source: str, revision: str | None, setting: str) -> Path:
+    """The folder of the cache that holds this repository's config, which is downloaded where it may be."""
+    from huggingface_hub import errors, hf_hub_download, is_offline_mode
+
+    at = f"{source} at revision {revision}" if revision else source
+    try:
+        return Path(hf_hub_download(source, "config.json", revision=revision)).parent
+    except errors.GatedRepoError as error:
+        reason = f"is gated; accept its terms at https://huggingface.co/{source}, run `hf auth login`, and start again"
+        raise ConfigError(f"{setting}: {at} {reason}, or give a folder that holds it") from error
+    except errors.RepositoryNotFoundError as error:
+        reason = "is no folder here and no repository of the hub, or a private one"
+        raise ConfigError(f"{setting}: {at} {reason}; check the name, or run `hf auth login`") from error
+    except errors.RevisionNotFoundError as error:
+        raise ConfigError(f"{setting}: {source} has no revision {revision}; give a commit, tag or branch") from error
+    except errors.LocalEntryNotFoundError as error:
+        why = "HF_HUB_OFFLINE is set" if is_offline_mode() else "the hub cannot be reached"
+        download = f"hf download {source}" + (f" --revision {revision}" if revision else "")
+        raise ConfigError(
+            f"{setting}: {at} is no folder here and not in the hub's cache, and {why}; "
+            f"run `{download}` where there is a network, or give a folder that holds it"
+        ) from error
+    except errors.EntryNotFoundError as error:
+        raise ConfigError(f"{setting}: {at} has no config.json, so it is no model of transformers") from error
+    except errors.HFValidationError as error:
+        raise ConfigError(f"{setting}: {source!r} is neither a folder nor a name of the hub: {error}") from error
+    except (errors.HfHubHTTPError, OSError) as error:
+        raise ConfigError(f"{setting}: {at} cannot be downloaded: {error}; or give a folder that holds it") from error
+
+
+def _check_files(folder: Path) -> None:
+    """Raises ConfigError where the config or a file of weights is missing, cut off, or no such file at all."""
+    if not (folder / "config.json").is_file():
+        raise ConfigError("has no config.json, so it is no model of transformers")
+    found = next((name for name in WEIGHTS if (folder / name).is_file()), None)
+    if found is None:
+        raise ConfigError(f"has a config.json but no weights; looked for {', '.join(WEIGHTS)}; download them again")
+    names = [found]
+    if found.endswith(".index.json"):
+        try:
+            names = sorted(set(json.loads((folder / found).read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"has a damaged {found}: {error}; download it again") from error
+        if missing := [name for name in names if not (folder / name).is_file()]:
+            raise ConfigError(
+                f"is half downloaded: it lacks {', '.join(missing)}, {len(missing)} of the {len(names)} files that "
+                f"{found} lists; download it again"
+            )
+    for name in names:
+        if name.endswith(".safetensors"):
+            _check_header(folder / name)
+
+
+def _check_header(path: Path) -> None:
+    """A safetensors file begins with the places of its tensors; one that was cut off is shorter than they say."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        is_pointer = path.open("rb").read(7) == b"version"
+        what = "is a Git LFS pointer, run `git lfs pull`" if is_pointer else "is not whole, download it again"
+        raise ConfigError(f"has a {path.name} that {what} ({error})") from error
