@@ -79,22 +79,65 @@ class ModelConfig(_Section):
         return self
 
 
-class SourceConfig(_Section):
-    """One data file in LLaVA's JSON format, and the folder that its image paths start from."""
+class _DataFile(_Section):
+    """A file, a folder, or a pattern such as `{000..123}.tar` or `*.parquet`; local, or an fsspec URL."""
 
     path: str
-    images: str | None = None  # default: the file's own folder
-    max_examples: PositiveInt | None = None
+    images: str | None = None  # the folder that image paths start from; default: the file's own
+    prompt: str = "Describe the picture."  # what a caption answers, where rows are captions without a question
+    max_examples: PositiveInt | None = None  # the first usable ones
+
+
+class SourceConfig(_DataFile):
+    """One of the sources that are mixed.
+
+    `weight` is how often an epoch shows each row: 3 is three times, 0.5 is every second one, the others in the next
+    epoch. With `streaming`, shards (a tar, a row group, megabytes of JSON lines) come in random order, unindexed, and
+    the weight counts shards.
+    """
+
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    streaming: bool = False
+
+    @model_validator(mode="after")
+    def _stream_has_no_first(self) -> SourceConfig:
+        if self.streaming and self.max_examples:
+            raise ValueError("max_examples needs an index of the rows; take it or streaming out")
+        return self
+
+
+class ReplayConfig(_DataFile):
+    """Data of another kind, such as conversations without pictures, as a share of all examples that training sees."""
+
+    fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+
+    def as_source(self) -> SourceConfig:
+        return SourceConfig(**self.model_dump(exclude={"fraction"}))
 
 
 class DataConfig(_Section):
     train: tuple[SourceConfig, ...]
     val: tuple[SourceConfig, ...] = ()
+    replay: ReplayConfig | None = None
     max_length_tokens: PositiveInt = 2048
     num_workers: Annotated[int, Field(ge=0)] = 0
-    group_by_length: bool = True
+    group_by_length: bool = True  # not where data are streamed: their lengths are not known before
     cache_features: bool = False  # keep the frozen tower's output of every training image on disk
     max_bad_fraction: Fraction = 0.01  # a run with more unusable examples than this does not start
+
+    @model_validator(mode="after")
+    def _streams(self) -> DataConfig:
+        if self.is_streamed and not all(source.streaming for source in self.train):
+            raise ValueError("train mixes streamed and indexed sources: set streaming for all or none (not for replay)")
+        if any(source.streaming for source in self.val):
+            raise ValueError("val is read whole; set streaming for train alone")
+        if self.is_streamed and self.cache_features:
+            raise ValueError("cache_features needs all pictures beforehand; take it or streaming out")
+        return self
+
+    @property
+    def is_streamed(self) -> bool:
+        return any(source.streaming for source in self.train)
 
 
 class OptimConfig(_Section):
@@ -331,26 +374,3 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
 def dump_config(config: RunConfig) -> str:
     """The resolved settings as YAML that runs the same run again."""
     return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
-
-
-# What may change between two starts of one run, since it decides nothing about the weights. The global batch may not,
-# but how it is divided into ranks and micro-steps may.
-_FREE = ("out", "num_threads", "log", "data.num_workers", "optim.batch_size", "optim.accumulate_steps")
-
-
-def _leaves(tree: Any, path: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict) or not tree:
-        return {path: tree}
-    return {
-        name: leaf
-        for key, value in tree.items()
-        for name, leaf in _leaves(value, f"{path}.{key}" if path else str(key)).items()
-    }
-
-
-def settings_differences(there: str, here: str) -> list[str]:
-    """What tells two dumped settings apart as far as it decides the weights, a line for each key."""
-    old, new = (_leaves(OmegaConf.to_container(OmegaConf.create(text))) for text in (there, here))
-    keys = [key for key in {**old, **new} if not any(f"{key}.".startswith(f"{free}.") for free in _FREE)]
-    values = [(key, old.get(key, "nothing"), new.get(key, "nothing")) for key in keys]
-    return [f"{key}: {before} there, {now} here" for key, before, now in values if before != now]

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from mmllm.config import CONFIGS, ConfigError, StageConfig, dump_config, load_config, settings_differences
+from mmllm.config import CONFIGS, ConfigError, StageConfig, dump_config, load_config
+from mmllm.training.state import settings_differences
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -70,7 +71,9 @@ def test_an_unknown_key_is_named_with_its_path_and_the_allowed_keys(write: Any) 
     assert "data.train.0.file: unknown key (given: 'b')" in refused(
         write(settings(data__train=[{"path": "a", "file": "b"}]))
     )
-    assert "allowed: path, images, max_examples" in refused(write(settings(data__train=[{"path": "a", "file": "b"}])))
+    assert "allowed: path, images, prompt, max_examples, weight, streaming" in refused(
+        write(settings(data__train=[{"path": "a", "file": "b"}]))
+    )
     assert "lorra: unknown key" in refused(write(settings(lorra={"rank": 4})))
     text = refused(write(settings()), "model.vision.layers=3")
     assert "model.vision.layers: unknown key (given: 3); allowed: source, pretrained, layer, fit" in text

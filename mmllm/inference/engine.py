@@ -74,7 +74,7 @@ class _Streamer:
         """Nothing is held back."""
 
 
-def load_pixels(processor: VisionLanguageProcessor, images: Sequence[str | Path | Image.Image]) -> Tensor:
+def load_pixels(processor: VisionLanguageProcessor, images: Sequence[str | Path | bytes | Image.Image]) -> Tensor:
     """Pictures as the tower takes them: [N, C, H, W] in float32. Raises ImageError for what is no picture."""
     pictures = [load_image(image) for image in images]
     pixels: Tensor = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
@@ -124,7 +124,7 @@ class Engine:
         """The exact prompt as text; each picture is one `<image>`."""
         return self.renderer.text(example.messages)
 
-    def seen(self, image: str | Path | Image.Image) -> Image.Image:
+    def seen(self, image: str | Path | bytes | Image.Image) -> Image.Image:
         """The picture as the vision tower sees it: resized, cropped or padded, values back in 0-255."""
         pixels = load_pixels(self.processor, [image])[0].numpy()
         transform = self.processor.image_processor
@@ -132,7 +132,7 @@ class Engine:
         values = pixels.transpose(1, 2, 0) * std + mean
         return Image.fromarray(np.clip(values * 255 + 0.5, 0, 255).astype(np.uint8))
 
-    def _inputs(self, rendered: Sequence[Rendered], images: Sequence[str | Image.Image]) -> dict[str, Tensor]:
+    def _inputs(self, rendered: Sequence[Rendered], images: Sequence[str | bytes | Image.Image]) -> dict[str, Tensor]:
         """Prompts padded on the left, whatever the tokenizer says, and their pictures one behind the other."""
         device = self.model.get_input_embeddings().weight.device
         longest = max(len(one.input_ids) for one in rendered)

@@ -36,7 +36,7 @@ What it says about pictures unlike its training data is a guess.
 
 
 def model_card(
-    out: Path, config: StageConfig, origin: dict[str, Any], figures: dict[str, Any], num_examples: int
+    out: Path, config: StageConfig, origin: dict[str, Any], figures: dict[str, Any], num_examples: int | None
 ) -> str:
     """The README.md of a checkpoint directory."""
     shown = {name: value for name, value in figures.items() if name not in ("step", "grad_norm", "learning_rate")}
@@ -45,7 +45,7 @@ def model_card(
         folder=out,
         stage=config.stage,
         steps=config.optim.max_steps,
-        num_examples=num_examples,
+        num_examples="streamed" if num_examples is None else num_examples,
         parts="\n".join(f"| {part.replace('_', ' ')} | {source} |" for part, source in origin.items()),
         figures="\n".join(f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in shown.items())
         or "| none | |",

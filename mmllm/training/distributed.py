@@ -37,6 +37,15 @@ def _float64_device(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device
 
 
+def gather_all(accelerator: Any, values: dict[int, Any]) -> dict[int, Any]:
+    """The entries of all ranks together. Every rank has to call it."""
+    if accelerator.num_processes == 1:
+        return values
+    found: list[Any] = [None] * accelerator.num_processes
+    torch.distributed.all_gather_object(found, values)
+    return {key: value for one in found for key, value in one.items()}
+
+
 def share_of(indices: list[int], rank: int, world_size: int) -> list[int]:
     """This rank's examples of a global batch: every `world_size`-th, so that lengths are alike on all ranks."""
     return indices[rank::world_size]
