@@ -33,7 +33,7 @@ _PICTURE_WORDS = re.compile(r"\b(picture|image|photo|photograph)s?\b", re.IGNORE
 # Numbers, quoted words, paths and file names: what differs between two rows that are bad for the same reason.
 _PARTICULARS = re.compile(r"'[^']*'|\S*/\S*|\b\S+\.\w{3,4}\b|\d[\d,]*")
 
-Quarantine = Mapping[tuple[str, int], str]  # (file, row) -> why it is left out without being looked at again
+Quarantine = Mapping[tuple[str, int], BadRow]  # (file, row): left out without being looked at again
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,11 @@ class Inspector:
         """The example of a row, None where it cannot be used. `read` gives the raw row and `make` its example."""
         part, fields = self.part, None
         because: Any = "row"
+        if known := self.rules.quarantine.get((name, row)):
+            part.bad.append(known)
+            part.ids.append(hash_of(known.id))
+            return None
         try:
-            if reason := self.rules.quarantine.get((name, row)):
-                raise RowError(reason)
             fields = read()
             example = make(fields, row)
             because = "picture"

@@ -18,6 +18,7 @@ from mmllm.data.check import Part
 from mmllm.data.files import DataError, expand, fingerprint, is_folder, join, list_folder, local_path
 from mmllm.data.rows import READERS
 from mmllm.data.shards import STREAMS
+from mmllm.data.sources import BadRow
 
 FOLDER = "check"
 BAD_LIST = "bad.jsonl"
@@ -65,16 +66,20 @@ class Writer:
         self._partial.replace(self.path)
 
 
-def read_quarantine(out: str | Path, sources: Iterable[SourceConfig]) -> dict[tuple[str, int], str]:
-    """(file, row) -> why it is left out, of those sources that still hold what `mmllm check` looked at."""
+def read_quarantine(out: str | Path, sources: Iterable[SourceConfig]) -> dict[tuple[str, int], BadRow]:
+    """The listed rows, by file and number, of those sources that still hold what `mmllm check` looked at."""
     folder = Path(out) / FOLDER
     if not (folder / REPORT).is_file() or not (folder / BAD_LIST).is_file():
         return {}
+    found = {}
     try:
         hashes = json.loads((folder / REPORT).read_text())["contents"]
         now = {path: value for path, value in _hashes(sources).items() if hashes.get(path) == value}
         with (folder / BAD_LIST).open() as file:
-            rows = [row for row in map(json.loads, file) if row["path"] in now and row["because"] != "settings"]
-        return {(row["source"], row["row"]): row["reason"] for row in rows}
+            for line in map(json.loads, file):
+                row = BadRow(line["source"], line["row"], line["id"], line["reason"], line["because"])
+                if line["path"] in now and row.because != "settings":
+                    found[row.source, row.row] = row
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder} does not hold what `mmllm check` writes ({error!r}); run it again") from error
+    return found

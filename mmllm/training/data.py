@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -10,7 +12,7 @@ from mmllm.config import SourceConfig, StageConfig
 from mmllm.data.chat import Renderer
 from mmllm.data.check import Report, Rules, load_examples
 from mmllm.data.mix import mix
-from mmllm.data.quarantine import read_quarantine
+from mmllm.data.quarantine import BAD_LIST, FOLDER, read_quarantine
 from mmllm.data.sources import DataError, Examples
 from mmllm.data.stream import Stream
 from mmllm.training.order import Order, Orders, StreamOrder
@@ -39,7 +41,12 @@ class TrainingData:
 
     def _load(self, sources: list[SourceConfig]) -> tuple[Examples, Report]:
         """Raises DataError where too much cannot be used; where less cannot, says so."""
-        found, report = load_examples(sources, self.renderer, self.config.data, quarantine=self.quarantine)
+        try:
+            found, report = load_examples(sources, self.renderer, self.config.data, quarantine=self.quarantine)
+        except DataError as error:
+            listed = f"\n{len(self.quarantine)} rows stand in {Path(self.config.out) / FOLDER / BAD_LIST}, which "
+            listed += "`mmllm check` wrote; run it again where pictures were mended"
+            raise DataError(f"{error}{listed if self.quarantine else ''}") from error
         if report.num_bad:
             print(f"left out: {report.num_bad} of {report.num_rows} rows; `mmllm check` lists them with their reasons")
         return found, report
@@ -70,6 +77,3 @@ def spread(examples: Examples, count: int) -> list[Example]:
     if len(examples) <= count:
         return list(examples)
     return [examples[index * len(examples) // count] for index in range(count)]
-
-
-__all__ = ["DataError", "TrainingData"]
