@@ -15,6 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bench.million_rows import million_rows
+
 ROUNDS = 7
 Work = Callable[[], object]
 
@@ -103,6 +105,7 @@ BENCHES: dict[str, Callable[[], dict[str, float]]] = {
     "feature_cache": feature_cache,
     "attention": attention,
     "batched_replies": batched_replies,
+    "million_rows": million_rows,
 }
 
 
@@ -115,7 +118,8 @@ def main(names: list[str]) -> int:
     for name in names or BENCHES:
         results[name] = BENCHES[name]()
         shown = "  ".join(
-            f"{what} {value:.3f}{'' if what == 'ratio' else ' s'}" for what, value in results[name].items()
+            f"{what} {value:.3f}{'' if 'ratio' in what or what.endswith((' s', ' MiB')) else ' s'}"
+            for what, value in results[name].items()
         )
         print(f"{name}: {shown}", flush=True)
     folder = Path("bench/results")

@@ -80,7 +80,7 @@ class Inspector:
             fields = read()
             example = make(fields, row)
             because = "picture"
-            seen = [self._identity(image, f"a picture of row {row}") for image in example.images]
+            seen = [self._identity(image, f"a picture in {name} row {row}") for image in example.images]
             because = "settings"
             length = self._count_tokens(example)
         except (RowError, ChatError) as error:
@@ -144,7 +144,17 @@ class Inspector:
         return length
 
 
-class FileParts(Dataset[Part]):
+def _found(inspect: Callable[[], Part]) -> Part | DataError:
+    """An error that a worker process raises would arrive with its traceback, so it is handed over."""
+    try:
+        return inspect()
+    except DataError as error:
+        return error
+    except OSError as error:
+        return DataError(f"the data cannot be read any more: {error}")
+
+
+class FileParts(Dataset[Part | DataError]):
     """A data file in parts of some hundred rows, each inspected when it is asked for."""
 
     def __init__(self, file: DataFile, rules: Rules):
@@ -153,8 +163,8 @@ class FileParts(Dataset[Part]):
     def __len__(self) -> int:
         return -(-len(self.file) // ROWS_A_PART)
 
-    def __getitem__(self, number: int) -> Part:
-        return self.inspect(number, None)
+    def __getitem__(self, number: int) -> Part | DataError:
+        return _found(lambda: self.inspect(number, None))
 
     def inspect(self, number: int, max_usable: int | None) -> Part:
         """Up to the row that is the last one wanted."""
@@ -166,7 +176,7 @@ class FileParts(Dataset[Part]):
         return inspector.part
 
 
-class ShardParts(Dataset[Part]):
+class ShardParts(Dataset[Part | DataError]):
     """The shards of a streamed source, each inspected from front to back."""
 
     def __init__(self, file: ShardedFile, rules: Rules):
@@ -175,7 +185,10 @@ class ShardParts(Dataset[Part]):
     def __len__(self) -> int:
         return len(self.file.shards.names)
 
-    def __getitem__(self, number: int) -> Part:
+    def __getitem__(self, number: int) -> Part | DataError:
+        return _found(lambda: self._inspect(number))
+
+    def _inspect(self, number: int) -> Part:
         inspector, shards = Inspector(self.rules), self.file.shards
         for row, read in shards.read(number, 0):
             inspector.look(shards.names[number], row, read, self.file.peek)
@@ -192,18 +205,23 @@ def _ignore_interrupt(worker: int) -> None:
 
 
 def inspect_all(parts: Any, *, num_processes: int | None = None) -> Iterator[Part]:
-    """Every part in order, made ahead in processes: by default one a core. With one part or core, in this process."""
+    """Every part in order, made ahead in processes: by default one a core. With one part or core, in this process.
+
+    Raises DataError where a file turns out not to be readable to its end.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     wanted = min(num_processes or cores, len(parts))
-    return iter(
-        DataLoader(
-            parts,
-            batch_size=None,
-            collate_fn=_as_is,
-            num_workers=wanted if wanted > 1 else 0,
-            worker_init_fn=_ignore_interrupt,
-        )
+    loader: DataLoader[Part | DataError] = DataLoader(
+        parts,
+        batch_size=None,
+        collate_fn=_as_is,
+        num_workers=wanted if wanted > 1 else 0,
+        worker_init_fn=_ignore_interrupt,
     )
+    for part in loader:
+        if isinstance(part, DataError):
+            raise part
+        yield part
 
 
 # The report
@@ -344,11 +362,16 @@ def _parts_of(file: DataFile | ShardedFile, rules: Rules, num_processes: int | N
 
 
 def load_examples(
-    sources: Sequence[SourceConfig], renderer: Renderer, config: DataConfig, *, quarantine: Quarantine | None = None
+    sources: Sequence[SourceConfig],
+    renderer: Renderer,
+    config: DataConfig,
+    *,
+    quarantine: Quarantine | None = None,
+    num_processes: int | None = None,
 ) -> tuple[Examples, Report]:
     """Every usable example, and the report. Raises DataError with the `refusal` where there is one."""
     rules = Rules(renderer, config.max_length_tokens, quarantine=quarantine or {})
-    examples, report = inspect_sources(sources, rules)
+    examples, report = inspect_sources(sources, rules, num_processes=num_processes)
     if reason := refusal(report, config):
         raise DataError(reason)
     return examples, report

@@ -109,7 +109,11 @@ def join(folder: str, name: str) -> str:
 
 
 def parent(path: str) -> str:
-    return path.rsplit("/", 1)[0] if is_url(path) else str(Path(path).parent)
+    """The folder that a file, or all files of a pattern, are in."""
+    whole = path
+    while "{" in path or "*" in path or path == whole:
+        path = path.rpartition("/")[0] if is_url(path) else str(Path(path).parent)
+    return path
 
 
 def list_folder(folder: str, *, recursive: bool = False) -> list[str]:

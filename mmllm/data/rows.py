@@ -11,7 +11,7 @@ import tarfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import PurePosixPath
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 
@@ -233,14 +233,16 @@ def group_members(members: Iterable[tuple[str, Any]]) -> Iterator[dict[str, Any]
         raise DataError("tars are read with webdataset: pip install 'mmllm[tars]'") from error
     try:
         yield from group_by_keys({"fname": name, "data": value, "__url__": ""} for name, value in members)
+    except DataError:
+        raise
     except ValueError as error:
         raise DataError(f"a tar holds the same name twice: {error.args[0]}") from error
 
 
 def tar_row(sample: dict[str, Any], read: Callable[[Any], bytes]) -> dict[str, Any]:
-    """The raw row of a WebDataset sample: pictures in the order of their names, .json fields, and a caption."""
+    """The raw row of a WebDataset sample: pictures in the order of the tar, .json fields, and a caption."""
     row: dict[str, Any] = {"id": sample["__key__"]}
-    members = sorted((suffix, value) for suffix, value in sample.items() if not suffix.startswith("__"))
+    members = [(suffix, value) for suffix, value in sample.items() if not suffix.startswith("__")]
     row["images"] = [value for suffix, value in members if suffix.split(".")[-1] in PICTURE_SUFFIXES]
     row["image"] = None
     for suffix, value in members:
@@ -290,13 +292,21 @@ class TarRows:
 _SKIPPED = re.compile(r"__[^/]*__($|/)")  # webdataset's own notes in a tar
 
 
+def check_tar_size(file: IO[bytes], path: str) -> None:
+    """Raises DataError for a tar that is cut off; `tarfile` takes a header that is cut in two for the end."""
+    if file.seek(0, 2) % tarfile.BLOCKSIZE:
+        raise DataError(f"{path} is cut off: a tar is made of blocks of {tarfile.BLOCKSIZE} bytes; copy it again")
+
+
 def _headers(path: str) -> Iterator[tuple[str, tuple[int, int]]]:
     try:
-        with open_file(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                if member.isreg() and not _SKIPPED.match(member.name):
-                    yield member.name, (member.offset_data, member.size)
-                tar.members = []  # type: ignore[attr-defined]  # it would keep them all
+        with open_file(path) as file:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                for member in tar:
+                    if member.isreg() and not _SKIPPED.match(member.name):
+                        yield member.name, (member.offset_data, member.size)
+                    tar.members = []  # type: ignore[attr-defined]  # it would keep them all
+            check_tar_size(file, path)
     except tarfile.TarError as error:
         raise DataError(f"{path} is not a tar without compression: {error}") from error
 

@@ -11,7 +11,7 @@ from mmllm.batch import Example
 from mmllm.config import SourceConfig
 from mmllm.data.files import DataError, expand, is_folder, join, list_folder, local_path, open_file
 from mmllm.data.formats import to_example
-from mmllm.data.rows import group_members, parse_row, plain, tar_row
+from mmllm.data.rows import check_tar_size, group_members, parse_row, plain, tar_row
 from mmllm.data.sources import context_of
 
 SHARD_BYTES = 32 << 20  # of JSON lines
@@ -107,6 +107,8 @@ class TarShards:
             with open_file(path) as file:
                 for member in tar_file_iterator(file):
                     yield member["fname"], member["data"]
+                if path.endswith(".tar"):
+                    check_tar_size(file, path)
         except (tarfile.TarError, EOFError) as error:
             raise DataError(f"{path} is not a tar that can be read to its end: {error}") from error
 

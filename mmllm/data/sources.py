@@ -55,7 +55,7 @@ def later_repeats(hashes: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64
 def context_of(source: SourceConfig) -> Context:
     """Where a source's image paths start from. Raises DataError where that is no folder."""
     path = local_path(source.path)
-    own = path if is_folder(path) else parent(path.split("{")[0].split("*")[0])
+    own = path if is_folder(path) else parent(path)
     folder = local_path(source.images) if source.images is not None else own
     if source.images is not None and not is_folder(folder):
         raise DataError(f"no image folder at {folder}, which {path} is to be used with; check `images` of this source")
@@ -83,8 +83,11 @@ class DataFile:
         return len(self.rows)
 
     def raw(self, row: int) -> Any:
-        """What the file says. Raises RowError where it cannot be parsed."""
-        return self.rows[row]
+        """What the file says. Raises RowError where it cannot be parsed, DataError where it is not there any more."""
+        try:
+            return self.rows[row]
+        except OSError as error:
+            raise DataError(f"{self.path} row {row} cannot be read any more: {error}") from error
 
     def peek(self, fields: Any, row: int) -> Example:
         """The example of a raw row, with `Stored` in place of pictures inside the file. Raises RowError."""

@@ -15,6 +15,7 @@ from mmllm.data.mix import mix
 from mmllm.data.quarantine import BAD_LIST, FOLDER, read_quarantine
 from mmllm.data.sources import DataError, Examples
 from mmllm.data.stream import Stream
+from mmllm.training.distributed import cores_of_process
 from mmllm.training.order import Order, Orders, StreamOrder
 
 
@@ -42,7 +43,9 @@ class TrainingData:
     def _load(self, sources: list[SourceConfig]) -> tuple[Examples, Report]:
         """Raises DataError where too much cannot be used; where less cannot, says so."""
         try:
-            found, report = load_examples(sources, self.renderer, self.config.data, quarantine=self.quarantine)
+            found, report = load_examples(
+                sources, self.renderer, self.config.data, quarantine=self.quarantine, num_processes=cores_of_process()
+            )
         except DataError as error:
             listed = f"\n{len(self.quarantine)} rows stand in {Path(self.config.out) / FOLDER / BAD_LIST}, which "
             listed += "`mmllm check` wrote; run it again where pictures were mended"
