@@ -45,7 +45,8 @@ def _lazily(path: Path) -> None:
 def _checked(path: Path) -> None:
     """Every row is parsed and made an example, as a run does before it starts, but for its tokens."""
     from mmllm.config import SourceConfig
-    from mmllm.data.check import Rules, inspect_sources
+    from mmllm.data.check import inspect_sources
+    from mmllm.data.inspection import Rules
 
     examples, report = inspect_sources([SourceConfig(path=str(path))], Rules(None, 1), num_processes=1)
     assert len(examples) == report.num_usable == NUM_ROWS

@@ -270,3 +270,12 @@ def test_settings_of_two_runs_are_told_apart_by_what_decides_the_weights(write: 
     assert "lora.rank: nothing there, 8 here" in told
     free = ["out=runs/moved", "log.every_steps=3", "num_threads=2", "optim.batch_size=2", "optim.accumulate_steps=2"]
     assert settings_differences(here, dump_config(load_config(path, free))) == []
+
+
+def test_settings_from_before_a_setting_was_there_are_those_of_its_default(write: Any) -> None:
+    here = dump_config(load_config(write(settings(data__train=[{"path": "a"}]))))
+    tree = yaml.safe_load(here)
+    del tree["data"]["replay"], tree["data"]["train"][0]["weight"], tree["seed"]
+    assert settings_differences(yaml.safe_dump(tree), here) == []
+    tree["data"]["max_length_tokens"] = 7
+    assert settings_differences(yaml.safe_dump(tree), here) == ["data.max_length_tokens: 7 there, 2048 here"]

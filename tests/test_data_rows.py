@@ -17,9 +17,10 @@ from PIL import Image
 from mmllm.batch import Example
 from mmllm.config import SourceConfig
 from mmllm.data import shards
-from mmllm.data.check import Rules, inspect_sources
+from mmllm.data.check import inspect_sources
 from mmllm.data.files import DataError, Stored
 from mmllm.data.images import load_image
+from mmllm.data.inspection import Rules
 from mmllm.data.rows import READERS, open_rows
 from mmllm.data.shards import STREAMS, ShardedFile
 from mmllm.data.sources import read_source

@@ -143,6 +143,7 @@ def test_ids_are_made_unique(folder: Path) -> None:
     rows = [row(id="x"), row(id=7), row(id="x"), row(id="7"), row(id=None), row(id=""), row(id="x")]
     examples = read(folder, *rows).examples
     assert [e.id for e in examples] == ["x", "7", "x#2", "7#3", "#4", "#5", "x#6"]
+    assert list(examples.ids()) == [e.id for e in examples]
     assert (examples[-1].id, examples[2].id, [e.id for e in examples[1:3]]) == ("x#6", "x#2", ["7", "x#2"])
     with pytest.raises(IndexError):
         examples[7]

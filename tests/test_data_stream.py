@@ -12,8 +12,8 @@ import pytest
 
 from mmllm.batch import Example
 from mmllm.config import SourceConfig
-from mmllm.data.check import Rules
 from mmllm.data.files import DataError
+from mmllm.data.inspection import Rules
 from mmllm.data.mix import epoch_items, mix
 from mmllm.data.sources import BadRow
 from mmllm.data.stream import Stream

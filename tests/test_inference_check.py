@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from PIL import Image
 from tiny import model_config
 from typer.testing import CliRunner
 
+from mmllm.batch import Example, message
 from mmllm.cli import app
 from mmllm.config import DataConfig, SourceConfig
 from mmllm.data import check
-from mmllm.data.check import Part, Report, Rules, inspect_sources, load_examples
+from mmllm.data.check import Report, inspect_sources, left_out, load_examples
+from mmllm.data.inspection import Part, Rules
 from mmllm.data.sources import BadRow, DataError
 from mmllm.inference.check import load_text_side
 from mmllm.inference.engine import Engine
@@ -200,6 +203,27 @@ def test_processes_find_what_one_finds(tiny_parts: Path, tiny_scenes: Path, bad:
     assert len(examples) == report["usable"] == 24 + 3 + 2
     assert report["repeated"] == 3
     assert sum(len(part.ids) for part in parts) == report["rows"] == 24 + 8 + 6
+
+
+@pytest.mark.parametrize(("answer", "length", "reason"), [
+    ("yes", 512, None),
+    ("yes", 3, "tokens (4 of them for images) are more than data.max_length_tokens = 3"),
+    ("yes{end} and no", 512, "2 end tokens in 1 answers: a text holds the token that ends answers"),
+])  # fmt: skip
+def test_an_example_teaches_each_answer_and_one_end(
+    tiny_parts: Path, answer: str, length: int, reason: str | None
+) -> None:
+    renderer = load_text_side(model_config(tiny_parts)).renderer
+    answer = answer.format(end=renderer.template.assistant_close)
+    example = Example("x", "", (message("user", "<image> is it?"), message("assistant", answer)), ("a.png",))
+    found = left_out(example, renderer, DataConfig(train=(), max_length_tokens=length))
+    assert found is None if reason is None else reason in str(found)
+
+
+def test_a_renderer_travels_to_other_processes(tiny_parts: Path) -> None:
+    renderer = load_text_side(model_config(tiny_parts)).renderer
+    talk = (message("user", "<image> is it?"), message("assistant", "yes"))
+    assert pickle.loads(pickle.dumps(renderer)).render(talk) == renderer.render(talk)
 
 
 def test_reasons_are_grouped_by_what_is_wrong() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,9 @@ from mmllm.data.sources import DataError
 from mmllm.training import loop
 from mmllm.training.loop import InterruptedRunError
 from mmllm.training.stages import ConversationStage
+from mmllm.training.state import saved_steps
 
-SMALL = "optim.batch_size=4"
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -110,6 +113,40 @@ def test_a_streamed_run_that_was_stopped_ends_in_the_weights_of_one_that_was_not
     ours, theirs = weights_of(out), weights_of(unbroken)
     assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
     assert "on streamed examples" in (out / "README.md").read_text()
+
+
+# Both ranks of a run are asked to stop as its third step begins.
+DRIVER = """
+import os, signal, sys
+from mmllm.training import loop, run
+whole_step = loop.Run.step
+def step(self, number, data):
+    if number == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return whole_step(self, number, data)
+loop.Run.step = step
+run.main("stage2", sys.argv[1:])
+"""
+
+
+@pytest.mark.timeout(400)
+def test_one_process_goes_on_where_two_stopped_in_a_stream(tiny_runs: Path, tmp_path: Path, parquet: Path) -> None:
+    config, out = tiny_runs / "stage2.yaml", tmp_path / "out"
+    train = train_on(f"path: {parquet}, streaming: true")
+    unbroken = train_in_process(config, tmp_path / "unbroken", train)
+    (tmp_path / "driver.py").write_text(DRIVER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    arguments = [tmp_path / "driver.py", config, f"out={out}", train, "optim.batch_size=2"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert "stopped after step 3 of 6" in done.stderr, done.stderr[-3000:]
+    (state,) = saved_steps(out)
+    position = torch.load(state / "state.pt", weights_only=True)["position"]
+    assert sorted(position) == [0, 1, 2, 3], "a lane for each of the four slots, of both ranks"
+    train_in_process(config, out, train)
+    assert losses_of(out) == pytest.approx(losses_of(unbroken), abs=1e-4)
 
 
 def check(config: Path, *overrides: str) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from mmllm.config import SourceConfig
-from mmllm.data.check import Part
 from mmllm.data.files import DataError, expand, fingerprint, is_folder, join, list_folder, local_path
+from mmllm.data.inspection import Part
 from mmllm.data.rows import READERS
 from mmllm.data.shards import STREAMS
 from mmllm.data.sources import BadRow

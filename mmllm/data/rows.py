@@ -36,9 +36,7 @@ METADATA = ("metadata.jsonl", "metadata.csv")  # of datasets' imagefolder
 
 
 class Rows(Protocol):
-    """The raw rows of a source. `files` are those that hold them. A row that cannot be parsed raises RowError."""
-
-    files: list[str]
+    """The raw rows of a source. A row that cannot be parsed raises RowError."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Any: ...
@@ -61,7 +59,7 @@ class JsonRows:
     """JSON lists or JSON lines, held as two positions a row."""
 
     def __init__(self, files: list[str], find: Callable[[Any, str], Offsets]):
-        self.files = files
+        self._files = files
         found = []
         for path in files:
             with open_file(path) as file:
@@ -74,7 +72,7 @@ class JsonRows:
         return len(self._starts)
 
     def __getitem__(self, index: int) -> Any:
-        path = self.files[int(np.searchsorted(self._behind, index, "right"))]
+        path = self._files[int(np.searchsorted(self._behind, index, "right"))]
         return parse_row(read_range(path, int(self._starts[index]), int(self._ends[index])))
 
 
@@ -101,8 +99,8 @@ def plain(scalar: Any, name: str) -> Any:
 class ArrowRows:
     """A table of `datasets`, memory-mapped."""
 
-    def __init__(self, files: list[str], dataset: Any):
-        self.files, self._dataset = files, dataset
+    def __init__(self, path: str, dataset: Any):
+        self._path, self._dataset = path, dataset
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -110,7 +108,7 @@ class ArrowRows:
     def __getitem__(self, index: int) -> Any:
         table = self._dataset.data.fast_slice(index, 1)
         names = table.column_names
-        return {name: plain(table.column(name)[0], f"{self.files[0]} row {index} {name}") for name in names}
+        return {name: plain(table.column(name)[0], f"{self._path} row {index} {name}") for name in names}
 
 
 def _load_arrow(builder: str, files: list[str]) -> ArrowRows:
@@ -123,7 +121,7 @@ def _load_arrow(builder: str, files: list[str]) -> ArrowRows:
         dataset = datasets.load_dataset(builder, data_files={"train": files}, split="train")
     except (datasets.exceptions.DatasetGenerationError, pa.ArrowInvalid) as error:
         raise DataError(f"{files[0]} is not {builder} that can be read: {error.__cause__ or error}") from error
-    return ArrowRows(files, dataset)
+    return ArrowRows(files[0], dataset)
 
 
 def _arrow_files(files: list[str]) -> ArrowRows:
@@ -136,7 +134,7 @@ def _arrow_files(files: list[str]) -> ArrowRows:
         parts = [datasets.Dataset.from_file(path) for path in files]
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{files[0]} is not an Arrow stream that `datasets` wrote: {error}") from error
-    return ArrowRows(files, datasets.concatenate_datasets(parts))
+    return ArrowRows(files[0], datasets.concatenate_datasets(parts))
 
 
 def _saved_dataset(folder: str) -> ArrowRows:
@@ -145,7 +143,7 @@ def _saved_dataset(folder: str) -> ArrowRows:
     found = datasets.load_from_disk(folder)
     if isinstance(found, datasets.DatasetDict):
         raise DataError(f"{folder} holds the splits {', '.join(found)}; give the folder of one, such as {folder}/train")
-    return ArrowRows([join(folder, name) for name in list_folder(folder) if name.endswith(".arrow")], found)
+    return ArrowRows(folder, found)
 
 
 # Folders of pictures
@@ -157,7 +155,6 @@ class FolderRows:
     def __init__(self, folder: str):
         self.folder = folder
         names = list_folder(folder, recursive=True)
-        self.files = [folder]
         self._pictures = [name for name in names if PurePosixPath(name).suffix[1:].lower() in PICTURE_SUFFIXES]
         self._beside = {name for name in names if PurePosixPath(name).suffix[1:] in ("json", *CAPTION_SUFFIXES)}
 
@@ -195,7 +192,7 @@ class MetadataRows:
     """The rows of an imagefolder's metadata, whose pictures are called `file_name` or `file_names`."""
 
     def __init__(self, rows: Rows):
-        self.files, self._rows = rows.files, rows
+        self._rows = rows
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -258,7 +255,7 @@ class TarRows:
     """WebDataset tars without compression: where each member lies, three numbers a member."""
 
     def __init__(self, files: list[str]):
-        self.files = files
+        self._files = files
         self._suffixes: dict[str, int] = {}
         keys, ends, tars = bytearray(), array("q"), array("q")
         members, first = array("q"), array("q", [0])
@@ -280,7 +277,7 @@ class TarRows:
         return len(self._tars)
 
     def __getitem__(self, index: int) -> Any:
-        path = self.files[int(self._tars[index])]
+        path = self._files[int(self._tars[index])]
         begin = int(self._ends[index - 1]) if index else 0
         sample: dict[str, Any] = {"__key__": self._keys[begin : int(self._ends[index])].decode()}
         for suffix_id, start, size in self._members[self._first[index] : self._first[index + 1]].tolist():

@@ -123,10 +123,18 @@ class Examples(Sequence[Example]):
             return [self[number] for number in range(*index.indices(len(self)))]
         part, row = self.place(range(len(self))[index])  # as lists do: from the end, and IndexError behind it
         example = self._files[part].example(row)
+        return replace(example, id=self._unique(example.id, part, row))
+
+    def _unique(self, own: str, part: int, row: int) -> str:
         repeats = self._repeats[part]
         at = int(np.searchsorted(repeats, row))
-        is_repeat = at < len(repeats) and repeats[at] == row
-        return replace(example, id=f"{example.id}#{row}") if is_repeat else example
+        return f"{own}#{row}" if at < len(repeats) and repeats[at] == row else own
+
+    def ids(self) -> Iterator[str]:
+        """The id of each example, without a look at its pictures."""
+        for part, rows in enumerate(self._rows):
+            for row in rows.tolist():
+                yield self._unique(row_id(self._files[part].raw(row), row), part, row)
 
     def __iter__(self) -> Iterator[Example]:
         return (self[number] for number in range(len(self)))

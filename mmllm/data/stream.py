@@ -14,8 +14,8 @@ import numpy as np
 
 from mmllm.batch import Example
 from mmllm.config import SourceConfig
-from mmllm.data.check import Inspector, Rules
 from mmllm.data.files import DataError
+from mmllm.data.inspection import Inspector, Rules
 from mmllm.data.mix import epoch_items, mix
 from mmllm.data.shards import ShardedFile
 

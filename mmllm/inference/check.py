@@ -16,7 +16,8 @@ from rich.table import Table
 from mmllm.batch import IMAGE_TOKEN
 from mmllm.config import ConfigError, ModelConfig, SourceConfig, StageConfig, load_config
 from mmllm.data.chat import Renderer
-from mmllm.data.check import Part, Report, Rules, inspect_sources, num_shared, refusal
+from mmllm.data.check import Report, inspect_sources, num_shared, refusal
+from mmllm.data.inspection import Part, Rules
 from mmllm.data.quarantine import Writer
 from mmllm.data.sources import Examples
 from mmllm.model.checkpoint import read_manifest

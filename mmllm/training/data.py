@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from mmllm.batch import Example
 from mmllm.config import SourceConfig, StageConfig
 from mmllm.data.chat import Renderer
-from mmllm.data.check import Report, Rules, load_examples
+from mmllm.data.check import Report, load_examples
+from mmllm.data.inspection import Rules
 from mmllm.data.mix import mix
 from mmllm.data.quarantine import BAD_LIST, FOLDER, read_quarantine
 from mmllm.data.sources import DataError, Examples
