@@ -129,8 +129,8 @@ class DataConfig(_Section):
     def _streams(self) -> DataConfig:
         if self.is_streamed and not all(source.streaming for source in self.train):
             raise ValueError("train mixes streamed and indexed sources: set streaming for all or none (not for replay)")
-        if any(source.streaming for source in self.val):
-            raise ValueError("val is read whole; set streaming for train alone")
+        if any(source.streaming or source.weight != 1 for source in self.val):
+            raise ValueError("val is read whole and once; set streaming and weight for train alone")
         if self.is_streamed and self.cache_features:
             raise ValueError("cache_features needs all pictures beforehand; take it or streaming out")
         return self

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 from tiny import model_config
@@ -191,7 +192,7 @@ def test_processes_find_what_one_finds(tiny_parts: Path, tiny_scenes: Path, bad:
     renderer = load_text_side(model_config(tiny_parts)).renderer
     sources = [SourceConfig(path=str(path)) for path in (tiny_scenes / "train" / "captions.json", bad)]
     sources.append(SourceConfig(path=str(bad), max_examples=2))
-    rules, found = Rules(renderer, 512, decode=True), []
+    rules, found, random_before = Rules(renderer, 512, decode=True), [], torch.get_rng_state()
     for num_processes in (1, 2):
         parts: list[Part] = []
         examples, report = inspect_sources(
@@ -199,6 +200,7 @@ def test_processes_find_what_one_finds(tiny_parts: Path, tiny_scenes: Path, bad:
         )
         found.append((report.to_json(), list(examples), parts))
     assert found[0] == found[1]
+    assert torch.equal(torch.get_rng_state(), random_before)
     report, examples, parts = found[0]
     assert len(examples) == report["usable"] == 24 + 3 + 2
     assert report["repeated"] == 3

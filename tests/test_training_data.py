@@ -208,6 +208,7 @@ def test_a_damaged_list_is_named(tiny_runs: Path, tmp_path: Path) -> None:
     ("{path: a, streaming: true, max_examples: 3}", "", "max_examples needs an index of the rows"),
     ("{path: a, streaming: true}", "data.cache_features=true", "cache_features needs all pictures beforehand"),
     ("{path: a}", "data.val=[{path: b, streaming: true}]", "val is read whole"),
+    ("{path: a}", "data.val=[{path: b, weight: 2}]", "val is read whole and once; set streaming and weight for train"),
     ("{path: a, weight: 0}", "", "data.train.0.weight: Input should be greater than 0"),
     ("{path: a}", "data.replay={path: b, fraction: 1}", "data.replay.fraction: Input should be less than 1"),
 ])  # fmt: skip

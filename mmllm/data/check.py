@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
@@ -114,6 +115,7 @@ def inspect_all(parts: Any, *, num_processes: int | None = None) -> Iterator[Par
         collate_fn=_as_is,
         num_workers=wanted if wanted > 1 else 0,
         worker_init_fn=_ignore_interrupt,
+        generator=torch.Generator(),  # of its own: drawing from torch's would change how a model begins
     )
     for part in loader:
         if isinstance(part, DataError):
