@@ -15,6 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bench.million_rows import million_rows
+
 ROUNDS = 7
 Work = Callable[[], object]
 
@@ -32,7 +34,8 @@ def side_by_side(left: Work, right: Work, rounds: int = ROUNDS) -> tuple[float, 
 
 
 def _stage(**changes: Any) -> Any:
-    from mmllm.config import StageConfig, load_config
+    from mmllm.config import StageConfig
+    from mmllm.config_file import load_config
     from mmllm.training.stages import ConversationStage
 
     config = load_config("configs/tiny/stage2.yaml", ["out=bench/results/run"])
@@ -116,6 +119,7 @@ BENCHES: dict[str, Callable[[], dict[str, float]]] = {
     "attention": attention,
     "batched_replies": batched_replies,
     "golden_answers": golden_answers,
+    "million_rows": million_rows,
 }
 
 
@@ -128,7 +132,8 @@ def main(names: list[str]) -> int:
     for name in names or BENCHES:
         results[name] = BENCHES[name]()
         shown = "  ".join(
-            f"{what} {value:.3f}{'' if what == 'ratio' else ' s'}" for what, value in results[name].items()
+            f"{what} {value:.3f}{'' if 'ratio' in what or what.endswith((' s', ' MiB')) else ' s'}"
+            for what, value in results[name].items()
         )
         print(f"{name}: {shown}", flush=True)
     folder = Path("bench/results")

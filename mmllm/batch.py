@@ -45,12 +45,12 @@ class Message:
 
 @dataclass(frozen=True)
 class Example:
-    """One conversation with its images: paths (read when needed) or pictures in memory."""
+    """One conversation with its images: paths (read when needed), files' bytes, or pictures in memory."""
 
     id: str
     source: str
     messages: tuple[Message, ...]
-    images: tuple[str | Image.Image, ...] = ()
+    images: tuple[str | bytes | Image.Image, ...] = ()
 
 
 def message(role: Role, text: str, first_image: int = 0) -> Message:

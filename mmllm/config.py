@@ -1,20 +1,11 @@
-"""Every setting of a run, typed and checked before anything is loaded.
-
-YAML, at most one `extends`, then `section.key=value` overrides; OmegaConf merges, pydantic checks. A wrong key, type,
-range or combination is one ConfigError that names the dotted path, what was given and what is allowed.
-"""
+"""Every setting of a run, typed and checked before anything is loaded. mmllm/config_file.py reads them from YAML."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from yaml import YAMLError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 class ConfigError(ValueError):
@@ -106,22 +97,65 @@ class ModelConfig(_Section):
         return self
 
 
-class SourceConfig(_Section):
-    """One data file in LLaVA's JSON format, and the folder that its image paths start from."""
+class _DataFile(_Section):
+    """A file, a folder, or a pattern such as `{000..123}.tar` or `*.parquet`; local, or an fsspec URL."""
 
     path: str
-    images: str | None = None  # default: the file's own folder
-    max_examples: PositiveInt | None = None
+    images: str | None = None  # the folder that image paths start from; default: the file's own
+    prompt: str = "Describe the picture."  # what a caption answers, where rows are captions without a question
+    max_examples: PositiveInt | None = None  # the first usable ones
+
+
+class SourceConfig(_DataFile):
+    """One of the sources that are mixed.
+
+    `weight` is how often an epoch shows each row: 3 is three times, 0.5 is every second one, the others in the next
+    epoch. With `streaming`, shards (a tar, a row group, megabytes of JSON lines) come in random order, unindexed, and
+    the weight counts shards.
+    """
+
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    streaming: bool = False
+
+    @model_validator(mode="after")
+    def _stream_has_no_first(self) -> SourceConfig:
+        if self.streaming and self.max_examples:
+            raise ValueError("max_examples needs an index of the rows; take it or streaming out")
+        return self
+
+
+class ReplayConfig(_DataFile):
+    """Data of another kind, such as conversations without pictures, as a share of all examples that training sees."""
+
+    fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+
+    def as_source(self) -> SourceConfig:
+        return SourceConfig(**self.model_dump(exclude={"fraction"}))
 
 
 class DataConfig(_Section):
     train: tuple[SourceConfig, ...]
     val: tuple[SourceConfig, ...] = ()
+    replay: ReplayConfig | None = None
     max_length_tokens: PositiveInt = 2048
     num_workers: Annotated[int, Field(ge=0)] = 0
-    group_by_length: bool = True
+    group_by_length: bool = True  # not where data are streamed: their lengths are not known before
     cache_features: bool = False  # keep the frozen tower's output of every training image on disk
     max_bad_fraction: Fraction = 0.01  # a run with more unusable examples than this does not start
+
+    @model_validator(mode="after")
+    def _streams(self) -> DataConfig:
+        if self.is_streamed and not all(source.streaming for source in self.train):
+            raise ValueError("train mixes streamed and indexed sources: set streaming for all or none (not for replay)")
+        if any(source.streaming or source.weight != 1 for source in self.val):
+            raise ValueError("val is read whole and once; set streaming and weight for train alone")
+        if self.is_streamed and self.cache_features:
+            raise ValueError("cache_features needs all pictures beforehand; take it or streaming out")
+        return self
+
+    @property
+    def is_streamed(self) -> bool:
+        return any(source.streaming for source in self.train)
 
 
 class OptimConfig(_Section):
@@ -284,131 +318,3 @@ CONFIGS: dict[str, type[RunConfig]] = {
     "warmup_vision": WarmupVisionConfig,
     "warmup_language": WarmupLanguageConfig,
 }
-
-
-def _read(path: Path) -> Any:
-    if not path.is_file():
-        raise ConfigError(f"no config file at {path}; configs/README.md lists those that come with the project")
-    try:
-        tree = OmegaConf.load(path)
-    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not readable YAML: {error}") from error
-    if not OmegaConf.is_dict(tree) or not tree:
-        raise ConfigError(f"{path} must hold sections with keys, such as `optim:`; got {tree!s:.60}")
-    return tree
-
-
-def _drop_options(base: Any, new: Any) -> None:
-    """A part of another `kind` does not keep the options of the one that it replaces."""
-    for key in new:
-        if key not in base or OmegaConf.is_interpolation(base, key) or OmegaConf.is_interpolation(new, key):
-            continue
-        old, fresh = base[key], new[key]
-        if OmegaConf.is_dict(old) and OmegaConf.is_dict(fresh):
-            if "kind" in fresh and fresh["kind"] != old.get("kind"):
-                old.pop("options", None)
-            _drop_options(old, fresh)
-
-
-def _merge(base: Any, new: Any) -> Any:
-    _drop_options(base, new)
-    return OmegaConf.merge(base, new)
-
-
-def _problem(error: Any, tree: Any) -> str:
-    path = ".".join(str(step) for step in error["loc"])
-    allowed = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "extra_forbidden":
-        parent: Any = tree
-        return f"{path}: unknown key (given: {error['input']!r}){_near(error['loc'], parent)}"
-    if error["type"] == "missing":
-        return f"{path}: missing, and it has no default"
-    given = "" if isinstance(error["input"], dict | BaseModel) else f" (given: {error['input']!r})"
-    return f"{path or 'config'}: {allowed}{given}"
-
-
-def _near(location: tuple[Any, ...], tree: Any) -> str:
-    """The keys that are allowed where this one stands."""
-    model: Any = CONFIGS[tree["stage"]]
-    for step in location[:-1]:
-        if isinstance(step, int):
-            continue
-        annotation = model.model_fields[step].annotation if step in getattr(model, "model_fields", {}) else None
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
-        if model is None:
-            return ""
-    return f"; allowed: {', '.join(model.model_fields)}"
-
-
-def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
-    """The checked settings of a YAML file with `section.key=value` overrides. Raises ConfigError."""
-    path = Path(path)
-    tree = _read(path)
-    if parent := tree.pop("extends", None):
-        if not isinstance(parent, str):
-            raise ConfigError(f"{path}: extends must name one file, got {parent!r}")
-        base = _read(path.parent / parent)
-        if "extends" in base:
-            raise ConfigError(f"{path} extends {parent}, which extends another file; one level is allowed")
-        tree = _merge(base, tree)
-    given: Any = OmegaConf.create()
-    for override in overrides or []:
-        key, equals, _ = override.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"override {override!r} is not of the form section.key=value")
-        try:
-            given = OmegaConf.merge(given, OmegaConf.from_dotlist([override]))
-            OmegaConf.merge(tree, given)
-        except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
-            raise ConfigError(f"override {override!r} cannot be read: {error}") from error
-    try:
-        values = OmegaConf.to_container(_merge(tree, given), resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {error}") from error
-    assert isinstance(values, dict)
-    stage = values.get("stage")
-    if stage not in CONFIGS:
-        what = "missing" if stage is None else f"{stage!r} is not known"
-        raise ConfigError(f"{path} cannot be used:\n  stage: {what}; allowed: {', '.join(CONFIGS)}")
-    try:
-        return CONFIGS[stage].model_validate(values)
-    except ValidationError as error:
-        problems = "\n".join(f"  {_problem(row, values)}" for row in error.errors())
-        raise ConfigError(f"{path} cannot be used:\n{problems}") from error
-
-
-def dump_config(config: RunConfig) -> str:
-    """The resolved settings as YAML that runs the same run again."""
-    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
-
-
-# What may change between two starts of one run, since it decides nothing about the weights. The global batch may not,
-# but how it is divided into ranks and micro-steps may.
-_FREE = ("out", "num_threads", "log", "data.num_workers", "optim.batch_size", "optim.accumulate_steps")
-
-
-def _leaves(tree: Any, path: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict) or not tree:
-        return {path: tree}
-    return {
-        name: leaf
-        for key, value in tree.items()
-        for name, leaf in _leaves(value, f"{path}.{key}" if path else str(key)).items()
-    }
-
-
-def _settings(text: str) -> dict[str, Any]:
-    """The leaves of dumped settings, with the defaults of keys that this version knows and that one did not."""
-    tree = OmegaConf.to_container(OmegaConf.create(text))
-    with contextlib.suppress(ValidationError, KeyError, TypeError):
-        tree = CONFIGS[tree["stage"]].model_validate(tree).model_dump(mode="json")  # type: ignore[call-overload, index]
-    return _leaves(tree)
-
-
-def settings_differences(there: str, here: str) -> list[str]:
-    """What tells two dumped settings apart as far as it decides the weights, a line for each key."""
-    old, new = _settings(there), _settings(here)
-    keys = [key for key in {**old, **new} if not any(f"{key}.".startswith(f"{free}.") for free in _FREE)]
-    values = [(key, old.get(key, "nothing"), new.get(key, "nothing")) for key in keys]
-    return [f"{key}: {before} there, {now} here" for key, before, now in values if before != now]

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
-from mmllm.config import CONFIGS, ConfigError, StageConfig, dump_config, load_config, settings_differences
+from mmllm.config import CONFIGS, ConfigError, StageConfig
+from mmllm.config_file import dump_config, load_config
+from mmllm.training.state import settings_differences
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -70,7 +72,9 @@ def test_an_unknown_key_is_named_with_its_path_and_the_allowed_keys(write: Any) 
     assert "data.train.0.file: unknown key (given: 'b')" in refused(
         write(settings(data__train=[{"path": "a", "file": "b"}]))
     )
-    assert "allowed: path, images, max_examples" in refused(write(settings(data__train=[{"path": "a", "file": "b"}])))
+    assert "allowed: path, images, prompt, max_examples, weight, streaming" in refused(
+        write(settings(data__train=[{"path": "a", "file": "b"}]))
+    )
     assert "lorra: unknown key" in refused(write(settings(lorra={"rank": 4})))
     text = refused(write(settings()), "model.vision.layers=3")
     assert "model.vision.layers: unknown key (given: 3); allowed: source, pretrained, revision, layer, " in text
@@ -270,3 +274,12 @@ def test_settings_of_two_runs_are_told_apart_by_what_decides_the_weights(write: 
     assert "lora.rank: nothing there, 8 here" in told
     free = ["out=runs/moved", "log.every_steps=3", "num_threads=2", "optim.batch_size=2", "optim.accumulate_steps=2"]
     assert settings_differences(here, dump_config(load_config(path, free))) == []
+
+
+def test_settings_from_before_a_setting_was_there_are_those_of_its_default(write: Any) -> None:
+    here = dump_config(load_config(write(settings(data__train=[{"path": "a"}]))))
+    tree = yaml.safe_load(here)
+    del tree["data"]["replay"], tree["data"]["train"][0]["weight"], tree["seed"]
+    assert settings_differences(yaml.safe_dump(tree), here) == []
+    tree["data"]["max_length_tokens"] = 7
+    assert settings_differences(yaml.safe_dump(tree), here) == ["data.max_length_tokens: 7 there, 2048 here"]

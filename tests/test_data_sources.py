@@ -13,15 +13,17 @@ from PIL import Image
 
 from mmllm.batch import Example, ImageRef, Message
 from mmllm.config import SourceConfig
-from mmllm.data.sources import READERS, ROLES, BadRow, DataError, Source, read_source
+from mmllm.data.formats import ROLES
+from mmllm.data.sources import BadRow, DataError, Source, read_source
 
 Row = dict[str, Any]
+SUFFIXES = (".json", ".jsonl")
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A data folder with the pictures a.png, b.png and sub/c.png."""
-    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "empty").mkdir(parents=True)
     for name in ("a.png", "b.png", "sub/c.png"):
         Image.new("RGB", (2, 2), "red").save(tmp_path / name)
     return tmp_path
@@ -70,35 +72,33 @@ def reason(folder: Path, fields: Any) -> str:
 # What is read
 
 
-@pytest.mark.parametrize("suffix", READERS)
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_every_reader_gives_the_same_examples(folder: Path, suffix: str) -> None:
     rows = [row(), row(id="2", image=None, conversations=turns("Hello.", "Hello, you.", "And?", "Well."))]
     config = write(folder, rows, f"data{suffix}")
-    assert read_source(config) == Source(
-        path=config.path,
-        examples=[
-            Example(
-                id="1",
-                source=config.path,
-                messages=(
-                    Message("user", (ImageRef(0), "\nWhat is it?")),
-                    Message("assistant", ("A red square.",)),
-                ),
-                images=(str(folder / "a.png"),),
+    source = read_source(config)
+    assert source.bad == []
+    assert list(source.examples) == [
+        Example(
+            id="1",
+            source=config.path,
+            messages=(
+                Message("user", (ImageRef(0), "\nWhat is it?")),
+                Message("assistant", ("A red square.",)),
             ),
-            Example(
-                id="2",
-                source=config.path,
-                messages=(
-                    Message("user", ("Hello.",)),
-                    Message("assistant", ("Hello, you.",)),
-                    Message("user", ("And?",)),
-                    Message("assistant", ("Well.",)),
-                ),
+            images=(str(folder / "a.png"),),
+        ),
+        Example(
+            id="2",
+            source=config.path,
+            messages=(
+                Message("user", ("Hello.",)),
+                Message("assistant", ("Hello, you.",)),
+                Message("user", ("And?",)),
+                Message("assistant", ("Well.",)),
             ),
-        ],
-        bad=[],
-    )
+        ),
+    ]
 
 
 @pytest.mark.parametrize(("value", "parts"), [
@@ -141,12 +141,12 @@ def test_rows_without_an_image_are_text_only(folder: Path, image: Row) -> None:
 
 def test_ids_are_made_unique(folder: Path) -> None:
     rows = [row(id="x"), row(id=7), row(id="x"), row(id="7"), row(id=None), row(id=""), row(id="x")]
-    assert [e.id for e in read(folder, *rows).examples] == ["x", "7", "x#2", "7#3", "#4", "#5", "x#6"]
-
-
-def test_an_id_that_looks_like_a_repeat_does_not_collide(folder: Path) -> None:
-    given = ("x", "x#3", "x#3#3", "x")
-    assert [e.id for e in read(folder, *(row(id=i) for i in given)).examples] == ["x", "x#3", "x#3#3", "x#3#3#3"]
+    examples = read(folder, *rows).examples
+    assert [e.id for e in examples] == ["x", "7", "x#2", "7#3", "#4", "#5", "x#6"]
+    assert list(examples.ids()) == [e.id for e in examples]
+    assert (examples[-1].id, examples[2].id, [e.id for e in examples[1:3]]) == ("x#6", "x#2", ["7", "x#2"])
+    with pytest.raises(IndexError):
+        examples[7]
 
 
 def test_ids_do_not_depend_on_which_rows_are_good(folder: Path) -> None:
@@ -157,7 +157,7 @@ def test_ids_do_not_depend_on_which_rows_are_good(folder: Path) -> None:
 
 def test_images_start_from_the_given_folder(folder: Path) -> None:
     config = write(folder, [row(image="c.png")])
-    assert read_source(config).examples == []
+    assert len(read_source(config).examples) == 0
     found = read_source(config.model_copy(update={"images": str(folder / "sub")}))
     assert found.examples[0].images == (str(folder / "sub" / "c.png"),)
 
@@ -172,7 +172,7 @@ def test_images_are_not_decoded(folder: Path) -> None:
     assert only(folder).images == (str(folder / "a.png"),)
 
 
-@pytest.mark.parametrize("suffix", READERS)
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_max_examples_counts_usable_rows(folder: Path, suffix: str) -> None:
     rows = [row(id="bad", image="gone.png"), *(row(id=str(i)) for i in range(5))]
     config = write(folder, rows, f"data{suffix}").model_copy(update={"max_examples": 2})
@@ -199,14 +199,14 @@ def turn(**changes: Any) -> list[dict[str, Any]]:
 
 
 BAD_ROWS: list[tuple[Any, str]] = [
-    ("text", "the row is a string; it must be an object with conversations"),
+    ("text", "the row is a string; it must be an object with conversations or messages or"),
     (None, "the row is null; it must be an object with conversations"),
     (row(id=["a"]), "id is a list; it must be a string or a whole number"),
     (row(id=True), "id is a truth value; it must be a string or a whole number"),
     (row(id=1.5), "id is a number; it must be a string or a whole number"),
     # images
     (row(image=3), "image is a number; it must be a string"),
-    (row(image={"path": "a.png"}), "image is an object; it must be a string"),
+    (row(image={"file": "a.png"}), "image is an object; it must be a string, a path, or an object with path or bytes"),
     (row(image=["a.png", None]), "image is null; it must be a string"),
     (row(image=""), "image is an empty path; leave image out of a row without images"),
     (row(image="gone.png"), "no image file at {folder}/gone.png; image paths start from {folder}, which `images`"),
@@ -215,13 +215,19 @@ BAD_ROWS: list[tuple[Any, str]] = [
     (row(image="n" * 5000), "cannot be read (File name too long)"),
     # marks
     (row(image=None), "1 <image> mark in the human turns but 0 images; write <image> once for each image"),
-    (row(image=["a.png", "b.png"]), "1 <image> mark in the human turns but 2 images; write <image> once for each"),
-    (row(conversations=turns("What is it?", "It.")), "0 <image> marks in the human turns but 1 image; write <image>"),
+    (
+        row(image=["a.png", "b.png"]),
+        "1 <image> mark in the human turns but 2 images; write <image> once for each",
+    ),
+    (
+        row(conversations=turns("What is it?", "It.")),
+        "0 <image> marks in the human turns but 1 image; write <image>",
+    ),
     (row(conversations=turns("<image><image>", "It.")), "2 <image> marks in the human turns but 1 image;"),
     (row(conversations=turns("What?", "<image>")), "turn 1, from gpt, holds <image>; images stand in human turns"),
     (row(conversations=turns("What?", "It.", system="<image>")), "turn 0, from system, holds <image>; images stand"),
     # turns
-    (row(conversations=None), "conversations is null; it must be a list of turns"),
+    (row(conversations=None), "the row has none of conversations, messages, texts, caption, text; its keys: id, image"),
     (row(conversations=[]), "conversations is empty; it must be a list of turns"),
     (row(conversations="Hi"), "conversations is a string; it must be a list of turns"),
     (row(conversations=["Hi"]), "turn 0 is a string; it must be an object with from and value"),
@@ -257,21 +263,47 @@ def test_a_bad_row_is_kept_with_its_reason_and_costs_no_other(folder: Path, fiel
 def test_all_bad_rows_are_counted(folder: Path) -> None:
     rows = [fields for fields, _ in BAD_ROWS]
     source = read(folder, *rows)
-    assert source.examples == []
+    assert len(source.examples) == 0
     assert [bad.row for bad in source.bad] == list(range(len(rows)))
-    assert len({bad.id for bad in source.bad}) == len(rows)
 
 
 def test_a_bad_row_says_where_it_stands(folder: Path) -> None:
     config = write(folder, [row(), row(), row(image="gone.png")], "data.jsonl")
     (bad,) = read_source(config).bad
-    assert bad == BadRow(config.path, 2, "1#2", bad.reason)
+    assert bad == BadRow(config.path, 2, "1", bad.reason)
     assert "gone.png" in bad.reason
 
 
 def test_an_id_can_always_be_printed(folder: Path) -> None:
     (example,) = read(folder, row(id="x\ud83d")).examples
     assert example.id == "x?"
+
+
+GOOD = json.dumps(row())
+
+UNPARSED: list[tuple[str, bytes, str]] = [
+    ("data.json", b'[{"id": "1", "x": 2,}, %b]', "the row is not JSON at character"),
+    ("data.json", b"[9%b, %%b]" % (b"9" * 5000), "the row cannot be read as JSON: Exceeds the limit"),
+    (
+        "data.json",
+        b"[%b%b, %%b]" % (b"[" * 100_000, b"]" * 100_000),
+        "the row cannot be read as JSON: maximum recursion",
+    ),
+    ("data.json", b'["\xe4", %b]', "the row is not UTF-8 text at byte"),
+    ("data.json", b"[, %b]", "the row is not JSON at character 0"),
+    ("data.jsonl", b'{"conversations": [\n%b\n', "the row is not JSON at character"),
+    ("data.jsonl", b'"\xe4"\n\n%b', "the row is not UTF-8 text at byte 1"),
+]
+
+
+@pytest.mark.parametrize(("name", "data", "text"), UNPARSED, ids=[f"{n}-{t[:40]}" for n, _, t in UNPARSED])
+def test_a_row_that_is_not_json_costs_no_other(folder: Path, name: str, data: bytes, text: str) -> None:
+    (folder / name).write_bytes(data % GOOD.encode())
+    source = read_source(SourceConfig(path=str(folder / name)))
+    assert [example.id for example in source.examples] == ["1"]
+    (bad,) = source.bad
+    assert bad.row == 0
+    assert text in bad.reason
 
 
 # Files that are refused
@@ -281,8 +313,6 @@ def test_role_names_are_those_of_llava() -> None:
     assert ROLES == {"human": "user", "gpt": "assistant", "system": "system"}
 
 
-GOOD = json.dumps(row())
-
 BAD_FILES: list[tuple[str, bytes, str]] = [
     ("data.json", b"", "data.json is empty; give a file with at least one conversation"),
     ("data.json", b" \n", "data.json is empty; give a file with at least one conversation"),
@@ -290,16 +320,12 @@ BAD_FILES: list[tuple[str, bytes, str]] = [
     ("data.json", b"[]", "data.json holds no rows; give a file with at least one conversation"),
     ("data.json", b'{"rows": []}', "data.json must hold a list of rows, got an object; put the rows in [ ]"),
     ("data.json", b'"text"', "data.json must hold a list of rows, got a string; put the rows in [ ]"),
-    ("data.json", b'[{"id": "1"},\n {"id": 2,}]', "data.json is not JSON at line 2, column"),
-    ("data.json", f"[{GOOD},\n{GOOD[:-4]}".encode(), "data.json is not JSON at line 2, column"),
-    ("data.json", f"{GOOD}\n{GOOD}".encode(), "not JSON at line 2, column 1: Extra data; one row a line is JSON lines"),
-    ("data.jsonl", f"{GOOD}\n\n{GOOD[:-4]}\n".encode(), "data.jsonl is not JSON at line 3, column"),
+    ("data.json", f"[{GOOD},\n{GOOD[:-4]}".encode(), "the list that it begins with is never closed"),
+    ("data.json", f"[{GOOD}]\n[{GOOD}]".encode(), "data.json is not one JSON list: behind its end stands b'["),
+    ("data.json", f"{GOOD}\n{GOOD}".encode(), "or name the file .jsonl where each row is one line"),
     ("data.jsonl", f"[\n{GOOD}\n]".encode(), "a list over several lines is plain JSON: name the file .json"),
-    ("data.json", b'["a",\n"\xe4"]', "data.json is not UTF-8 text at line 2; save it as UTF-8"),
-    ("data.jsonl", f"{GOOD}\n".encode() + b'"\xe4"', "data.jsonl is not UTF-8 text at line 2; save it as UTF-8"),
-    ("data.json", b"[" * 100_000, "data.json cannot be read as JSON from line 1 on: maximum recursion"),
-    ("data.json", b"[" + b"9" * 5000 + b"]", "data.json cannot be read as JSON from line 1 on: Exceeds the limit"),
-    ("data.parquet", b"PAR1", "data.parquet has the suffix '.parquet'; allowed: .json, .jsonl"),
+    ("data.json", b"[" * 100_000, "the list that it begins with is never closed"),
+    ("data.xml", b"<a/>", "data.xml has the suffix '.xml'; allowed: .json, .jsonl, .parquet, .arrow, .csv, .tar"),
     ("data", b"[]", "data has the suffix ''; allowed: .json, .jsonl"),
 ]
 
@@ -316,7 +342,7 @@ def test_a_file_that_cannot_be_used_gives_one_clear_message(folder: Path, name: 
 
 @pytest.mark.parametrize(("given", "text"), [
     (lambda folder: {"path": f"{folder}/gone.json"}, "no data file at {folder}/gone.json; check `path` of this source"),
-    (lambda folder: {"path": f"{folder}"}, "{folder} is a folder; give the path of the data file in it"),
+    (lambda folder: {"path": f"{folder}/sub/empty"}, "{folder}/sub/empty is a folder without pictures or metadata"),
     (lambda folder: {"path": f"{folder}/{'n' * 5000}.json"}, "cannot be read (File name too long); check the path"),
     (
         lambda folder: {"path": write(folder, [row()]).path, "images": f"{folder}/gone"},

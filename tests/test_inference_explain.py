@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from mmllm.batch import IMAGE_TOKEN
 from mmllm.cli import app
-from mmllm.config import load_config
+from mmllm.config_file import load_config
 from mmllm.data.sources import read_source
 from mmllm.inference import explain_terminal
 from mmllm.inference.check import load_text_side

@@ -18,7 +18,7 @@ ABOVE_LIBRARY = ("train", "demo", "bench", "tests")
 # A room of mmllm imports itself and rooms that stand before it; those of one row do not import each other.
 ROOMS = (
     ("batch", "config"),
-    ("scenes", "errors"),
+    ("scenes", "errors", "config_file"),
     ("model", "data"),
     ("inference",),
     ("training",),

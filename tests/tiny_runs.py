@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from tiny import model_config
 from torch import Tensor
 
-from mmllm.config import StageConfig, load_config
+from mmllm.config import StageConfig
+from mmllm.config_file import load_config
 
 COLORS = ("red", "green", "blue", "yellow", "white")
 RATES = {"projector": 0.02, "language": 0.01}

@@ -305,6 +305,11 @@ class Renderer:
                 "an answer would end wherever these characters stand; choose another template"
             )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For other processes: made anew there, since a cache cannot travel."""
+        make = functools.partial(Renderer, image_token_id=self.image_token_id, num_image_tokens=self.num_image_tokens)
+        return make, (self.tokenizer, self.template_name)
+
     def _encode_piece(self, text: str) -> tuple[int, ...]:
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         if self.image_token_id in ids:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,24 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from mmllm.batch import IMAGE_TOKEN, Example
-from mmllm.config import ConfigError, ModelConfig, StageConfig, load_config
+from mmllm.batch import IMAGE_TOKEN
+from mmllm.config import ConfigError, ModelConfig, SourceConfig, StageConfig
+from mmllm.config_file import load_config
 from mmllm.data.chat import Renderer
-from mmllm.data.check import (
-    Report,
-    Row,
-    choose_examples,
-    decode_all,
-    image_paths,
-    num_repeated,
-    num_shared,
-    read_rows,
-    refusal,
-)
-from mmllm.data.sources import BadRow
+from mmllm.data.check import Report, inspect_sources, num_shared, refusal
+from mmllm.data.inspection import Part, Rules
+from mmllm.data.quarantine import Writer
+from mmllm.data.sources import Examples
 from mmllm.model.checkpoint import read_manifest
 from mmllm.model.language import load_tokenizer
 from mmllm.model.processor import VisionLanguageProcessor
@@ -38,9 +30,6 @@ from projector import build_projector
 
 MAX_REASONS_SHOWN = 12
 FILE_WIDTH = 140  # of tables where no terminal gives one
-# Numbers, quoted words, paths and file names: what differs between two rows that are bad for the same reason.
-_PARTICULARS = re.compile(r"'[^']*'|\S*/\S*|\b\S+\.\w{3,4}\b|\d[\d,]*")
-_PICTURE_WORDS = re.compile(r"\b(picture|image|photo|photograph)s?\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -56,33 +45,16 @@ class Findings:
     """What one split of the data holds."""
 
     report: Report
-    examples: list[Example]
-    undecodable: dict[str, str]
+    examples: Examples
     refusal: str | None
 
     def to_json(self) -> dict[str, Any]:
-        lone = [example for example in self.examples if not example.images]
-        return {
-            **self.report.to_json(),
-            "longest_example": self.longest_example(),
-            "undecodable_images": len(self.undecodable),
-            "repeated": num_repeated(self.examples),
-            "without_image": len(lone),
-            "without_image_asking_about_one": sum(bool(_PICTURE_WORDS.search(e.messages[0].text)) for e in lone),
-            "left_out_by_reason": {reason: len(rows) for reason, rows in by_reason(self.report.bad).items()},
-        }
+        return {**self.report.to_json(), "longest_example": self.longest_example()}
 
     def longest_example(self) -> str | None:
+        """The id of the longest example, where examples can be asked for by number."""
         lengths = self.report.lengths
-        return self.examples[lengths.index(max(lengths))].id if lengths else None
-
-
-def by_reason(bad: Sequence[BadRow]) -> dict[str, list[BadRow]]:
-    """Rows by what is wrong with them, the most frequent first; names and numbers are left out of the reason."""
-    groups: dict[str, list[BadRow]] = {}
-    for row in bad:
-        groups.setdefault(_PARTICULARS.sub("…", row.reason), []).append(row)
-    return dict(sorted(groups.items(), key=lambda item: -len(item[1])))
+        return self.examples[int(lengths.argmax())].id if len(lengths) == len(self.examples) > 0 else None
 
 
 def load_text_side(config: ModelConfig) -> TextSide:
@@ -123,10 +95,10 @@ def load_text_side(config: ModelConfig) -> TextSide:
 
 
 def check_data(config_path: Path, overrides: list[str], *, as_json: bool) -> bool:
-    """Prints what a run of these settings would find; True where it would start and read every picture.
+    """Prints what a run of these settings would find; True where it would start.
 
-    What cannot be used is listed in `<out>/check/bad.jsonl`. Raises ConfigError for settings that are wrong, or that
-    are not those of a stage with data.
+    The report is kept in `<out>/check/report.json`, and what cannot be used is listed in `<out>/check/bad.jsonl`, which
+    the run leaves out. Raises ConfigError for settings that are wrong, or that are not those of a stage with data.
     """
     config = load_config(config_path, overrides)
     if not isinstance(config, StageConfig):
@@ -138,21 +110,32 @@ def check_data(config_path: Path, overrides: list[str], *, as_json: bool) -> boo
         text_side = load_text_side(config.model)
     except (ValueError, OSError, RuntimeError, KeyError) as error:
         problems.append(f"model: {error}\nso no tokens are counted")
-    found = _examine(config, text_side)
-    for name, findings in found.items():
-        _judge(name, findings, text_side, problems, notes)
-    if "val" in found and (shared := num_shared(found["val"].examples, found["train"].examples)):
+    sources = _splits(config)
+    writer = Writer(config.out, [source for files in sources.values() for source in files])
+    rules = Rules(text_side.renderer if text_side else None, config.data.max_length_tokens, decode=True)
+    found = {}
+    for name, files in sources.items():
+        with _progress(f"looking at {name}") as advance:
+
+            def watch(source: SourceConfig, part: Part, name: str = name, advance: Any = advance) -> None:
+                writer.add(name, source, part)
+                advance(len(part.ids))
+
+            examples, report = inspect_sources(files, rules, watch=watch)
+        found[name] = Findings(report, examples, refusal(report, config.data))
+        _judge(name, found[name], text_side, problems, notes)
+    if "val" in found and (shared := num_shared(found["val"].report.contents, found["train"].report.contents)):
         notes.append(f"{shared} val examples are in train too, so val says too little")
-    quarantine = _write_quarantine(Path(config.out) / "check" / "bad.jsonl", found)
     result = {
         "config": str(config_path),
         "image_tokens_per_image": text_side.renderer.num_image_tokens if text_side else None,
         **{name: findings.to_json() for name, findings in found.items()},
         "problems": problems,
         "notes": notes,
-        "bad_list": str(quarantine) if quarantine else None,
+        "bad_list": str(writer.path) if any(findings.report.num_bad for findings in found.values()) else None,
         "starts": not problems,
     }
+    writer.close(result)
     if as_json:
         print(json.dumps(result, indent=2))
     else:
@@ -160,61 +143,33 @@ def check_data(config_path: Path, overrides: list[str], *, as_json: bool) -> boo
     return not problems
 
 
-def _examine(config: StageConfig, text_side: TextSide | None) -> dict[str, Findings]:
-    """Reads all rows, decodes each image once, then looks at what is left."""
-    sources = {"train": config.data.train, **({"val": config.data.val} if config.data.val else {})}
-    read = {name: read_rows(files) for name, files in sources.items()}
-    paths = image_paths(row for rows, _ in read.values() for row in rows)
-    with _progress("decoding images", len(paths)) as advance:
-        reasons = decode_all(paths, advance=advance)
-    renderer = text_side.renderer if text_side else None
-    found = {}
-    for name, (rows, report) in read.items():
-        examples = choose_examples(rows, report, renderer, config.data, undecodable=reasons)
-        found[name] = Findings(report, examples, _of_rows(rows, reasons), refusal(report, config.data))
-    return found
-
-
-def _of_rows(rows: Sequence[Row], reasons: Mapping[str, str]) -> dict[str, str]:
-    return {path: reasons[path] for path in image_paths(rows) if path in reasons}
+def _splits(config: StageConfig) -> dict[str, Sequence[SourceConfig]]:
+    data = config.data
+    replay = [data.replay.as_source()] if data.replay else []
+    return {name: files for name, files in {"train": data.train, "replay": replay, "val": data.val}.items() if files}
 
 
 def _judge(name: str, found: Findings, text_side: TextSide | None, problems: list[str], notes: list[str]) -> None:
+    report = found.report
     if found.refusal:
         problems.append(f"{name}: {found.refusal}")
-    if found.undecodable:
-        shown = "\n".join(f"  {reason}" for reason in list(found.undecodable.values())[:5])
-        more = f"\n  and {len(found.undecodable) - 5} more" if len(found.undecodable) > 5 else ""
-        problems.append(
-            f"{name}: image files that cannot be decoded: {len(found.undecodable)}. The run would stop where it meets "
-            f"them; mend them or take their rows out:\n{shown}{more}"
-        )
-    longest, limit = max(found.report.lengths, default=0), text_side.max_positions if text_side else None
+    longest, limit = int(report.lengths.max(initial=0)), text_side.max_positions if text_side else None
     if limit and longest > limit:
         notes.append(f"{name}: the longest example has {longest} tokens, but the LLM was made for {limit}")
-
-
-def _write_quarantine(path: Path, found: Mapping[str, Findings]) -> Path | None:
-    """One line for each row that is left out; no file where there is none."""
-    lines = [
-        json.dumps({"split": name, **vars(row)}) for name, findings in found.items() for row in findings.report.bad
-    ]
-    if not lines:
-        path.unlink(missing_ok=True)
-        return None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n")
-    return path
+    if report.unread:
+        keys = ", ".join(f"{key} ({count:,} rows)" for key, count in report.unread.most_common(8))
+        notes.append(f"{name}: keys of rows that are not read: {keys}")
 
 
 @contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on a terminal, one line elsewhere."""
+def _progress(what: str) -> Iterator[Callable[[int], None]]:
+    """The number of rows so far on a terminal, one line elsewhere. How many there are is known when they are seen."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        console.print(f"{what}: {total}")
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(what, total=total)
+        console.print(what)
+    columns = (SpinnerColumn(), TextColumn("{task.description}: {task.completed:,} rows"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what, total=None)
         yield lambda count: progress.advance(task, count)
 
 
@@ -249,7 +204,7 @@ def _print(result: Mapping[str, Any], found: Mapping[str, Findings]) -> None:
         table.add_row(label, *(f"{v:,}" if isinstance(v, int) else str(v or "-") for v in values))
     console.print(table)
     for name, findings in found.items():
-        _print_reasons(console, name, findings.report.bad)
+        _print_reasons(console, name, findings.report)
     for note in result["notes"]:
         console.print(f"note: {note}", soft_wrap=True)
     for problem in result["problems"]:
@@ -260,17 +215,16 @@ def _print(result: Mapping[str, Any], found: Mapping[str, Findings]) -> None:
     console.print(verdict, style="bold green" if result["starts"] else "bold red")
 
 
-def _print_reasons(console: Console, name: str, bad: Sequence[BadRow]) -> None:
-    if not bad:
+def _print_reasons(console: Console, name: str, report: Report) -> None:
+    if not report.num_bad:
         return
-    groups = by_reason(bad)
+    groups = report.by_reason()
     table = Table(title=f"left out of {name}")
     table.add_column("rows", justify="right")
     table.add_column("why", overflow="fold")
     table.add_column("such as", overflow="fold")
-    for reason, rows in list(groups.items())[:MAX_REASONS_SHOWN]:
-        first = rows[0]
-        table.add_row(str(len(rows)), reason, f"{first.source} row {first.row} ({first.id})")
-    if rest := list(groups.values())[MAX_REASONS_SHOWN:]:
-        table.add_row(str(sum(map(len, rest))), f"{len(rest)} other reasons", "")
+    for reason, count, first in groups[:MAX_REASONS_SHOWN]:
+        table.add_row(str(count), reason, f"{first.source} row {first.row} ({first.id})")
+    if rest := groups[MAX_REASONS_SHOWN:]:
+        table.add_row(str(sum(count for _, count, _ in rest)), f"{len(rest)} other reasons", "")
     console.print(table)

@@ -10,7 +10,7 @@ from PIL import Image
 from mmllm.batch import Example, Message, Part, message
 from mmllm.scenes.talk import picture_marks
 
-Picture = str | Image.Image  # a path, or a picture in memory
+Picture = str | bytes | Image.Image  # a path, or a picture in memory
 
 
 def user_message(text: str, num_pictures: int, first_image: int = 0) -> Message:

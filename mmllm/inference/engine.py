@@ -75,14 +75,14 @@ class _Streamer:
         """Nothing is held back."""
 
 
-def load_pixels(processor: VisionLanguageProcessor, images: Sequence[str | Path | Image.Image]) -> Tensor:
+def load_pixels(processor: VisionLanguageProcessor, images: Sequence[str | Path | bytes | Image.Image]) -> Tensor:
     """Pictures as the tower takes them: [N, C, H, W] in float32. Raises ImageError for what is no picture."""
     pictures = [load_image(image) for image in images]
     pixels: Tensor = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
     return pixels.float()
 
 
-def as_seen(transform: Any, image: str | Path | Image.Image) -> Image.Image:
+def as_seen(transform: Any, image: str | Path | bytes | Image.Image) -> Image.Image:
     """The picture that a tower with this transform sees: its pixel values, back in 0-255. Raises ImageError."""
     pixels = transform([load_image(image)], return_tensors="pt")["pixel_values"][0].float().numpy()
     mean, std = np.array(transform.image_mean), np.array(transform.image_std)
@@ -154,11 +154,11 @@ class Engine:
         """The exact prompt as text; each picture is one `<image>`."""
         return self.renderer.text(example.messages)
 
-    def seen(self, image: str | Path | Image.Image) -> Image.Image:
+    def seen(self, image: str | Path | bytes | Image.Image) -> Image.Image:
         """The picture as the vision tower sees it: resized, cropped or padded, values back in 0-255."""
         return as_seen(self.processor.image_processor, image)
 
-    def inputs(self, rendered: Sequence[Rendered], images: Sequence[str | Image.Image]) -> dict[str, Tensor]:
+    def inputs(self, rendered: Sequence[Rendered], images: Sequence[str | bytes | Image.Image]) -> dict[str, Tensor]:
         """Prompts padded on the left, whatever the tokenizer says, and their pictures one behind the other."""
         device = self.model.device
         longest = max(len(one.input_ids) for one in rendered)

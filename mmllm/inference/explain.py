@@ -17,9 +17,10 @@ from typing import Any, Literal
 from PIL import Image
 
 from mmllm.batch import IGNORE_INDEX, IMAGE_TOKEN, Example, ImageRef, Message
-from mmllm.config import ConfigError, DataConfig, ModelConfig, StageConfig, load_config
+from mmllm.config import ConfigError, DataConfig, ModelConfig, StageConfig
+from mmllm.config_file import load_config
 from mmllm.data.chat import Renderer, pieces
-from mmllm.data.check import Report, Row, choose_examples
+from mmllm.data.check import left_out
 from mmllm.data.images import load_image
 from mmllm.data.sources import DataError, read_source
 from mmllm.inference.check import load_text_side
@@ -168,7 +169,7 @@ def explain(config_path: Path, overrides: list[str], *, sample: str | None = Non
         raise ConfigError(f"{config_path} is for {config.stage}, which makes its own data; there is nothing to explain")
     split, example, also_in = _find(config.data, sample)
     renderer = load_text_side(config.model).renderer
-    if reason := _left_out(example, renderer, config.data):
+    if reason := left_out(example, renderer, config.data):
         raise DataError(f"{example.source}: the run would leave out {example.id}: {reason}")
     transform = _transform(config.model)
     tokens = tokenise(renderer, example.messages)
@@ -201,15 +202,15 @@ def _find(data: DataConfig, sample: str | None) -> tuple[str, Example, list[str]
     found: list[tuple[str, Example]] = []
     bad: list[str] = []
     ids: list[str] = []
-    for split, sources in (("train", data.train), ("val", data.val)):
+    replay = (data.replay,) if data.replay else ()
+    for split, sources in (("train", (*data.train, *replay)), ("val", data.val)):
         for source in sources:
             read = read_source(source)
-            for example in read.examples:
-                if sample is None:
-                    return split, example, []
-                ids.append(example.id)
-                if example.id == sample:
-                    found.append((split, example))
+            if sample is None and len(read.examples):
+                return split, read.examples[0], []
+            own = list(read.examples.ids())
+            ids += own
+            found += [(split, read.examples[index]) for index, name in enumerate(own) if name == sample]
             bad += [f"{row.source} row {row.row}: {row.reason}" for row in read.bad if sample in (None, row.id)]
     if found:
         return *found[0], [example.source for _, example in found[1:]]
@@ -230,13 +231,6 @@ def _near(sample: str, ids: Sequence[str]) -> list[str]:
         return num_shared(sample, other) + num_shared(sample[::-1], other[::-1])
 
     return [other for other in heapq.nlargest(5, ids, key=likeness) if 2 * likeness(other) >= len(sample)]
-
-
-def _left_out(example: Example, renderer: Renderer, config: DataConfig) -> str | None:
-    """Why a run does not use this example, in the words of `mmllm check`."""
-    report = Report()
-    choose_examples([Row(example.source, 0, example)], report, renderer, config)
-    return report.bad[0].reason if report.bad else None
 
 
 def tokenise(renderer: Renderer, messages: Sequence[Message]) -> list[Token]:

@@ -37,6 +37,21 @@ def _float64_device(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device
 
 
+def cores_of_process() -> int:
+    """The CPU cores that each of the processes on this machine may keep busy."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def gather_all(accelerator: Any, values: dict[int, Any]) -> dict[int, Any]:
+    """The entries of all ranks together. Every rank has to call it."""
+    if accelerator.num_processes == 1:
+        return values
+    found: list[Any] = [None] * accelerator.num_processes
+    torch.distributed.all_gather_object(found, values)
+    return {key: value for one in found for key, value in one.items()}
+
+
 def share_of(indices: list[int], rank: int, world_size: int) -> list[int]:
     """This rank's examples of a global batch: every `world_size`-th, so that lengths are alike on all ranks."""
     return indices[rank::world_size]

@@ -13,12 +13,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from mmllm.config import RunConfig, dump_config
-from mmllm.training.distributed import all_reduce_sum, build_accelerator, share_of
+from mmllm.config import RunConfig
+from mmllm.config_file import dump_config
+from mmllm.training.distributed import all_reduce_sum, build_accelerator, gather_all
 from mmllm.training.optim import Parts, build_optimizers, gradient_norm, rate_factor, set_learning_rates
-from mmllm.training.order import Order, seed_of
+from mmllm.training.order import Item, Orders, seed_of
 from mmllm.training.state import load_state, save_state, saved_steps
 from mmllm.training.tracking import Tracker
 
@@ -38,13 +39,14 @@ class Stage(Protocol):
     """What a stage brings to the loop. `module(batch)` gives the batch's loss, summed over what `count` counts."""
 
     module: nn.Module
-    num_examples: int
 
+    @property
+    def num_examples(self) -> int | None: ...  # None where they are streamed
     @property
     def parts(self) -> Parts: ...
 
-    def order(self, batch_size: int) -> Order: ...
-    def batch(self, indices: Sequence[int]) -> Any: ...
+    def order(self, batch_size: int) -> Orders: ...
+    def batch(self, indices: Sequence[Any]) -> Any: ...  # Items of the order
     def count(self, batch: Any) -> int: ...
     def num_tokens(self, batch: Any) -> int: ...
     def reaches(self, part: str, batch: Any) -> bool: ...  # whether this batch can teach the part anything
@@ -100,6 +102,13 @@ def _ignore_interrupt(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+class _AsGiven(Dataset[Any]):
+    """What the sampler yields is the item itself: the index of an example, or a streamed example."""
+
+    def __getitem__(self, item: Item) -> Item:
+        return item
+
+
 class Run:
     """One run: its stage, optimizers, order and place on disk."""
 
@@ -116,6 +125,7 @@ class Run:
         self.order = stage.order(self.global_batch)
         self.settings = dump_config(config)
         self.idle: dict[str, int] = {}
+        self.positions: dict[int, dict[int, Any]] = {}  # of the order behind each step that batches are made for
 
     def resume(self) -> int:
         """The step to start from: 0, or that of the newest saved state."""
@@ -123,16 +133,19 @@ class Run:
         if not states:
             return 0
         facts: dict[str, Any] = {"settings": self.settings, "global_batch": self.global_batch}
-        return load_state(states[-1], self.trained, self.optimizers, **facts)
+        step, position = load_state(states[-1], self.trained, self.optimizers, **facts)
+        self.order.go_to(position)
+        return step
 
-    def _micro_batches(self, first_step: int) -> Iterator[list[int]]:
-        """Indices of this rank's micro-batches, from a step to the end of the run."""
+    def _micro_batches(self, first_step: int) -> Iterator[Sequence[Item]]:
+        """This rank's micro-batches, from a step to the end of the run."""
         size = self.config.optim.batch_size
         for step in range(first_step, self.config.optim.max_steps):
-            mine = share_of(self.order.batch(step), self.accelerator.process_index, self.accelerator.num_processes)
+            mine = self.order.share(step, self.accelerator.process_index, self.accelerator.num_processes)
+            self.positions[step + 1] = self.order.position()
             yield from (mine[start : start + size] for start in range(0, len(mine), size))
 
-    def _batch(self, indices: Sequence[int]) -> Any:
+    def _batch(self, indices: Sequence[Item]) -> Any:
         """A micro-batch, or what is wrong with its data: an error that a worker raises would bring its traceback."""
         try:
             return self.stage.batch(indices)
@@ -143,8 +156,8 @@ class Run:
         """This rank's micro-batches, made ahead in worker processes where `data.num_workers` asks for them."""
         data = getattr(self.config, "data", None)
         loader: DataLoader[Any] = DataLoader(
-            range(self.stage.num_examples),  # type: ignore[arg-type]
-            batch_sampler=self._micro_batches(first_step),
+            _AsGiven(),
+            batch_sampler=self._micro_batches(first_step),  # type: ignore[arg-type]
             collate_fn=self._batch,
             num_workers=data.num_workers if data else 0,
             worker_init_fn=_ignore_interrupt,
@@ -180,9 +193,11 @@ class Run:
         return all_reduce_sum(self.accelerator, total) / num_valid, norm, int(num_tokens)
 
     def save_state(self, step: int) -> None:
+        self.positions = {made: where for made, where in self.positions.items() if made >= step}
+        position = gather_all(self.accelerator, self.positions[step])
         if self.accelerator.is_main_process:
             keep = self.config.log.keep_checkpoints
-            facts: dict[str, Any] = {"settings": self.settings, "global_batch": self.global_batch}
+            facts: dict[str, Any] = {"settings": self.settings, "global_batch": self.global_batch, "position": position}
             save_state(self.out, step, self.trained, self.optimizers, **facts, keep=keep)
         self.accelerator.wait_for_everyone()
 
@@ -211,7 +226,7 @@ def train(config: RunConfig, stage: Stage, accelerator: Any) -> None:
     processes = f"{accelerator.num_processes} process(es) on {accelerator.device}"
     tracker.say(
         f"{config.stage}: {trained:,} trained parameters in {', '.join(stage.parts)}; "
-        f"{stage.num_examples:,} examples; {processes}"
+        f"{'streamed' if stage.num_examples is None else f'{stage.num_examples:,}'} examples; {processes}"
     )
     if first:
         tracker.say(f"goes on from step {first}")

@@ -6,7 +6,8 @@ import os
 import sys
 from pathlib import Path
 
-from mmllm.config import ConfigError, RunConfig, dump_config, load_config
+from mmllm.config import ConfigError, RunConfig
+from mmllm.config_file import dump_config, load_config
 from mmllm.errors import report_errors
 
 SETTINGS = "config.yaml"

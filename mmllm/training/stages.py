@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from mmllm.batch import Batch, Example, ImageRef
-from mmllm.config import ConfigError, RunConfig, StageConfig, WarmupLanguageConfig, WarmupVisionConfig, dump_config
+from mmllm.config import ConfigError, RunConfig, StageConfig, WarmupLanguageConfig, WarmupVisionConfig
+from mmllm.config_file import dump_config
 from mmllm.data.chat import ChatError
-from mmllm.data.check import load_examples
 from mmllm.data.collate import collate
 from mmllm.data.sources import DataError
 from mmllm.inference.engine import Engine, load_pixels
@@ -22,11 +22,12 @@ from mmllm.model.adapter import describe_base, merge_adapter
 from mmllm.model.build import build_model
 from mmllm.model.checkpoint import save_checkpoint
 from mmllm.training.card import model_card
+from mmllm.training.data import TrainingData
 from mmllm.training.features import FeatureCache
 from mmllm.training.loop import Stage
 from mmllm.training.lora import add_lora
 from mmllm.training.losses import conversation_loss_sum, has_plain_head
-from mmllm.training.order import Order
+from mmllm.training.order import Item, Orders
 from mmllm.training.warmup_language import WarmupLanguage
 from mmllm.training.warmup_vision import WarmupVision
 
@@ -67,14 +68,9 @@ class ConversationStage:
         except ChatError as error:
             raise ConfigError(f"model.template: {error}") from error
         self._describe_chat()
-        self.examples, report = load_examples(config.data.train, self.engine.renderer, config.data)
-        self.val_examples: list[Example] = []
-        if config.data.val:
-            self.val_examples = load_examples(config.data.val, self.engine.renderer, config.data)[0]
-            self.val_examples = spread(self.val_examples, config.log.max_val_examples)
-        self.report = report
-        self.lengths = report.lengths if config.data.group_by_length else None
-        self.num_examples = len(self.examples)
+        self.data = TrainingData(config, self.engine.renderer)
+        self.examples, self.lengths, self.num_examples = self.data.examples, self.data.lengths, self.data.num_examples
+        self.val_examples = self.data.validation()
         self._freeze()
         self.features: FeatureCache | None = None
         if config.data.cache_features:
@@ -96,7 +92,7 @@ class ConversationStage:
         """Only the listed parts get gradients. With LoRA, of the LLM only the adapters do."""
         train = self.config.train
         in_pictures = {"vision", "projector"} & set(train)
-        if in_pictures and not any(example.images for example in self.examples):
+        if in_pictures and not self.data.may_have_images:
             raise DataError(
                 f"train lists {' and '.join(sorted(in_pictures))}, but no example of data.train has an image"
             )
@@ -144,11 +140,12 @@ class ConversationStage:
             image_features=features.get(images) if images and features else None,
         )
 
-    def order(self, batch_size: int) -> Order:
-        return Order(self.num_examples, batch_size, self.config.seed, self.lengths)
+    def order(self, batch_size: int) -> Orders:
+        return self.data.order(batch_size)
 
-    def batch(self, indices: Sequence[int]) -> Batch:
-        return self._collate([self.examples[index] for index in indices], self.features)
+    def batch(self, indices: Sequence[Item]) -> Batch:
+        examples = [item if isinstance(item, Example) else self.examples[item] for item in indices]
+        return self._collate(examples, self.features)
 
     def count(self, batch: Batch) -> int:
         return batch.num_supervised
@@ -201,7 +198,8 @@ class ConversationStage:
         (out / "config.yaml").write_text(settings)
         last = {name: value for row in log for name, value in row.items()}
         facts: dict[str, Any] = {"origin": self.origin, "settings": settings, "figures": last}
-        made = f"{self.config.stage}, {self.config.optim.max_steps} steps on {self.num_examples} examples"
+        num_examples = "streamed" if self.num_examples is None else self.num_examples
+        made = f"{self.config.stage}, {self.config.optim.max_steps} steps on {num_examples} examples"
         card = model_card(out, made, self.origin, last, base=self.base, has_settings=True)
         files = make_golden(self.engine)
         save_checkpoint(out, self.model, self.processor, card=card, files=files, base=self.base, **facts)
@@ -216,13 +214,6 @@ def _first_question(example: Example) -> Example:
     messages = example.messages[: _first_answer(example)]
     num_images = sum(isinstance(part, ImageRef) for message in messages for part in message.parts)
     return Example(example.id, example.source, messages, example.images[:num_images])
-
-
-def spread(examples: list[Example], count: int) -> list[Example]:
-    """At most `count` examples, taken evenly over the whole list."""
-    if len(examples) <= count:
-        return examples
-    return [examples[index * len(examples) // count] for index in range(count)]
 
 
 def _conversation(config: RunConfig) -> Stage:

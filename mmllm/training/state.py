@@ -1,6 +1,7 @@
 """What a run needs to go on exactly where it stopped: trained weights and optimizers. Written whole or not at all.
 
-No random generator is kept: order, dropout and all else that is random follow from the seed, step and rank.
+No random generator is kept: order, dropout and all else that is random follow from the seed, step and rank. Of streamed
+data the position is.
 """
 
 from __future__ import annotations
@@ -11,11 +12,46 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
+from pydantic import ValidationError
 from torch import nn
 
-from mmllm.config import ConfigError, settings_differences
+from mmllm.config import CONFIGS, ConfigError
 
 STATE_FILE = "state.pt"
+
+# What may change between two starts of one run, since it decides nothing about the weights. The global batch may not,
+# but how it is divided into ranks and micro-steps may.
+_FREE = ("out", "num_threads", "log", "data.num_workers", "optim.batch_size", "optim.accumulate_steps")
+
+
+def _leaves(tree: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict) or not tree:
+        return {path: tree}
+    return {
+        name: leaf
+        for key, value in tree.items()
+        for name, leaf in _leaves(value, f"{path}.{key}" if path else str(key)).items()
+    }
+
+
+def _completed(text: str) -> Any:
+    """Dumped settings with the defaults of settings that did not exist yet when they were dumped."""
+    tree: Any = OmegaConf.to_container(OmegaConf.create(text))
+    if not isinstance(tree, dict) or tree.get("stage") not in CONFIGS:
+        return tree
+    try:
+        return CONFIGS[tree["stage"]].model_validate(tree).model_dump(mode="json")
+    except ValidationError:
+        return tree
+
+
+def settings_differences(there: str, here: str) -> list[str]:
+    """What tells two dumped settings apart as far as it decides the weights, a line for each key."""
+    old, new = (_leaves(_completed(text)) for text in (there, here))
+    keys = [key for key in {**old, **new} if not any(f"{key}.".startswith(f"{free}.") for free in _FREE)]
+    values = [(key, old.get(key, "nothing"), new.get(key, "nothing")) for key in keys]
+    return [f"{key}: {before} there, {now} here" for key, before, now in values if before != now]
 
 
 def _step_of(folder: Path) -> int:
@@ -36,6 +72,7 @@ def save_state(
     *,
     settings: str,
     global_batch: int,
+    position: Mapping[int, Any],
     keep: int,
 ) -> Path:
     """The state after `step` steps. Older ones go once the new one is complete; `keep` stay. Raises OSError."""
@@ -49,6 +86,7 @@ def save_state(
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         "settings": settings,
         "global_batch": global_batch,
+        "position": dict(position),
     }
     try:
         with (partial / STATE_FILE).open("wb") as file:  # opened here, so that a full disk is an OSError
@@ -80,8 +118,8 @@ def load_state(
     *,
     settings: str,
     global_batch: int,
-) -> int:
-    """Puts a saved state back and returns its step. Raises ConfigError where it is another run's."""
+) -> tuple[int, dict[int, Any]]:
+    """Puts a saved state back: (its step, the position of its order). Raises ConfigError where it is another run's."""
     state: dict[str, Any] = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
     check_same_run(folder.parent.parent, state["settings"], settings)
     if (saved := state.get("global_batch", global_batch)) != global_batch:
@@ -96,4 +134,4 @@ def load_state(
             parameter.copy_(state["weights"][name])
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
-    return int(state["step"])
+    return int(state["step"]), state.get("position", {})

@@ -1,0 +1,83 @@
+"""The data of a stage: which examples it trains on, in which order, and on which it is judged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmllm.batch import Example
+from mmllm.config import SourceConfig, StageConfig
+from mmllm.data.chat import Renderer
+from mmllm.data.check import Report, load_examples
+from mmllm.data.inspection import Rules
+from mmllm.data.mix import mix
+from mmllm.data.quarantine import BAD_LIST, FOLDER, read_quarantine
+from mmllm.data.sources import DataError, Examples
+from mmllm.data.stream import Stream
+from mmllm.training.distributed import cores_of_process
+from mmllm.training.order import Order, Orders, StreamOrder
+
+
+class TrainingData:
+    """The sources of `data.train`, mixed, with `data.replay` behind them; only the latter is indexed where they stream.
+
+    Raises DataError where they cannot be used.
+    """
+
+    def __init__(self, config: StageConfig, renderer: Renderer):
+        self.config, self.renderer, data = config, renderer, config.data
+        replay = [data.replay.as_source()] if data.replay else []
+        self._all = (*data.train, *data.val, *replay)
+        self.quarantine = read_quarantine(config.out, self._all)
+        indexed = [*([] if data.is_streamed else data.train), *replay]
+        self.examples, self.report = self._load(indexed) if indexed else (Examples(), Report())
+        self.stream: Stream | None = None
+        if data.is_streamed:
+            rules = Rules(renderer, data.max_length_tokens, quarantine=self.quarantine)
+            self.stream = Stream(data.train, rules, seed=config.seed, max_bad_fraction=data.max_bad_fraction)
+        self.num_examples = None if self.stream else len(self.examples)
+        groups = data.group_by_length and not self.stream
+        self.lengths: NDArray[np.int64] | None = self.report.lengths if groups else None
+
+    def _load(self, sources: list[SourceConfig]) -> tuple[Examples, Report]:
+        """Raises DataError where too much cannot be used; where less cannot, says so."""
+        try:
+            found, report = load_examples(
+                sources, self.renderer, self.config.data, quarantine=self.quarantine, num_processes=cores_of_process()
+            )
+        except DataError as error:
+            listed = f"\n{len(self.quarantine)} rows stand in {Path(self.config.out) / FOLDER / BAD_LIST}, which "
+            listed += "`mmllm check` wrote; run it again where pictures were mended"
+            raise DataError(f"{error}{listed if self.quarantine else ''}") from error
+        if report.num_bad:
+            print(f"left out: {report.num_bad} of {report.num_rows} rows; `mmllm check` lists them with their reasons")
+        return found, report
+
+    @property
+    def may_have_images(self) -> bool:
+        return self.stream is not None or self.report.num_images > 0
+
+    def validation(self) -> list[Example]:
+        """The examples that the run is judged by."""
+        if not self.config.data.val:
+            return []
+        return spread(self._load(list(self.config.data.val))[0], self.config.log.max_val_examples)
+
+    def order(self, batch_size: int) -> Orders:
+        """The order of examples in global batches of this size. Raises DataError where there are too few."""
+        data, seed = self.config.data, self.config.seed
+        replay = (self.examples.sizes[-1], data.replay.fraction) if data.replay else None
+        if self.stream:
+            return StreamOrder(self.stream, batch_size, seed, replay)
+        sizes = self.examples.sizes[: len(data.train)]
+        parts = mix(sizes, [source.weight for source in data.train], replay)
+        return Order(len(self.examples), batch_size, seed, self.lengths, parts)
+
+
+def spread(examples: Examples, count: int) -> list[Example]:
+    """At most `count` examples, taken evenly over the whole."""
+    if len(examples) <= count:
+        return list(examples)
+    return [examples[index * len(examples) // count] for index in range(count)]
