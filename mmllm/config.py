@@ -177,7 +177,7 @@ class OptimConfig(_Section):
 
 
 class LoraConfig(_Section):
-    """LoRA on the LLM's linear layers through peft. Paper: https://arxiv.org/abs/2106.09685"""
+    """LoRA on linear layers through peft. Paper: https://arxiv.org/abs/2106.09685"""
 
     rank: PositiveInt = 16
     alpha: Annotated[float, Field(gt=0)] = 32
@@ -240,15 +240,18 @@ class StageConfig(RunConfig):
     data: DataConfig
     train: Annotated[tuple[Literal["vision", "projector", "language"], ...], Field(min_length=1)]
     vision_last_layers: PositiveInt | None = None  # of a trained tower, how many layers are; default: all of it
-    lora: LoraConfig | None = None
+    lora: LoraConfig | None = None  # of the LLM
+    vision_lora: LoraConfig | None = None  # of the tower
 
     @model_validator(mode="after")
     def _combination(self) -> StageConfig:
         self.check_rates(self.train)
         if self.lora and "language" not in self.train:
             raise ValueError("lora adapts the LLM, but train does not list language")
-        if self.vision_last_layers and "vision" not in self.train:
-            raise ValueError("vision_last_layers says how much of the tower is trained, but train does not list vision")
+        if self.vision_lora and self.vision_last_layers:
+            raise ValueError("give vision_lora or vision_last_layers: a tower is adapted, or its last layers trained")
+        if (self.vision_lora or self.vision_last_layers) and "vision" not in self.train:
+            raise ValueError("vision_lora or vision_last_layers train the tower, but train does not list vision")
         if self.data.cache_features and "vision" in self.train:
             raise ValueError("data.cache_features keeps the frozen tower's output, but train lists vision")
         if self.model.language:

@@ -12,12 +12,15 @@ import torch
 from llava_parts import LLMS, make_encoder, make_llm
 from PIL import Image
 from safetensors import safe_open
+from tiny_backbones import make_backbone_parts
+from tiny_runs import settings_of, train_in_process
 from typer.testing import CliRunner
 
 from mmllm.batch import Example, message
 from mmllm.cli import app
 from mmllm.config import ModelConfig
 from mmllm.export.hf_llava import export_hf
+from mmllm.export.parity import probes
 from mmllm.export.towers import CLIP_NAMES, SIGLIP_NAMES, ExportError, encoder_in_transformers, rename_weights
 from mmllm.inference.engine import Engine, Sampling
 from mmllm.model.build import build_model
@@ -96,6 +99,21 @@ def test_transformers_says_what_the_checkpoint_says(
     assert ("language_model.lm_head.weight" in names) == (language != "gemma"), "a tied head is not stored twice"
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["text_config"]["architectures"] == [LLMS[language]]
+
+
+def test_a_lora_run_is_exported_with_its_adapter(parts: Path, tiny_runs: Path, tmp_path: Path) -> None:
+    model = checkpoint(tmp_path / "model", f"transformers:{parts / 'siglip'}", {"kind": "mlp"}, parts / "llama")
+    rates = "optim.learning_rates={projector: 0.02, language: 0.01}"
+    tree = settings_of(tiny_runs / "stage2.yaml", tmp_path, rates, "lora={rank: 2}").model_dump(mode="json")
+    tree["model"] = {"checkpoint": str(model)}
+    (tmp_path / "lora.yaml").write_text(json.dumps(tree))
+    run = train_in_process(tmp_path / "lora.yaml", tmp_path / "run")
+    assert export_hf(run, tmp_path / "out").max_logit_difference <= 1e-4
+    base, adapted = (Engine.load(path, device="cpu") for path in (model, run))
+    question = [base.renderer.render(probes()[1].messages)]
+    with torch.inference_mode():
+        one, other = (e.model(**e.inputs(question, probes()[1].images)).logits for e in (base, adapted))
+    assert not torch.allclose(one, other, atol=1e-2), "the adapter says something"
 
 
 def test_an_open_clip_tower_is_exported_too(tiny_parts: Path, parts: Path, tmp_path: Path) -> None:
@@ -183,11 +201,31 @@ def test_what_has_no_counterpart_is_refused_by_part_and_nothing_is_left(
     assert {path.name for path in tmp_path.iterdir()} == {"model"}
 
 
-def test_a_resnet_and_a_capped_head_are_refused(parts: Path, tmp_path: Path) -> None:
+def test_a_resnet_is_refused() -> None:
     config = {"embed_dim": 16, "vision_cfg": {"layers": [1, 1, 1, 1], "width": 8, "image_size": 64}}
     tower = build_tower(TowerSpec(config, -1, 64, (0.5,) * 3, (0.5,) * 3, "bicubic", "RN"))
     with pytest.raises(ExportError, match="vision tower: RN is a ModifiedResNet, and transformers' Llava takes CLIP"):
         encoder_in_transformers(tower)
+
+
+REFUSED_LLMS = {
+    "gemma2": r"LLM: Gemma2ForCausalLM caps its logits \(final_logit_softcapping\), which Llava's head does not do",
+    "opt": "LLM: opt does not run inside transformers' Llava",
+    "gpt_neox": "LLM: Llava's classic names have no place for the weights of GPTNeoXForCausalLM",
+    "mamba": "LLM: Llava's classic names have no place for the weights of MambaForCausalLM",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", REFUSED_LLMS)
+def test_an_llm_that_llava_cannot_hold_is_refused(kind: str, tiny_parts: Path, tmp_path: Path) -> None:
+    config = make_backbone_parts(tmp_path / "parts", kind, tiny_parts)
+    assert config.language
+    encoder = make_encoder("clip", tmp_path / "clip")
+    source = Path(config.language.source)
+    model = checkpoint(tmp_path / "model", f"transformers:{encoder}", {"kind": "mlp"}, source)
+    with pytest.raises(ExportError, match=REFUSED_LLMS[kind]):
+        export_hf(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_that_says_something_else_is_not_left_behind(

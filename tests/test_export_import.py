@@ -22,6 +22,8 @@ from mmllm.export.import_llava import ImportOptions, import_model
 from mmllm.export.parity import Verdict
 from mmllm.export.parts import ModelImportError
 from mmllm.inference.engine import Engine, Sampling
+from mmllm.inference.golden import Check, verify_golden
+from mmllm.model.checkpoint import load_checkpoint
 from mmllm.model.language import load_tokenizer
 
 TURNS = (message("user", "<image>\nwhat is it?"), message("assistant", "a red"), message("user", "and <image>?", 1))
@@ -90,6 +92,10 @@ def logits_there(model: Any, folder: Path, out: Path) -> torch.Tensor:
         return model(input_ids=ids, pixel_values=transform(PICTURES, return_tensors="pt")["pixel_values"]).logits
 
 
+def verify(folder: Path) -> list[Check]:
+    return verify_golden(*load_checkpoint(folder)[:2], folder)
+
+
 def imported(source: Path, out: Path, **options: Any) -> Verdict | None:
     return import_model(str(source), out, ImportOptions(**options))
 
@@ -114,6 +120,7 @@ def test_a_llava_of_transformers_says_the_same_here(
     own = logits(tmp_path / "out")
     torch.testing.assert_close(own, logits_there(model, tmp_path / "theirs", tmp_path / "out"), atol=1e-4, rtol=0)
     assert own.std() > 0.1
+    assert [check.holds for check in verify(tmp_path / "out")] == [True, True, True], "golden answers of its own"
     assert len(Engine.load(tmp_path / "out", device="cpu").model.vision_tower.blocks()) == 2, "layer -2 of three"
 
 

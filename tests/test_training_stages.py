@@ -81,8 +81,40 @@ def test_of_a_tower_the_last_layers_alone_can_be_trained(
     assert changed == {name for name in untrained if ".resblocks.1." in name}
     with pytest.raises(ConfigError, match="vision_last_layers: 3, but the tower runs 2 layers"):
         train_in_process(tiny_runs / "stage1.yaml", tmp_path / "none", *train, "vision_last_layers=3")
-    with pytest.raises(ConfigError, match="but train does not list vision"):
+    with pytest.raises(ConfigError, match="train the tower, but train does not list vision"):
         settings_of(tiny_runs / "stage1.yaml", tmp_path / "none", "vision_last_layers=1")
+
+
+def test_adapters_of_a_tower_are_all_trained_and_merged_at_the_end(
+    tiny_runs: Path, tmp_path: Path, untrained: dict[str, Tensor]
+) -> None:
+    train = ("train=[vision,projector]", "optim.learning_rates={vision: 0.01, projector: 0.02}")
+    lora = "vision_lora={rank: 2, alpha: 4}"
+    stage = ConversationStage(settings_of(tiny_runs / "stage1.yaml", tmp_path, *train, lora))
+    adapters = [name for name, _ in stage.parts["vision"]]
+    assert adapters
+    assert all(".lora_" in name for name in adapters)
+    batch = stage.batch(range(4))
+    for _, parameter in stage.parts["vision"]:  # as B begins with zeros, A would get no gradient
+        torch.nn.init.normal_(parameter, std=0.1)
+    stage.module(batch).backward()
+    assert [name for name, p in stage.parts["vision"] if p.grad is None or not p.grad.any()] == []
+    with torch.no_grad():
+        adapted = stage.model.eval().encode_images(batch.pixel_values)
+        stage.tower_adapters.merge_and_unload(safe_merge=True)
+        torch.testing.assert_close(stage.model.encode_images(batch.pixel_values), adapted, rtol=1e-4, atol=1e-5)
+    assert set(stage.model.vision_tower.state_dict()) == {
+        name.removeprefix("vision_tower.") for name in untrained if name.startswith("vision_tower.")
+    }
+
+    out = train_in_process(tiny_runs / "stage1.yaml", tmp_path / "out", *train, lora)
+    changed = {name for name in moved(untrained, weights_of(out)) if not name.startswith("projector.")}
+    assert changed == {name for name in untrained if ".mlp.c_" in name and name.endswith("weight")}
+    targets = "vision_lora={target_modules: [q_proj]}"
+    with pytest.raises(ConfigError, match="finds no linear layer of the tower; it has c_fc, c_proj, out_proj"):
+        train_in_process(tiny_runs / "stage1.yaml", tmp_path / "none", *train, targets)
+    with pytest.raises(ConfigError, match="give vision_lora or vision_last_layers"):
+        settings_of(tiny_runs / "stage1.yaml", tmp_path / "none", *train, lora, "vision_last_layers=1")
 
 
 def test_a_model_without_encoder_learns_from_raw_patches(tiny_runs: Path, tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ from mmllm.data.chat import jinja_template
 from mmllm.export.parity import Verdict, compare_with_transformers
 from mmllm.export.towers import ExportError, TransformersEncoder, encoder_in_transformers
 from mmllm.inference.engine import Engine
+from mmllm.model.adapter import merge_adapter
+from mmllm.model.checkpoint import read_manifest
 from mmllm.model.hub import quiet_transformers
 from projector import PROJECTORS, Projector
 
@@ -36,6 +38,8 @@ def export_hf(model: str | Path, out: str | Path) -> Verdict:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ExportError(f"{out} is there already; give a new folder")
     engine = Engine.load(model, device="cpu")
+    if "base" in read_manifest(model):  # an adapter, which Llava has no place for
+        merge_adapter(engine.model)
     encoder = encoder_in_transformers(engine.model.vision_tower)
     projector, activation = projector_in_llava(engine.model.projector)
     config = _llava_config(engine, encoder, activation)

@@ -21,6 +21,7 @@ from mmllm.export.original_llava import is_original, read_original
 from mmllm.export.parity import Verdict, check_place_of_pictures, compare_with_transformers
 from mmllm.export.parts import ModelImportError, Parts, read_json
 from mmllm.inference.engine import Engine
+from mmllm.inference.golden import make_golden
 from mmllm.model.build import build_model, join_parts
 from mmllm.model.checkpoint import save_checkpoint
 from mmllm.model.hub import quiet_transformers
@@ -64,7 +65,8 @@ def import_model(source: str, out: str | Path, options: ImportOptions) -> Verdic
     partial = out.with_name(out.name + ".part")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        save_checkpoint(partial, model, processor, card=_card(source, out, origin), origin=origin)
+        card, files = _card(source, out, origin), make_golden(engine)
+        save_checkpoint(partial, model, processor, card=card, files=files, origin=origin)
         verdict = None
         if is_llava:
             written = Engine.load(partial, device="cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,8 @@ def compare_with_transformers(engine: Engine, folder: str | Path, *, asks_alike:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     dtype = next(engine.model.language_model.parameters()).dtype
-    with quiet_transformers():
+    kind = engine.model.config.text_config.model_type
+    with quiet_transformers(), _inside_llava(kind):
         theirs, report = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, output_loading_info=True)
         processor = AutoProcessor.from_pretrained(folder)
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -113,11 +115,12 @@ def _compare(
             raise ExportError(
                 f"image transform: pixels of {names} differ by up to {off:.2g} between here and transformers"
             )
-    dtype = next(theirs.parameters()).dtype
+    dtype, kind = next(theirs.parameters()).dtype, theirs.config.text_config.model_type
     inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items() if k != "token_type_ids"}
     attended = inputs["attention_mask"].bool()
     own_logits = engine.model(**{k: v.to(dtype) if v.is_floating_point() else v for k, v in ours.items()}).logits
-    their_logits = theirs(**inputs).logits
+    with _inside_llava(kind):
+        their_logits = theirs(**inputs).logits
     difference = (own_logits - their_logits)[attended].abs().max().item()
     if not difference <= tolerance:  # also where it is not a number
         raise ExportError(
@@ -130,6 +133,17 @@ def _compare(
     if texts != answers and tolerance < 1e-3:  # in 16 bits, a tie may fall to the other side
         raise ExportError(f"greedy answers differ: {answers} here, {texts} in transformers' Llava")
     return float(difference)
+
+
+@contextlib.contextmanager
+def _inside_llava(kind: str) -> Iterator[None]:
+    """An LLM that transformers' Llava was not written for fails with whatever it lacks."""
+    try:
+        yield
+    except ExportError:
+        raise
+    except (AttributeError, TypeError, RuntimeError, ValueError, KeyError, IndexError) as error:
+        raise ExportError(f"LLM: {kind} does not run inside transformers' Llava ({error})") from error
 
 
 def _decoded(engine: Engine, row: Tensor) -> str:

@@ -21,12 +21,12 @@ from mmllm.data.check import Report, inspect_sources, num_shared, refusal
 from mmllm.data.inspection import Part, Rules
 from mmllm.data.quarantine import Writer
 from mmllm.data.sources import Examples
+from mmllm.model.build import fitting_projector
 from mmllm.model.checkpoint import read_manifest
 from mmllm.model.language import load_tokenizer
 from mmllm.model.processor import VisionLanguageProcessor
 from mmllm.model.vision import load_tower
 from mmllm.model.vlm import VisionLanguageConfig
-from projector import build_projector
 
 MAX_REASONS_SHOWN = 12
 FILE_WIDTH = 140  # of tables where no terminal gives one
@@ -74,16 +74,9 @@ def load_text_side(config: ModelConfig) -> TextSide:
         assert config.template
         language = config.language
         tokenizer = load_tokenizer(language.source, revision=language.revision, add_tokens=language.add_tokens)
-        found = AutoConfig.from_pretrained(config.language.source, revision=config.language.revision)
-        text_config = found.get_text_config()
+        text_config = AutoConfig.from_pretrained(language.source, revision=language.revision)
         tower = load_tower(config.vision)
-        projector = build_projector(
-            config.projector.kind,
-            vision_dim=tower.width,
-            llm_dim=text_config.hidden_size,
-            num_patches=tower.num_patches,
-            **config.projector.options,
-        )
+        projector = fitting_projector(config.projector, tower, text_config.hidden_size)
         num_image_tokens, template = projector.num_tokens(tower.num_patches), config.template
     renderer = Renderer(
         tokenizer,

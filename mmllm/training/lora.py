@@ -6,11 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from mmllm.config import ConfigError, LoraConfig
 from mmllm.inference.engine import find_device
 from mmllm.inference.golden import all_logits, precision_of, read_golden, require_golden, with_logits
 from mmllm.model.adapter import merge_adapter, quiet_peft
 from mmllm.model.checkpoint import CheckpointError, load_checkpoint, read_manifest, save_checkpoint
+from mmllm.model.tower import VisionTower
 from mmllm.model.vlm import VisionLanguageModel
 from mmllm.training.card import model_card
 
@@ -46,6 +49,32 @@ def add_lora(model: VisionLanguageModel, config: LoraConfig) -> None:
             model.language_model = peft.get_peft_model(model.language_model, settings)
     except ValueError as error:
         raise ConfigError(f"lora.target_modules: {error}") from error
+
+
+def add_tower_lora(tower: VisionTower, config: LoraConfig) -> Any:
+    """Puts adapters into the tower's linear layers, in place; they alone get gradients. `merge_and_unload` ends them.
+
+    The output layer inside torch's own attention is left alone: attention reads its weight past the layer.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise ConfigError("vision_lora needs the extra `lora`: pip install 'mmllm[lora]'") from error
+    attentions = [name for name, module in tower.named_modules() if isinstance(module, nn.MultiheadAttention)]
+    linear = {name for name, module in tower.named_modules() if isinstance(module, nn.Linear)}
+    names = sorted(name for name in linear if not any(name.startswith(f"{attention}.") for attention in attentions))
+    targets = config.target_modules
+    if targets != "all-linear":
+        wanted = [targets] if isinstance(targets, str) else targets
+        names = [name for name in names if name.rsplit(".", 1)[-1] in wanted]
+    if not names:
+        kinds = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear})) or "none"
+        raise ConfigError(f"vision_lora.target_modules: {targets} finds no linear layer of the tower; it has {kinds}")
+    settings = peft.LoraConfig(
+        r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=names
+    )
+    with quiet_peft():
+        return peft.LoraModel(tower, settings, "default")
 
 
 def _trained_rows(model: VisionLanguageModel) -> dict[str, list[int]] | None:

@@ -25,7 +25,7 @@ from mmllm.training.card import model_card
 from mmllm.training.data import TrainingData
 from mmllm.training.features import FeatureCache
 from mmllm.training.loop import Stage
-from mmllm.training.lora import add_lora
+from mmllm.training.lora import add_lora, add_tower_lora
 from mmllm.training.losses import conversation_loss_sum, has_plain_head
 from mmllm.training.order import Item, Orders
 from mmllm.training.warmup_language import WarmupLanguage
@@ -67,7 +67,7 @@ class ConversationStage:
             self.engine = Engine(self.model, self.processor, name=Path(config.out).name)
         except ChatError as error:
             raise ConfigError(f"model.template: {error}") from error
-        self._describe_chat()
+        self.engine.settle()
         self.data = TrainingData(config, self.engine.renderer)
         self.examples, self.lengths, self.num_examples = self.data.examples, self.data.lengths, self.data.num_examples
         self.val_examples = self.data.validation()
@@ -84,12 +84,8 @@ class ConversationStage:
         self.parts = self._parts()
         self._set_modes()
 
-    def _describe_chat(self) -> None:
-        """What programs other than this one read from a checkpoint: the chat template, and what ends an answer."""
-        self.engine.settle()
-
     def _freeze(self) -> None:
-        """Only the listed parts get gradients. With LoRA, of the LLM only the adapters do."""
+        """Only the listed parts get gradients. With LoRA, of the LLM or the tower only the adapters do."""
         train = self.config.train
         in_pictures = {"vision", "projector"} & set(train)
         if in_pictures and not self.data.may_have_images:
@@ -109,11 +105,14 @@ class ConversationStage:
 
     def _unfreeze_tower(self, last_layers: int | None) -> None:
         tower = self.model.vision_tower
+        if not any(True for _ in tower.parameters()):
+            raise ConfigError(f"train lists vision, but {tower.spec.source} has no encoder to train")
+        if self.config.vision_lora:
+            self.tower_adapters = add_tower_lora(tower, self.config.vision_lora)
+            return
         blocks = tower.blocks()
         if last_layers and last_layers > len(blocks):
             raise ConfigError(f"vision_last_layers: {last_layers}, but the tower runs {len(blocks)} layers")
-        if not any(True for _ in tower.parameters()):
-            raise ConfigError(f"train lists vision, but {tower.spec.source} has no encoder to train")
         for module in blocks[-last_layers:] if last_layers else [tower]:
             module.requires_grad_(True)
 
@@ -192,8 +191,13 @@ class ConversationStage:
         (folder / f"step_{step:07d}.md").write_text("\n".join(lines))
 
     def save(self, out: Path, log: list[dict[str, Any]]) -> None:
-        """The finished checkpoint with its golden answers; of a LoRA run the adapter and not the base's weights."""
+        """The finished checkpoint with its golden answers; of an LLM with LoRA the adapter and not the base's weights.
+
+        Adapters of the tower are merged: the tower is small beside the LLM and saved whole.
+        """
         self.model.eval()
+        if self.config.vision_lora:
+            self.tower_adapters.merge_and_unload(safe_merge=True)
         settings = dump_config(self.config)
         (out / "config.yaml").write_text(settings)
         last = {name: value for row in log for name, value in row.items()}
