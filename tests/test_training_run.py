@@ -76,7 +76,7 @@ def test_a_script_without_a_config_says_how_it_is_used(capsys: Any, arguments: l
     ("override", "status", "expected"),
     [
         ("model.vision.source=local-dir:nowhere", 2, "model.vision.source: no folder nowhere"),
-        ("model.language.source=nowhere", 2, "model.language.source: no tokenizer at nowhere"),
+        ("model.language.source=nowhere", 2, "model.language.source: nowhere is no folder here"),
         (
             "model.projector.kind=perceiver",
             2,
