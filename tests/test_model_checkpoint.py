@@ -198,3 +198,12 @@ def test_of_two_processes_that_save_at_once_one_is_whole(tiny_checkpoint: Path, 
     added = next(model.projector.parameters()) - next(load_checkpoint(tiny_checkpoint)[0].projector.parameters())
     torch.testing.assert_close(added, torch.full_like(added, number), atol=1e-5, rtol=0)
     assert sorted(path.name for path in out.iterdir() if path.name.startswith("checkpoint.")) == []
+
+
+def test_weights_are_read_in_the_precision_that_is_asked_for(tiny_checkpoint: Path) -> None:
+    model, _, _ = load_checkpoint(tiny_checkpoint, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    stored = load_checkpoint(tiny_checkpoint)[0]
+    assert {parameter.dtype for parameter in stored.parameters()} == {torch.float32}
+    for name, parameter in stored.named_parameters():
+        assert torch.equal(model.get_parameter(name), parameter.bfloat16())

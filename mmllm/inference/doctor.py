@@ -26,6 +26,7 @@ CORE = {
     "omegaconf": "settings",
     "open_clip_torch": "vision towers",
     "pillow": "pictures",
+    "pyarrow": "parquet and arrow files",
     "pydantic": "checks of settings",
     "pyyaml": "settings",
     "rich": "progress and tables",

@@ -132,8 +132,9 @@ class Engine:
         from mmllm.inference.golden import require_golden  # which asks engines, so it cannot be imported before
 
         place = None if device == "auto" else find_device(device)
-        model, processor, _ = load_checkpoint(path)
-        model = spread_model(model) if place is None else model.to(place, answer_dtype(place))
+        dtype = answer_dtype(place)
+        model, processor, _ = load_checkpoint(path, dtype=dtype)
+        model = spread_model(model) if place is None else model.to(place, dtype)
         if verify:
             require_golden(model, processor, path)
         return Engine(model, processor, name=Path(path).resolve().name)
@@ -199,7 +200,6 @@ class Engine:
                 max_new_tokens=min(sampling.max_new_tokens, room),
                 eos_token_id=self.renderer.end_token_id,
                 pad_token_id=int(self.processor.tokenizer.pad_token_id),
-                suppress_tokens=[self.renderer.image_token_id],  # it stands for a picture, and an answer has none
             )
         return generated[:, inputs["input_ids"].shape[1] :]
 

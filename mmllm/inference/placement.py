@@ -9,8 +9,10 @@ from mmllm.model.vlm import VisionLanguageModel
 GIB = 2**30
 
 
-def answer_dtype(device: torch.device) -> torch.dtype:
-    """bf16 on a GPU that computes in it, fp16 on an older one, fp32 elsewhere."""
+def answer_dtype(device: torch.device | None) -> torch.dtype:
+    """bf16 on a GPU that computes in it, fp16 on an older one, fp32 elsewhere. None is all that this machine has."""
+    if device is None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
@@ -26,7 +28,6 @@ def spread_model(
     from accelerate import dispatch_model, infer_auto_device_map
     from accelerate.utils import compute_module_sizes, get_max_memory
 
-    model = model.to(answer_dtype(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
     blocks = {*(model._no_split_modules or ()), type(model.vision_tower).__name__, type(model.projector).__name__}
     model.tie_weights()
     places = infer_auto_device_map(model, max_memory=max_memory, no_split_module_classes=sorted(blocks))

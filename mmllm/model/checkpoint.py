@@ -165,17 +165,20 @@ def _move_in(partial: Path, folder: Path) -> None:
     partial.rmdir()
 
 
-def load_checkpoint(folder: str | Path) -> tuple[VisionLanguageModel, VisionLanguageProcessor, dict[str, Any]]:
+def load_checkpoint(
+    folder: str | Path, *, dtype: torch.dtype | None = None
+) -> tuple[VisionLanguageModel, VisionLanguageProcessor, dict[str, Any]]:
     """(model in evaluation mode, processor, manifest). A tensor missing, unexpected or misshapen is an error.
 
-    A LoRA checkpoint comes with its adapter unmerged, on the base that its manifest names.
+    Weights are read in `dtype`, by default in the one that they are stored in. A LoRA checkpoint comes with its
+    adapter unmerged, on the base that its manifest names.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
     base = manifest.get("base")
     base_tensors = None if base is None else _base_tensors(find_base(folder, base), base)
     with _readers_errors(folder), quiet_transformers():
-        model, report = _build(folder, base_tensors)
+        model, report = _build(folder, base_tensors, dtype)
         processor = VisionLanguageProcessor.from_pretrained(folder)
     _check_report(folder, report)
     if base is not None:
@@ -201,9 +204,11 @@ def _readers_errors(folder: Path) -> Iterator[None]:
         raise
 
 
-def _build(folder: Path, base_tensors: dict[str, Tensor] | None) -> tuple[VisionLanguageModel, dict[str, Any]]:
+def _build(
+    folder: Path, base_tensors: dict[str, Tensor] | None, dtype: torch.dtype | None
+) -> tuple[VisionLanguageModel, dict[str, Any]]:
     """(model, transformers' report of the tensors) of a whole checkpoint, or of a base's tensors and the folder's."""
-    options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True, "dtype": dtype or "auto"}
     if base_tensors is None:
         return VisionLanguageModel.from_pretrained(folder, **options)  # type: ignore[no-any-return]
     from safetensors.torch import load_file
