@@ -19,8 +19,10 @@ setup: $(READY) ## install everything into .venv/
 demo: setup $(if $(wildcard $(STAGE2)),,$(STAGE2)) ## train the small model where none is there, open the page
 	$(BIN)/mmllm demo runs/tiny/stage2
 
+# A file's tests stay in one process, which makes what they share once. The models of the tests are small: more threads
+# than idle cores only wait for each other.
 test: lint ## lint, type-check and run the tests; PYTEST="-k chat" selects
-	$(BIN)/python -m pytest $(PYTEST)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST)
 
 bench: setup ## side-by-side measurements into bench/results/
 	$(BIN)/python -m bench

@@ -213,13 +213,19 @@ class _Screen:
     def __init__(self, terminal: int):
         self.terminal, self.rest = terminal, ""
 
-    def until(self, text: str) -> str:
-        """All that is shown up to and with this text; what follows it is kept for the next call."""
+    def until(self, text: str, *, again: bytes = b"") -> str:
+        """All that is shown up to and with this text; what follows it is kept for the next call.
+
+        `again` is typed once more each second that nothing comes: Python sees a Ctrl-C between the moment in which it
+        has written a prompt and that in which it listens only at the next key.
+        """
         end = time.monotonic() + WAIT_SECONDS
         while text not in self.rest:
             assert time.monotonic() < end, f"{text!r} did not come; there is {self.rest!r}"
             if select.select([self.terminal], [], [], 1)[0]:
                 self.rest += os.read(self.terminal, 4096).decode(errors="replace")
+            elif again:
+                os.write(self.terminal, again)
         shown, _, self.rest = self.rest.partition(text)
         return shown + text
 
@@ -245,7 +251,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_chat(tiny_checkpoint: Path) -> Non
             assert "(0 tokens" not in screen.until("; stopped)")
             screen.until("> ")
             os.write(ours, b"\x03")
-            screen.until("Ctrl-D or /quit ends the chat")
+            screen.until("Ctrl-D or /quit ends the chat", again=b"\x03")
             screen.until("> ")
             os.write(ours, b"\x04")
             assert chat.wait(WAIT_SECONDS) == 0

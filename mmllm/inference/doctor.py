@@ -49,6 +49,7 @@ EXTRAS = {
         "pre-commit": "checks before a commit",
         "pytest": "tests",
         "pytest-timeout": "tests",
+        "pytest-xdist": "tests side by side",
         "ruff": "format and lint",
         "types-PyYAML": "type checks",
     },
