@@ -226,6 +226,7 @@ def test_a_pair_of_encoder_and_llm_becomes_a_checkpoint_to_train(parts: Path, tm
     vision = f"transformers:{parts / 'siglip'}"
     done = CliRunner().invoke(app, ["import", str(parts / "mistral"), str(tmp_path / "out"), "--vision", vision])
     assert done.exit_code == 0, done.output
+    assert [check.holds for check in verify(tmp_path / "out")] == [True, True, True]
     assert Engine.load(tmp_path / "out", device="cpu").reply(ASKED, Sampling(max_new_tokens=2)).num_image_tokens == 32
 
 
@@ -271,7 +272,7 @@ def test_other_folders_are_refused_with_what_is_allowed(
 ) -> None:
     out = tmp_path / "out"
     assert "is of type 'llama': no LLaVA" in refused(parts / "llama", out)
-    assert "is no folder, and cannot be had from the hub" in refused("no-one/nothing", out)
+    assert "SOURCE: no-one/nothing is no folder here and not in the hub's cache" in refused("no-one/nothing", out)
     assert "has no config.json, so nothing says what it is" in refused(tmp_path, out)
     source = original(parts, tmp_path / "own", tokenizer, theirs[1])
     assert "its files do not say how conversations are written. Name the one" in refused(source, out)

@@ -24,7 +24,7 @@ from mmllm.inference.engine import Engine
 from mmllm.inference.golden import make_golden
 from mmllm.model.build import build_model, join_parts
 from mmllm.model.checkpoint import save_checkpoint
-from mmllm.model.hub import quiet_transformers
+from mmllm.model.hub import hub_folder, quiet_transformers
 from mmllm.model.language import load_tokenizer
 from mmllm.model.processor import VisionLanguageProcessor
 from mmllm.model.tower import TowerSpec
@@ -55,7 +55,7 @@ def import_model(source: str, out: str | Path, options: ImportOptions) -> Verdic
     is_llava = config.get("model_type") == "llava" and "vision_config" in config
     try:
         model, processor, origin = _read(source, config, options)
-        engine = Engine(model, processor, name=out.name)
+        engine = Engine(model.eval(), processor, name=out.name)
     except ChatError as error:
         raise ModelImportError(
             f"{source}: {error}. Name the one it was trained with: --template {' or '.join(TEMPLATES)} "
@@ -88,13 +88,10 @@ def _config(source: str) -> dict[str, Any]:
             if (Path(source) / name).is_file():
                 return read_json(Path(source) / name)
         raise ModelImportError(f"{source} has no config.json, so nothing says what it is; copy or download it again")
-    from transformers.utils import cached_file
-
     try:
-        path = cached_file(source, "config.json")
-    except OSError as error:
-        raise ModelImportError(f"{source} is no folder, and cannot be had from the hub: {error}") from error
-    return read_json(Path(str(path)))
+        return read_json(hub_folder(source, None, "SOURCE") / "config.json")
+    except ConfigError as error:
+        raise ModelImportError(str(error)) from error
 
 
 def _read(

@@ -178,6 +178,7 @@ def make_golden(engine: Engine) -> dict[str, bytes]:
 
     A prompt is left out where the template makes nothing of it, or the LLM has no room for it.
     """
+    assert not engine.model.training, "in training mode, dropout and batch norms make every answer another one"
     drawn = [_draw_picture(index) for index in range(len(PICTURES))]
     answers = []
     for name, question, indices in PROMPTS:

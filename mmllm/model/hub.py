@@ -42,7 +42,7 @@ def check_source(source: str, revision: str | None, *, setting: str) -> None:
     else:
         from huggingface_hub import is_offline_mode
 
-        folder = _hub_folder(source, revision, setting)
+        folder = hub_folder(source, revision, setting)
         if not is_offline_mode():
             return  # transformers loads what the cache lacks
     try:
@@ -51,7 +51,7 @@ def check_source(source: str, revision: str | None, *, setting: str) -> None:
         raise ConfigError(f"{setting}: {source} {error}") from error
 
 
-def _hub_folder(source: str, revision: str | None, setting: str) -> Path:
+def hub_folder(source: str, revision: str | None, setting: str) -> Path:
     """The folder of the cache that holds this repository's config, which is downloaded where it may be."""
     from huggingface_hub import errors, hf_hub_download, is_offline_mode
 
