@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import shutil
 import signal
@@ -86,6 +88,17 @@ class Served:
 
 
 @contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Loading libraries makes millions of objects that stay; looking for garbage among them takes a tenth of it."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()  # nor is it looked for among them later
+        gc.enable()
+
+
+@contextmanager
 def serving(model: str | Path, *, port: int = DEFAULT_PORT) -> Iterator[Served]:
     """Loads the model and serves its page until the block ends. Raises ValueError where there is no usable model."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
@@ -144,7 +157,9 @@ def launch(model: str | Path, *, port: int = DEFAULT_PORT, open_browser: bool = 
     print(f"loading {model}", flush=True)
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a script's background job starts with it ignored
         signal.signal(number, _interrupt)
-    with serving(model, port=port) as served:
+    with contextlib.ExitStack() as stack:
+        with _without_garbage_collection():
+            served = stack.enter_context(serving(model, port=port))
         try:
             if f":{port}" not in served.address:
                 print(f"port {port} is taken, so the page is on the next free one", flush=True)
