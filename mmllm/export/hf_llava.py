@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from mmllm.export.parity import Verdict, compare_with_transformers
 from mmllm.export.towers import ExportError, TransformersEncoder, encoder_in_transformers
 from mmllm.inference.engine import Engine
 from mmllm.model.adapter import merge_adapter
-from mmllm.model.checkpoint import read_manifest
+from mmllm.model.checkpoint import new_folder, read_manifest
 from mmllm.model.hub import quiet_transformers
 from projector import PROJECTORS, Projector
 
@@ -31,36 +30,25 @@ MAX_SHARD_SIZE = "5GB"
 def export_hf(model: str | Path, out: str | Path) -> Verdict:
     """Writes the folder and returns what its comparison with the checkpoint gave.
 
-    Raises ExportError where a part has no counterpart in Llava, where the folder is taken, or where the written model
-    does not say the same; then nothing is left behind.
+    Raises ExportError where a part has no counterpart in Llava or where the written model does not say the same, and
+    CheckpointError where the folder is taken; then nothing is left behind.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ExportError(f"{out} is there already; give a new folder")
-    engine = Engine.load(model, device="cpu")
-    if "base" in read_manifest(model):  # an adapter, which Llava has no place for
-        merge_adapter(engine.model)
-    encoder = encoder_in_transformers(engine.model.vision_tower)
-    projector, activation = projector_in_llava(engine.model.projector)
-    config = _llava_config(engine, encoder, activation)
-    weights = {
-        **{f"vision_tower.vision_model.{name}": value for name, value in encoder.weights.items()},
-        **{f"multi_modal_projector.{name}": value for name, value in projector.items()},
-        **_language_weights(engine.model.language_model),
-    }
-    partial = out.with_name(out.name + ".part")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with new_folder(out) as partial:
+        engine = Engine.load(model, device="cpu")
+        if "base" in read_manifest(model):  # an adapter, which Llava has no place for
+            merge_adapter(engine.model)
+        encoder = encoder_in_transformers(engine.model.vision_tower)
+        projector, activation = projector_in_llava(engine.model.projector)
+        config = _llava_config(engine, encoder, activation)
+        weights = {
+            **{f"vision_tower.vision_model.{name}": value for name, value in encoder.weights.items()},
+            **{f"multi_modal_projector.{name}": value for name, value in projector.items()},
+            **_language_weights(engine.model.language_model),
+        }
         _write(partial, engine, config, weights, encoder)
         verdict = compare_with_transformers(engine, partial)
         (partial / "README.md").write_text(_card(engine, out, verdict))
-        if out.is_dir():
-            out.rmdir()
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return verdict
 
 

@@ -6,7 +6,6 @@ with transformers itself before the checkpoint is left there.
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from mmllm.export.parts import ModelImportError, Parts, read_json
 from mmllm.inference.engine import Engine
 from mmllm.inference.golden import make_golden
 from mmllm.model.build import build_model, join_parts
-from mmllm.model.checkpoint import save_checkpoint
+from mmllm.model.checkpoint import new_folder, save_checkpoint
 from mmllm.model.hub import hub_folder, quiet_transformers
 from mmllm.model.language import load_tokenizer
 from mmllm.model.processor import VisionLanguageProcessor
@@ -46,40 +45,29 @@ class ImportOptions:
 def import_model(source: str, out: str | Path, options: ImportOptions) -> Verdict | None:
     """Writes the checkpoint; returns its comparison with transformers where transformers can read the source.
 
-    Raises ModelImportError where the source is not understood, not whole or does not fit; nothing is left then.
+    Raises ModelImportError where the source is not understood, not whole or does not fit, and
+    CheckpointError where the folder is taken; nothing is left then.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ModelImportError(f"{out} is there already; give a new folder")
-    config = _config(source)
-    is_llava = config.get("model_type") == "llava" and "vision_config" in config
-    try:
-        model, processor, origin = _read(source, config, options)
-        engine = Engine(model.eval(), processor, name=out.name)
-    except ChatError as error:
-        raise ModelImportError(
-            f"{source}: {error}. Name the one it was trained with: --template {' or '.join(TEMPLATES)} "
-            "(LLaVA-1.5: vicuna_v1)"
-        ) from error
-    engine.settle()
-    partial = out.with_name(out.name + ".part")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with new_folder(out) as partial:
+        config = _config(source)
+        try:
+            model, processor, origin = _read(source, config, options)
+            engine = Engine(model.eval(), processor, name=out.name)
+        except ChatError as error:
+            raise ModelImportError(
+                f"{source}: {error}. Name the one it was trained with: --template {' or '.join(TEMPLATES)} "
+                "(LLaVA-1.5: vicuna_v1)"
+            ) from error
+        engine.settle()
         card, files = _card(source, out, origin), make_golden(engine)
         save_checkpoint(partial, model, processor, card=card, files=files, origin=origin)
-        verdict = None
-        if is_llava:
-            written = Engine.load(partial, device="cpu")
-            if options.template is None:
-                check_place_of_pictures(written, source)
-            verdict = compare_with_transformers(written, source, asks_alike=False)
-        if out.is_dir():
-            out.rmdir()
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return verdict
+        if config.get("model_type") != "llava" or "vision_config" not in config:
+            return None
+        written = Engine.load(partial, device="cpu")
+        if options.template is None:
+            check_place_of_pictures(written, source)
+        return compare_with_transformers(written, source, asks_alike=False)
 
 
 def _config(source: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from mmllm.config import ConfigError, LanguageConfig, ProjectorConfig, VisionConfig
 from mmllm.export.parts import ModelImportError, Parts, read_tensors, read_weights
 from mmllm.model.build import fitting_projector
-from mmllm.model.hub import quiet_transformers
+from mmllm.model.hub import WEIGHTS, quiet_transformers
 from mmllm.model.language import load_language, load_tokenizer
 from mmllm.model.tower import LayeredTower, VisionTower
 from mmllm.model.vision import load_tower
@@ -34,7 +34,7 @@ def is_original(config: dict[str, Any]) -> bool:
 def read_original(folder: Path, config: dict[str, Any], *, vision: str | None, base: str | None) -> Parts:
     """The parts of such a folder. Raises ModelImportError where something is missing or cannot be had here."""
     _check(folder, config)
-    has_llm = any((folder / name).is_file() for name in _LLM_FILES)
+    has_llm = any((folder / name).is_file() for name in WEIGHTS)
     extra = next((folder / name for name in PROJECTOR_FILES if (folder / name).is_file()), None)
     if not has_llm and extra is None:
         raise ModelImportError(f"{folder} has neither an LLM's weights nor {' nor '.join(PROJECTOR_FILES)}")
@@ -67,9 +67,6 @@ def read_original(folder: Path, config: dict[str, Any], *, vision: str | None, b
     }
     fit = "pad" if config.get("image_aspect_ratio") == "pad" else "square"
     return Parts(tower, projector, kind, language_model.float(), tokenizer, fit, None, origin)
-
-
-_LLM_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def _check(folder: Path, config: dict[str, Any]) -> None:

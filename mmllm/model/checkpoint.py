@@ -98,6 +98,32 @@ def verify_files(folder: str | Path) -> list[str]:
     return [name for name, digest in manifest["files"].items() if file_hash(Path(folder) / name) != digest]
 
 
+def check_new(folder: Path) -> None:
+    """Raises CheckpointError where something stands in a folder that is to be written."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder} is there already; give a new folder")
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder beside this new one, to write into; it takes its place when the block ends well, and goes when not.
+
+    Raises CheckpointError where something stands there, before the block begins.
+    """
+    check_new(folder)
+    partial = folder.with_name(folder.name + ".part")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if folder.is_dir():
+            folder.rmdir()
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
 def save_checkpoint(
     folder: str | Path,
     model: VisionLanguageModel,
@@ -250,9 +276,11 @@ def _check_report(folder: Path, report: dict[str, Any]) -> None:
 __all__ = [
     "MANIFEST",
     "CheckpointError",
+    "check_new",
     "file_hash",
     "library_versions",
     "load_checkpoint",
+    "new_folder",
     "read_manifest",
     "save_checkpoint",
     "verify_files",

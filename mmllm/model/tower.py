@@ -61,12 +61,6 @@ class VisionTower(nn.Module):
         """The layers in the order in which they run, for training the last ones alone."""
         raise NotImplementedError
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches of one picture."""
-        side = int(self.num_patches**0.5)
-        return side, side
-
     def _indices(self, num_layers: int) -> list[int]:
         """The layers to read, counted from 0. Raises ConfigError where there is no such layer."""
         for layer in self.spec.layers:

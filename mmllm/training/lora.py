@@ -12,7 +12,7 @@ from mmllm.config import ConfigError, LoraConfig
 from mmllm.inference.engine import find_device
 from mmllm.inference.golden import all_logits, precision_of, read_golden, require_golden, with_logits
 from mmllm.model.adapter import merge_adapter, quiet_peft
-from mmllm.model.checkpoint import CheckpointError, load_checkpoint, read_manifest, save_checkpoint
+from mmllm.model.checkpoint import CheckpointError, check_new, load_checkpoint, read_manifest, save_checkpoint
 from mmllm.model.tower import VisionTower
 from mmllm.model.vlm import VisionLanguageModel
 from mmllm.training.card import model_card
@@ -97,8 +97,7 @@ def merge_checkpoint(source: Path, out: Path, *, device: str | None = None) -> d
     """
     if "base" not in read_manifest(source):
         raise CheckpointError(f"{source} holds no adapter: it is whole, and there is nothing to merge")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out} is there already; give a new folder")
+    check_new(out)
     place = find_device(device)
     model, processor, manifest = load_checkpoint(source)
     golden = read_golden(source)
