@@ -24,10 +24,9 @@ from mmllm.inference.golden import make_golden
 from mmllm.model.build import build_model, join_parts
 from mmllm.model.checkpoint import new_folder, save_checkpoint
 from mmllm.model.hub import hub_folder, quiet_transformers
-from mmllm.model.language import load_tokenizer
+from mmllm.model.language import fit_vocabulary, load_tokenizer
 from mmllm.model.processor import VisionLanguageProcessor
-from mmllm.model.tower import TowerSpec
-from mmllm.model.vision_transformers import RESAMPLINGS, TransformersTower
+from mmllm.model.vision_transformers import TransformersTower, transformers_spec
 from mmllm.model.vlm import VisionLanguageModel
 from projector import Projector, build_projector
 
@@ -150,8 +149,7 @@ def _read_transformers(source: str) -> Parts:
             f"{theirs.tokenizer.convert_ids_to_tokens(config.image_token_id)!r}; here it must be {IMAGE_TOKEN}"
         )
     tokenizer.chat_template = theirs.chat_template or tokenizer.chat_template
-    if len(tokenizer) > language_model.get_input_embeddings().num_embeddings:
-        language_model.resize_token_embeddings(len(tokenizer))
+    fit_vocabulary(language_model, tokenizer)
     origin = dict.fromkeys(("vision", "projector", "language"), source)
     return Parts(tower, projector, kind, language_model, tokenizer, _fit(theirs.image_processor), OWN_TEMPLATE, origin)
 
@@ -171,17 +169,11 @@ def _tower(llava: Any, transform: Any, source: str) -> TransformersTower:
         )
     try:
         tower = TransformersTower(
-            TowerSpec(
-                model_cfg={**vision.to_diff_dict(), "model_type": vision.model_type},
-                layer=layers[0] if len(layers) == 1 else tuple(layers),
-                image_size_px=int(vision.image_size),
-                mean=tuple(transform.image_mean),
-                std=tuple(transform.image_std),
-                interpolation=RESAMPLINGS[int(transform.resample)],
-                source=f"transformers:{source}",
-                family="transformers",
+            transformers_spec(
+                vision, transform, layer=layers[0] if len(layers) == 1 else tuple(layers),
+                image_size_px=int(vision.image_size), source=f"transformers:{source}",
             )
-        )
+        )  # fmt: skip
     except (ConfigError, KeyError) as error:
         raise ModelImportError(f"{source}: its vision tower, {vision.model_type}, cannot be read: {error}") from error
     tower.to(next(encoder.parameters()).dtype)

@@ -16,7 +16,7 @@ from mmllm.config import ConfigError, LanguageConfig, ProjectorConfig, VisionCon
 from mmllm.export.parts import ModelImportError, Parts, read_tensors, read_weights
 from mmllm.model.build import fitting_projector
 from mmllm.model.hub import WEIGHTS, quiet_transformers
-from mmllm.model.language import load_language, load_tokenizer
+from mmllm.model.language import fit_vocabulary, load_language, load_tokenizer
 from mmllm.model.tower import LayeredTower, VisionTower
 from mmllm.model.vision import load_tower
 
@@ -116,8 +116,7 @@ def _language(folder: Path, config: dict[str, Any], weights: dict[str, Tensor]) 
     if unexpected := sorted(report["unexpected_keys"]):
         raise ModelImportError(f"{folder} has weights that its LLM has no place for, such as {unexpected[0]}")
     tokenizer = load_tokenizer(str(folder))
-    if len(tokenizer) > language_model.get_input_embeddings().num_embeddings:
-        language_model.resize_token_embeddings(len(tokenizer))
+    fit_vocabulary(language_model, tokenizer)
     return language_model, tokenizer
 
 

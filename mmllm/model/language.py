@@ -167,10 +167,15 @@ def load_language(config: LanguageConfig) -> tuple[Any, Any]:
             f"model.language: the weights of {config.source} lack {shown}, which would be random; download them again"
         )
     new_ids = sorted(set(tokenizer.get_vocab().values()) - known)
-    grow_vocabulary(model, len(tokenizer), new_ids, config.vocab_multiple)
-    _set_padding(model, int(tokenizer.pad_token_id))
+    fit_vocabulary(model, tokenizer, new_ids=new_ids, multiple=config.vocab_multiple)
     model.config.trained_token_ids = [tokenizer.convert_tokens_to_ids(token) for token in config.add_tokens]
     return model, tokenizer
+
+
+def fit_vocabulary(model: Any, tokenizer: Any, *, new_ids: Sequence[int] = (), multiple: int = 1) -> None:
+    """Makes an LLM fit its tokenizer: a row for every token, and padding that is the tokenizer's."""
+    grow_vocabulary(model, len(tokenizer), new_ids, multiple)
+    _set_padding(model, int(tokenizer.pad_token_id))
 
 
 def _set_padding(model: Any, pad_token_id: int) -> None:

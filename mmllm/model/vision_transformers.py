@@ -132,16 +132,8 @@ def load_transformers_tower(config: TowerConfig) -> TransformersTower:
             "copy or download it again"
         )
     side = config.image_size_px or _image_size(transform, encoder_config)
-    spec = TowerSpec(
-        model_cfg={**encoder_config.to_diff_dict(), "model_type": encoder_config.model_type},
-        layer=config.layer,
-        image_size_px=side,
-        mean=tuple(transform.image_mean),
-        std=tuple(transform.image_std),
-        interpolation=RESAMPLINGS[int(transform.resample)],
-        source=config.source + (f"@{config.revision}" if config.revision else ""),
-        family="transformers",
-    )
+    source = config.source + (f"@{config.revision}" if config.revision else "")
+    spec = transformers_spec(encoder_config, transform, layer=config.layer, image_size_px=side, source=source)
     weights = encoder.state_dict()
     if (positions := _positions(encoder, side)) is not None:
         spec.model_cfg["image_size"] = side
@@ -149,6 +141,22 @@ def load_transformers_tower(config: TowerConfig) -> TransformersTower:
     tower = TransformersTower(spec)
     tower.fill(weights)
     return tower
+
+
+def transformers_spec(
+    config: Any, transform: Any, *, layer: int | tuple[int, ...], image_size_px: int, source: str
+) -> TowerSpec:
+    """The spec of an encoder of transformers, from its config and its image processor."""
+    return TowerSpec(
+        model_cfg={**config.to_diff_dict(), "model_type": config.model_type},
+        layer=layer,
+        image_size_px=image_size_px,
+        mean=tuple(transform.image_mean),
+        std=tuple(transform.image_std),
+        interpolation=RESAMPLINGS[int(transform.resample)],
+        source=source,
+        family="transformers",
+    )
 
 
 def _image_size(transform: Any, config: Any) -> int:
