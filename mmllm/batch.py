@@ -72,7 +72,8 @@ class Batch:
     input_ids: Tensor  # [B, T]
     attention_mask: Tensor  # [B, T]
     labels: Tensor  # [B, T], IGNORE_INDEX where nothing is learnt
-    pixel_values: Tensor | None = None  # [N, C, H, W]
+    pixel_values: Tensor | None = None  # [N, C, H, W], or what the layout of the pictures says
+    image_sizes: Tensor | None = None  # [N, 2] where the number of image tokens depends on the picture, see layout.py
     image_features: Tensor | None = None  # [N, P, Dv], in place of pixels where the frozen tower's output is cached
     example_ids: Sequence[str] = field(default_factory=list)
 

@@ -52,8 +52,21 @@ class TowerConfig(_Section):
 class VisionConfig(TowerConfig):
     """The vision tower: an encoder, or two whose patches are concatenated by channel."""
 
-    fit: Literal["stretch", "pad", "square"] = "pad"  # how a picture that is not square becomes square
+    fit: Literal["stretch", "pad", "square", "tiles", "native"] = "pad"  # what is done where a picture is not square
+    tile_grids: tuple[tuple[PositiveInt, PositiveInt], ...] | None = (
+        None  # tiles: rows x columns; default: LLaVA-NeXT's
+    )
+    max_image_tokens: PositiveInt | None = None  # native: without those that end rows; default: as many as of a square
     fuse_with: TowerConfig | None = None
+
+    @model_validator(mode="after")
+    def _options_of_fit(self) -> VisionConfig:
+        for name, fit in (("tile_grids", "tiles"), ("max_image_tokens", "native")):
+            if getattr(self, name) is not None and self.fit != fit:
+                raise ValueError(f"{name} is for fit: {fit}, but fit is {self.fit}; leave it out or change fit")
+        if self.tile_grids == ():
+            raise ValueError("tile_grids: give at least one pair of rows and columns, such as [1, 2]")
+        return self
 
 
 class ProjectorConfig(_Section):

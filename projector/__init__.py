@@ -3,9 +3,11 @@
 Every class in PROJECTORS keeps one contract:
 
     projector = build_projector(kind, vision_dim=Dv, llm_dim=D, **options)
-    projector(patches[B, P, Dv]) -> [B, M, D]        projector.num_tokens(P) -> M
+    projector(patches[B, P, Dv], grid=None) -> [B, M, D]        projector.num_tokens(P) -> M
 
-- Patches stand row by row, without CLS. Projectors that know about place need a square grid and raise ValueError else.
+- Patches stand row by row, without CLS. Projectors that know about place take a square grid for granted, or get
+  `grid` (rows, columns), and raise ValueError where the patches do not fill it.
+- `token_stride` is None, or tokens stand row by row too, each for a square of so many patches along each side.
 - Images do not see each other: row b of the output depends on row b of the patches alone.
 - B may be 0 (a batch without images): the output is [0, M, D] and every parameter gets a gradient, of zeros.
 - Weights in fp32 or bf16, and bf16 autocast; no dropout, so the same patches give the same tokens.

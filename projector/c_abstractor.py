@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from projector.contract import Projector, check_count, grid_side
+from projector.contract import Grid, Projector, check_count, grid_side, patch_grid
 
 
 class ConvBlock(nn.Module):
@@ -48,10 +48,13 @@ def pooling_weights(side: int, token_side: int, *, device: torch.device, dtype: 
     return (window / window.sum(1, keepdim=True)).to(dtype)
 
 
-def average_pool(grid: Tensor, token_side: int) -> Tensor:  # [B, H, W, Dv] -> [B, token_side, token_side, Dv]
+def average_pool(grid: Tensor, token_grid: Grid) -> Tensor:  # [B, H, W, Dv] -> [B, *token_grid, Dv]
     """Adaptive average pooling as two small products: torch's own has no deterministic gradient on CUDA."""
-    weights = pooling_weights(grid.shape[1], token_side, device=grid.device, dtype=grid.dtype)
-    return torch.einsum("ih,jw,bhwd->bijd", weights, weights, grid)
+    rows, columns = (
+        pooling_weights(side, token_side, device=grid.device, dtype=grid.dtype)
+        for side, token_side in zip(grid.shape[1:3], token_grid, strict=True)
+    )
+    return torch.einsum("ih,jw,bhwd->bijd", rows, columns, grid)
 
 
 class CAbstractorProjector(Projector):
@@ -78,6 +81,10 @@ class CAbstractorProjector(Projector):
         self.after = nn.Sequential(*(ConvBlock(vision_dim) for _ in range(depth)))
         self.out = nn.Linear(vision_dim, llm_dim)
 
+    @property
+    def token_stride(self) -> int | None:
+        return 2 if self.token_side is None else None
+
     def num_tokens(self, num_patches: int) -> int:
         side = grid_side("c_abstractor", num_patches)
         if self.token_side is None:
@@ -89,10 +96,14 @@ class CAbstractorProjector(Projector):
             )
         return self.token_side**2
 
-    def forward(self, patches: Tensor) -> Tensor:  # [B, P, Dv] -> [B, M, D]
-        token_side = math.isqrt(self.num_tokens(patches.shape[1]))
-        side = math.isqrt(patches.shape[1])
-        grid = self.before(self.norm(patches).unflatten(1, (side, side)))  # [B, H, W, Dv]
-        pooled = self.after(average_pool(grid, token_side))  # [B, token_side, token_side, Dv]
+    def forward(self, patches: Tensor, grid: Grid | None = None) -> Tensor:  # [B, P, Dv] -> [B, M, D]
+        rows, columns = patch_grid("c_abstractor", patches.shape[1], grid)
+        if self.token_side is None:
+            token_grid = (math.ceil(rows / 2), math.ceil(columns / 2))
+        else:
+            self.num_tokens(patches.shape[1])  # raises where the grid cannot be pooled to so many
+            token_grid = (self.token_side, self.token_side)
+        mixed = self.before(self.norm(patches).unflatten(1, (rows, columns)))  # [B, H, W, Dv]
+        pooled = self.after(average_pool(mixed, token_grid))  # [B, *token_grid, Dv]
         tokens: Tensor = self.out(pooled.flatten(1, 2))
         return tokens

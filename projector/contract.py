@@ -6,15 +6,22 @@ import math
 
 from torch import Tensor, nn
 
+Grid = tuple[int, int]  # rows and columns
+
 
 class Projector(nn.Module):
     """Turns the patches of an image into tokens of the LLM; the module docstring of `projector` states the contract."""
+
+    @property
+    def token_stride(self) -> int | None:
+        """Patches along one side of the square that a token stands for; None where tokens have no such place."""
+        return None
 
     def num_tokens(self, num_patches: int) -> int:
         """M for P. Raises ValueError where this projector cannot take so many patches."""
         raise NotImplementedError(f"{type(self).__name__} must say its num_tokens")
 
-    def forward(self, patches: Tensor) -> Tensor:  # [B, P, Dv] -> [B, M, D]
+    def forward(self, patches: Tensor, grid: Grid | None = None) -> Tensor:  # [B, P, Dv] -> [B, M, D]
         raise NotImplementedError(f"{type(self).__name__} must say its forward")
 
 
@@ -27,6 +34,16 @@ def grid_side(kind: str, num_patches: int) -> int:
             "use square images, keep only the patch tokens (no CLS), or take kind 'mlp' or 'linear'"
         )
     return side
+
+
+def patch_grid(kind: str, num_patches: int, grid: Grid | None) -> Grid:
+    """The grid that was given, or the square one. Raises ValueError where the patches do not fill it."""
+    if grid is None:
+        side = grid_side(kind, num_patches)
+        return side, side
+    if grid[0] * grid[1] != num_patches:
+        raise ValueError(f"{kind} projector got {num_patches} patches for a grid of {grid[0]} x {grid[1]}")
+    return grid
 
 
 def check_count(kind: str, option: str, value: object) -> None:

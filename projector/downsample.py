@@ -6,21 +6,21 @@ from typing import Literal, get_args
 
 from torch import Tensor, nn
 
-from projector.contract import Projector, check_count, grid_side
+from projector.contract import Grid, Projector, check_count, grid_side, patch_grid
 
 Mode = Literal["pixel_shuffle", "average"]
 
 
-def pixel_shuffle(patches: Tensor, factor: int) -> Tensor:  # [B, P, Dv] -> [B, P / factor**2, factor**2 * Dv]
+def pixel_shuffle(patches: Tensor, factor: int, grid: Grid | None = None) -> Tensor:
+    # [B, P, Dv] -> [B, P / factor**2, factor**2 * Dv]
     """Concatenates factor x factor neighbours row by row, each with all its channels; tokens stand row by row.
 
     The same layout as Idefics3's connector, https://arxiv.org/abs/2408.12637
     """
     batch, num_patches, width = patches.shape
-    side = grid_side("downsample", num_patches)
-    token_side = side // factor
-    grid = patches.reshape(batch, token_side, factor, token_side, factor, width)
-    return grid.transpose(2, 3).reshape(batch, token_side**2, factor**2 * width)
+    rows, columns = (side // factor for side in patch_grid("downsample", num_patches, grid))
+    neighbours = patches.reshape(batch, rows, factor, columns, factor, width)
+    return neighbours.transpose(2, 3).reshape(batch, rows * columns, factor**2 * width)
 
 
 class DownsampleProjector(Projector):
@@ -43,6 +43,10 @@ class DownsampleProjector(Projector):
             nn.LayerNorm(joined_dim), nn.Linear(joined_dim, llm_dim), nn.GELU(), nn.Linear(llm_dim, llm_dim)
         )
 
+    @property
+    def token_stride(self) -> int:
+        return self.factor
+
     def num_tokens(self, num_patches: int) -> int:
         side = grid_side("downsample", num_patches)
         if side % self.factor:
@@ -53,9 +57,14 @@ class DownsampleProjector(Projector):
             )
         return (side // self.factor) ** 2
 
-    def forward(self, patches: Tensor) -> Tensor:  # [B, P, Dv] -> [B, M, D]
-        self.num_tokens(patches.shape[1])  # raises where the grid cannot be divided
-        joined = pixel_shuffle(patches, self.factor)  # [B, M, factor**2 * Dv]
+    def forward(self, patches: Tensor, grid: Grid | None = None) -> Tensor:  # [B, P, Dv] -> [B, M, D]
+        if grid is None:
+            self.num_tokens(patches.shape[1])  # raises where the grid cannot be divided
+        elif any(side % self.factor for side in patch_grid("downsample", patches.shape[1], grid)):
+            raise ValueError(
+                f"downsample projector with factor {self.factor} cannot divide a grid of {grid[0]} x {grid[1]} patches"
+            )
+        joined = pixel_shuffle(patches, self.factor, grid)  # [B, M, factor**2 * Dv]
         if self.mode == "average":
             joined = joined.unflatten(2, (self.factor**2, -1)).mean(2)  # [B, M, Dv]
         tokens: Tensor = self.layers(joined)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from projector.contract import Projector, check_count
+from projector.contract import Grid, Projector, check_count, patch_grid
 
 
 class LinearProjector(Projector):
@@ -14,10 +14,16 @@ class LinearProjector(Projector):
         super().__init__()
         self.layer = nn.Linear(vision_dim, llm_dim)
 
+    @property
+    def token_stride(self) -> int:
+        return 1
+
     def num_tokens(self, num_patches: int) -> int:
         return num_patches
 
-    def forward(self, patches: Tensor) -> Tensor:  # [B, P, Dv] -> [B, P, D]
+    def forward(self, patches: Tensor, grid: Grid | None = None) -> Tensor:  # [B, P, Dv] -> [B, P, D]
+        if grid is not None:
+            patch_grid("linear", patches.shape[1], grid)
         tokens: Tensor = self.layer(patches)
         return tokens
 
@@ -33,9 +39,15 @@ class MLPProjector(Projector):
             layers += [nn.GELU(), nn.Linear(llm_dim, llm_dim)]
         self.layers = nn.Sequential(*layers)
 
+    @property
+    def token_stride(self) -> int:
+        return 1
+
     def num_tokens(self, num_patches: int) -> int:
         return num_patches
 
-    def forward(self, patches: Tensor) -> Tensor:  # [B, P, Dv] -> [B, P, D]
+    def forward(self, patches: Tensor, grid: Grid | None = None) -> Tensor:  # [B, P, Dv] -> [B, P, D]
+        if grid is not None:
+            patch_grid("mlp", patches.shape[1], grid)
         tokens: Tensor = self.layers(patches)
         return tokens

@@ -6,23 +6,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from projector.contract import Projector, check_count, grid_side
+from projector.contract import Grid, Projector, check_count, grid_side, patch_grid
 
 FEED_FORWARD_RATIO = 4  # Flamingo's code and most transformers: the hidden layer is four times as wide
 MAX_PERIOD = 10000.0  # of the sines; https://arxiv.org/abs/1706.03762, section 3.5
 
 
-def grid_positions(side: int, width: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:  # [P, width]
+def grid_positions(grid: Grid, width: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:  # [P, width]
     """Sines and cosines of each patch's row and column, row by row. `width` must divide by 4.
 
     Source: MAE's 2D position embedding, https://arxiv.org/abs/2111.06377
     """
-    steps = torch.arange(side, device=device, dtype=torch.float32)
+    steps = torch.arange(max(grid), device=device, dtype=torch.float32)
     powers = torch.arange(width // 4, device=device, dtype=torch.float32) / (width // 4)
-    angles = steps[:, None] * MAX_PERIOD**-powers  # [side, width / 4]
-    waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # [side, width / 2]
-    rows = waves[:, None].expand(side, side, -1)
-    columns = waves[None].expand(side, side, -1)
+    angles = steps[:, None] * MAX_PERIOD**-powers  # [longest side, width / 4]
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # [longest side, width / 2]
+    rows = waves[: grid[0], None].expand(*grid, -1)
+    columns = waves[None, : grid[1]].expand(*grid, -1)
     return torch.cat([rows, columns], dim=2).flatten(0, 1).to(dtype)
 
 
@@ -102,11 +102,11 @@ class ResamplerProjector(Projector):
         grid_side("resampler", num_patches)
         return len(self.queries)
 
-    def forward(self, patches: Tensor) -> Tensor:  # [B, P, Dv] -> [B, M, D]
+    def forward(self, patches: Tensor, grid: Grid | None = None) -> Tensor:  # [B, P, Dv] -> [B, M, D]
         batch, num_patches, width = patches.shape
-        side = grid_side("resampler", num_patches)
+        grid = patch_grid("resampler", num_patches, grid)
         # Computed here, not kept as a buffer: a buffer outside the checkpoint is lost when weights load on `meta`.
-        positions = grid_positions(side, width, device=patches.device, dtype=patches.dtype)
+        positions = grid_positions(grid, width, device=patches.device, dtype=patches.dtype)
         queries = self.queries.expand(batch, -1, -1)
         for block in self.blocks:
             queries = block(queries, patches, positions)

@@ -111,7 +111,7 @@ def test_all_problems_are_told_at_once(write: Any) -> None:
         ),
         (
             {"model__vision__fit": "crop"},
-            "model.vision.fit: Input should be 'stretch', 'pad' or 'square' (given: 'crop')",
+            "model.vision.fit: Input should be 'stretch', 'pad', 'square', 'tiles' or 'native' (given: 'crop')",
         ),
         ({"optim__kind": "sgd"}, "optim.kind: Input should be 'adamw' or 'muon' (given: 'sgd')"),
         ({"lora": {"dropout": 1.0}}, "lora.dropout: Input should be less than 1"),

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from image_files import EXIF_ORIENTATION, READ, REFUSED, WHITE, encode, huge
 from PIL import Image
 
-from mmllm.data.images import FORMATS, ImageError, load_image
+from mmllm.data.images import FORMATS, ImageError, image_size, load_image
 
 EFFORT = int(os.environ.get("MMLLM_FUZZ", "1"))
 MAX_PIXELS = 100_000
@@ -121,7 +121,9 @@ def test_every_picture_that_pillow_writes_is_read_upright_and_in_its_colors(
     picture = picture_of(mode, width, height, seed)
     exif = Image.Exif()
     exif[EXIF_ORIENTATION] = orientation
-    loaded = load_image(encode(picture, kind, exif=exif.tobytes(), **BEST.get(kind, {})))
+    file = encode(picture, kind, exif=exif.tobytes(), **BEST.get(kind, {}))
+    loaded = load_image(file)
+    assert image_size(file) == (loaded.height, loaded.width), "told from the head of the file"
     expected = upright(colors_of(picture), orientation if kind in TURNED else 1)
     assert (loaded.mode, loaded.info) == ("RGB", {})
     assert loaded.size == expected.shape[1::-1]
@@ -136,6 +138,7 @@ def loads_or_refuses(data: bytes) -> None:
         loaded = load_image(data, max_pixels=MAX_PIXELS)
     except ImageError:
         return
+    assert image_size(data) == (loaded.height, loaded.width)
     assert (loaded.mode, loaded.info) == ("RGB", {})
     assert 0 < loaded.width * loaded.height <= MAX_PIXELS
     assert len(loaded.tobytes()) == 3 * loaded.width * loaded.height
@@ -177,7 +180,8 @@ def test_a_hostile_file_is_refused(name: str) -> None:
 @pytest.mark.parametrize("name", READ)
 def test_an_odd_file_is_read(name: str) -> None:
     build, color = READ[name]
-    loaded = load_image(build())
+    loaded = load_image(source := build())
+    assert image_size(source) == (loaded.height, loaded.width)
     assert loaded.size == (8, 8)
     assert np.abs(np.asarray(loaded).astype(int) - color).max() <= 4
 

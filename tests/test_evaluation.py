@@ -16,7 +16,7 @@ from rich.progress import Progress
 from scene_answers import UnanswerableError, answer, read_caption
 from typer.testing import CliRunner
 
-from mmllm.batch import Example, Message
+from mmllm.batch import Example
 from mmllm.cli import app
 from mmllm.evaluation.run import evaluate_model, evaluate_task, normalise, score, show, shuffled_pictures
 from mmllm.evaluation.tasks import (
@@ -40,10 +40,10 @@ class Oracle:
     """Stands where an Engine does and answers from the scene graph beside each picture, or from the description."""
 
     def __init__(self) -> None:
-        self.renderer = SimpleNamespace(render=self.render)
+        self.renderer = SimpleNamespace(render_example=self.render)
 
-    def render(self, messages: Sequence[Message]) -> Any:
-        return SimpleNamespace(input_ids=" ".join(message.text for message in messages).split())
+    def render(self, example: Example) -> Any:
+        return SimpleNamespace(input_ids=" ".join(message.text for message in example.messages).split())
 
     def reply_batch(self, examples: Sequence[Example], sampling: Sampling) -> list[Reply]:
         return [Reply(self.answer(example), "end", 1, 0, 1, 0.0) for example in examples]

@@ -63,9 +63,11 @@ def checkpoint(folder: Path, vision: str, projector: dict[str, Any], language: P
 
 
 def logits_in_transformers(folder: Path, text: str, pictures: list[Image.Image]) -> torch.Tensor:
-    from transformers import AutoProcessor, LlavaForConditionalGeneration
+    from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
-    model = LlavaForConditionalGeneration.from_pretrained(folder, attn_implementation="eager").eval()
+    is_tiled = AutoConfig.from_pretrained(folder).model_type == "llava_next"
+    model_class = LlavaNextForConditionalGeneration if is_tiled else LlavaForConditionalGeneration
+    model = model_class.from_pretrained(folder, attn_implementation="eager").eval()
     inputs = AutoProcessor.from_pretrained(folder)(
         text=text, images=pictures or None, add_special_tokens=False, return_tensors="pt"
     )
@@ -77,10 +79,12 @@ def logits_in_transformers(folder: Path, text: str, pictures: list[Image.Image])
 @pytest.mark.parametrize("language", LLMS)
 @pytest.mark.parametrize("projector", ["linear", "mlp"])
 @pytest.mark.parametrize("vision", ["clip", "siglip"])
+@pytest.mark.parametrize("fit", ["pad", "tiles"])
 def test_transformers_says_what_the_checkpoint_says(
-    parts: Path, tmp_path: Path, vision: str, projector: str, language: str
+    parts: Path, tmp_path: Path, fit: str, vision: str, projector: str, language: str
 ) -> None:
-    model = checkpoint(tmp_path / "model", f"transformers:{parts / vision}", {"kind": projector}, parts / language)
+    source = f"transformers:{parts / vision}"
+    model = checkpoint(tmp_path / "model", source, {"kind": projector}, parts / language, fit=fit)
     verdict = export_hf(model, tmp_path / "out")
     assert verdict.max_logit_difference <= 1e-4
     engine = Engine.load(model, device="cpu")
@@ -94,11 +98,22 @@ def test_transformers_says_what_the_checkpoint_says(
     assert own.std() > 0.1, "logits that are all alike would prove nothing"
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         names = list(file.keys())
-    assert {name.split(".")[0] for name in names} == {"vision_tower", "multi_modal_projector", "language_model"}
+    newline = {"image_newline"} if fit == "tiles" else set()
+    assert {name.split(".")[0] for name in names} == {
+        "vision_tower", "multi_modal_projector", "language_model", *newline,
+    }  # fmt: skip
     assert any(name.startswith("vision_tower.vision_model.encoder.layers.0.") for name in names)
     assert ("language_model.lm_head.weight" in names) == (language != "gemma"), "a tied head is not stored twice"
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["text_config"]["architectures"] == [LLMS[language]]
+
+
+def test_a_native_model_has_no_place_in_llava(parts: Path, tmp_path: Path) -> None:
+    source = f"transformers:{parts / 'clip'}"
+    model = checkpoint(tmp_path / "model", source, {"kind": "mlp"}, parts / "llama", fit="native")
+    with pytest.raises(ExportError, match=r"own aspect ratio \(fit: native\), which neither Llava nor LlavaNext"):
+        export_hf(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_lora_run_is_exported_with_its_adapter(parts: Path, tiny_runs: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from mmllm.inference.golden import Check, verify_golden
 from mmllm.model.checkpoint import load_checkpoint
 from mmllm.model.language import load_tokenizer
 
+PINPOINTS = [[32, 64], [64, 32], [64, 64], [96, 32]]  # [height, width]; 96 wide and 32 high is left out
 TURNS = (message("user", "<image>\nwhat is it?"), message("assistant", "a red"), message("user", "and <image>?", 1))
 ASKED = Example("x", "", TURNS, tuple(PICTURES))
 # llava-hf's way of writing: contents are lists, pictures first
@@ -51,18 +52,21 @@ def parts(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def llava(parts: Path, folder: Path, vision: str, language: str, tokenizer: Any, **options: Any) -> Any:
-    """A LlavaForConditionalGeneration as transformers saves one, of these parts."""
+def llava(
+    parts: Path, folder: Path, vision: str, language: str, tokenizer: Any, *, kind: str = "Llava", **options: Any
+) -> Any:
+    """A Llava or LlavaNext as transformers saves one, of these parts."""
     encoder = transformers.AutoModel.from_pretrained(parts / vision)
     llm = transformers.AutoModelForCausalLM.from_pretrained(parts / language)
     strategy = "default" if vision == "clip" else "full"
-    config = transformers.LlavaConfig(
+    sizes = {"image_grid_pinpoints": PINPOINTS} if kind == "LlavaNext" else {}
+    config = getattr(transformers, f"{kind}Config")(
         vision_config=encoder.config, text_config=llm.config, image_seq_length=16,
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), vision_feature_layer=-2,
-        **{"vision_feature_select_strategy": strategy, **options},
+        **{"vision_feature_select_strategy": strategy, **sizes, **options},
     )  # fmt: skip
     torch.manual_seed(4)
-    model = transformers.LlavaForConditionalGeneration(config).eval()
+    model = getattr(transformers, f"{kind}ForConditionalGeneration")(config).eval()
     model.model.vision_tower.load_state_dict(encoder.state_dict())
     model.model.language_model.load_state_dict(llm.model.state_dict())
     model.lm_head.load_state_dict(llm.lm_head.state_dict())
@@ -70,7 +74,13 @@ def llava(parts: Path, folder: Path, vision: str, language: str, tokenizer: Any,
         torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(folder)
     transform = transformers.AutoImageProcessor.from_pretrained(parts / vision)
-    transformers.LlavaProcessor(
+    if kind == "LlavaNext":
+        side = {"height": ENCODER["image_size"], "width": ENCODER["image_size"]}
+        transform = transformers.LlavaNextImageProcessor(
+            size={"shortest_edge": ENCODER["image_size"]}, crop_size=side, image_grid_pinpoints=PINPOINTS,
+            image_mean=transform.image_mean, image_std=transform.image_std,
+        )  # fmt: skip
+    getattr(transformers, f"{kind}Processor")(
         transform, tokenizer, patch_size=8, vision_feature_select_strategy=strategy, chat_template=LISTS,
         num_additional_image_tokens=int(vision == "clip"),
     ).save_pretrained(folder)  # fmt: skip
@@ -89,7 +99,7 @@ def logits_there(model: Any, folder: Path, out: Path) -> torch.Tensor:
     engine = Engine.load(out, device="cpu")
     ids = engine.inputs([engine.renderer.render_example(ASKED)], [])["input_ids"]
     with torch.inference_mode():
-        return model(input_ids=ids, pixel_values=transform(PICTURES, return_tensors="pt")["pixel_values"]).logits
+        return model(input_ids=ids, **transform(PICTURES, return_tensors="pt")).logits
 
 
 def verify(folder: Path) -> list[Check]:
@@ -110,10 +120,11 @@ def refused(source: Path | str, out: Path, **options: Any) -> str:
 
 @pytest.mark.parametrize("language", LLMS)
 @pytest.mark.parametrize("vision", ["clip", "siglip"])
+@pytest.mark.parametrize("kind", ["Llava", "LlavaNext"])
 def test_a_llava_of_transformers_says_the_same_here(
-    parts: Path, tokenizer: Any, tmp_path: Path, vision: str, language: str
+    parts: Path, tokenizer: Any, tmp_path: Path, kind: str, vision: str, language: str
 ) -> None:
-    model = llava(parts, tmp_path / "theirs", vision, language, tokenizer)
+    model = llava(parts, tmp_path / "theirs", vision, language, tokenizer, kind=kind)
     verdict = imported(tmp_path / "theirs", tmp_path / "out")
     assert verdict is not None
     assert verdict.max_logit_difference <= 1e-4
@@ -124,9 +135,11 @@ def test_a_llava_of_transformers_says_the_same_here(
     assert len(Engine.load(tmp_path / "out", device="cpu").model.vision_tower.blocks()) == 2, "layer -2 of three"
 
 
+@pytest.mark.parametrize("fit", ["pad", "square", "stretch", "tiles"])
 @pytest.mark.parametrize("projector", ["linear", "mlp"])
-def test_what_was_exported_comes_back_as_it_was(parts: Path, tmp_path: Path, projector: str) -> None:
-    model = checkpoint(tmp_path / "model", f"transformers:{parts / 'siglip'}", {"kind": projector}, parts / "qwen2")
+def test_what_was_exported_comes_back_as_it_was(parts: Path, tmp_path: Path, projector: str, fit: str) -> None:
+    source = f"transformers:{parts / 'siglip'}"
+    model = checkpoint(tmp_path / "model", source, {"kind": projector}, parts / "qwen2", fit=fit)
     export_hf(model, tmp_path / "hf")
     imported(tmp_path / "hf", tmp_path / "back")
     torch.testing.assert_close(logits(tmp_path / "back"), logits(model), atol=1e-5, rtol=0)
@@ -144,7 +157,7 @@ def original(parts: Path, folder: Path, tokenizer: Any, model: Any, **fields: An
     for name, value in model.state_dict().items():
         if name.startswith("model.language_model."):
             weights["model." + name.removeprefix("model.language_model.")] = value
-        elif name.startswith("lm_head."):
+        elif name.startswith("lm_head.") or name == "model.image_newline":
             weights[name] = value
         elif name.startswith("model.multi_modal_projector."):
             part = name.removeprefix("model.multi_modal_projector.linear_")
@@ -190,6 +203,37 @@ def test_a_folder_of_llavas_own_code_says_what_transformers_says(
     (source / "pytorch_model-2.bin").unlink()
     text = refused(source, tmp_path / "half", template="vicuna_v1")
     assert "lacks 1 of 2 files of weights (pytorch_model-2.bin); its download did not end, start it again" in text
+
+
+def test_tiles_of_llavas_own_code_say_what_transformers_says(parts: Path, tokenizer: Any, tmp_path: Path) -> None:
+    model = llava(parts, tmp_path / "theirs", "clip", "llama", tokenizer, kind="LlavaNext")
+    sizes = [[width, height] for height, width in PINPOINTS]
+    tiled = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad"}
+    source = original(parts, tmp_path / "own", tokenizer, model, **tiled, image_grid_pinpoints=str(sizes))
+    imported(source, tmp_path / "out", template="vicuna_v1")
+    there = logits_there(model, tmp_path / "theirs", tmp_path / "out")
+    torch.testing.assert_close(logits(tmp_path / "out"), there, atol=1e-4, rtol=0)
+    weights = load_file(source / "model.safetensors")
+    del weights["model.image_newline"]
+    save_file(weights, source / "model.safetensors")
+    assert "cuts pictures into tiles but lacks the weight image_newline" in refused(
+        source, tmp_path / "without", template="vicuna_v1"
+    )
+
+
+def test_sizes_of_tiles_that_do_not_fit_are_refused(parts: Path, tokenizer: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "theirs"
+    llava(parts, folder, "clip", "llama", tokenizer, kind="LlavaNext")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "image_grid_pinpoints": [[32, 64]]}))
+    assert "its model cuts pictures for [[32, 64]], its image processor for [[32, 64], [64, 32]" in refused(
+        folder, tmp_path / "out"
+    )
+    transform = json.loads((folder / "processor_config.json").read_text())
+    transform["image_processor"]["image_grid_pinpoints"] = [[32, 65]]
+    (folder / "processor_config.json").write_text(json.dumps(transform))
+    (folder / "config.json").write_text(json.dumps({**config, "image_grid_pinpoints": [[32, 65]]}))
+    assert "brings pictures to [32, 65] pixels, which views of 32 do not fill" in refused(folder, tmp_path / "out")
 
 
 def test_a_lone_projector_and_a_lora_need_their_llm_and_then_say_the_same(
@@ -248,7 +292,13 @@ def test_a_pickle_with_code_is_refused_and_not_run(
 
 CHANGED = {
     "mm_use_im_start_end: True": {"mm_use_im_start_end": True},
-    "image_aspect_ratio: 'anyres'": {"image_aspect_ratio": "anyres"},
+    "image_aspect_ratio: 'anyres_max_9'": {"image_aspect_ratio": "anyres_max_9"},
+    "mm_patch_merge_type: 'flat'": {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "flat"},
+    "has image_grid_pinpoints 'all': no list": {
+        "image_aspect_ratio": "anyres",
+        "mm_patch_merge_type": "spatial_unpad",
+        "image_grid_pinpoints": "all",
+    },
     "mm_vision_select_feature: 'cls_patch'": {"mm_vision_select_feature": "cls_patch"},
     "names the vision tower '/nowhere'": {"mm_vision_tower": "/nowhere"},
     "mm_projector_type 'resampler' is not one of": {"mm_projector_type": "resampler"},
@@ -285,7 +335,6 @@ def test_other_folders_are_refused_with_what_is_allowed(
     assert "cannot be loaded" in refused(half, out)
     config = json.loads((half / "config.json").read_text())
     for change, reason in (
-        ({"model_type": "llava_next"}, "is a LlavaNext: it cuts pictures into tiles"),
         ({"vision_feature_select_strategy": "full"}, "reads 'full' features of a clip_vision_model"),
         ({"image_token_index": 3}, "marks pictures with token 3"),
     ):

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmllm.model.processor import image_processor
+from mmllm.model.layout import Layout
 from mmllm.model.tower import TowerSpec
 
 SIDE = 16
@@ -26,7 +26,7 @@ def bands(*colors: tuple[int, int, int]) -> Image.Image:
 
 
 def seen(fit: str, picture: Image.Image) -> Tensor:
-    pixels: Tensor = image_processor(SPEC, fit)([picture], return_tensors="pt")["pixel_values"][0]
+    pixels: Tensor = Layout(1).image_processor(SPEC, fit)([picture], return_tensors="pt")["pixel_values"][0]
     assert pixels.shape == (3, SIDE, SIDE)
     assert pixels.dtype == torch.float32
     return pixels
@@ -67,7 +67,7 @@ def test_square_takes_the_middle() -> None:
 def test_a_transform_is_kept_in_its_own_file_and_read_again(tmp_path) -> None:
     from transformers import LlavaImageProcessor
 
-    processor = image_processor(SPEC, "pad")
+    processor = Layout(1).image_processor(SPEC, "pad")
     processor.save_pretrained(tmp_path)
     again = LlavaImageProcessor.from_pretrained(tmp_path)
     picture = bands(RED, GREEN, BLUE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import model_config
+from tiny import make_checkpoint, model_config
 from torch import Tensor
 
 from mmllm.batch import IMAGE_TOKEN, Example, message
 from mmllm.data.collate import collate
-from mmllm.inference.engine import Engine, Sampling
+from mmllm.inference.engine import Engine, Sampling, load_pixels
 from mmllm.model.build import build_model
 from mmllm.model.checkpoint import load_checkpoint, save_checkpoint
 from mmllm.training.losses import conversation_loss_sum, has_plain_head
@@ -22,17 +23,29 @@ from mmllm.training.losses import conversation_loss_sum, has_plain_head
 NEW = 10  # tokens generated where that many are compared
 
 
-def picture(seed: int) -> Image.Image:
-    values = np.random.default_rng(seed).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    return Image.fromarray(values)
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "single": {},
+    "tiles": {"fit": "tiles"},
+    "native": {"fit": "native", "max_image_tokens": 9},
+}
 
 
-A, B = picture(1), picture(2)
+def picture(seed: int, width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+A, B = picture(1, 90, 40), picture(2, 50, 64)
 
 
 @pytest.fixture(scope="module")
-def engine(tiny_checkpoint: Path) -> Engine:
+def square_engine(tiny_checkpoint: Path) -> Engine:
     return Engine.load(tiny_checkpoint, device="cpu")
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def engine(request: Any, tiny_parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    folder = tmp_path_factory.mktemp("layout") / request.param
+    return Engine.load(make_checkpoint(folder, tiny_parts, **LAYOUTS[request.param]), device="cpu")
 
 
 def asked(text: str, *images: Image.Image) -> Example:
@@ -64,7 +77,10 @@ def test_the_processor_writes_the_prompt_that_the_renderer_writes(engine: Engine
         rendered = engine.renderer.render_example(example)
         inputs = inputs_of(engine, example)
         assert inputs["input_ids"][0].tolist() == rendered.input_ids
-        assert set(inputs) == {"input_ids", "attention_mask"} | ({"pixel_values"} if example.images else set())
+        pictures = {"pixel_values", "image_sizes"} if engine.model.layout.has_newline else {"pixel_values"}
+        assert set(inputs) == {"input_ids", "attention_mask"} | (pictures if example.images else set())
+        for name, value in load_pixels(engine.processor, example.images).items() if example.images else ():
+            assert torch.equal(value.float(), inputs[name].float())
 
 
 @pytest.mark.parametrize("example", [asked("hello"), asked("<image>\nwhat is it?", A), TWO], ids=["none", "one", "two"])
@@ -73,7 +89,7 @@ def test_generation_with_a_cache_is_generation_without(engine: Engine, example: 
     ids, new = inputs.pop("input_ids"), []
     with torch.inference_mode():
         for _ in range(NEW):  # the plain definition: ask for one more token again and again
-            pixels = {name: value for name, value in inputs.items() if name == "pixel_values"}
+            pixels = {name: value for name, value in inputs.items() if name != "attention_mask"}
             token = engine.model(input_ids=ids, **pixels).logits[:, -1].argmax(-1)
             new.append(int(token))
             ids = torch.cat([ids, token[:, None]], dim=1)
@@ -99,7 +115,8 @@ def test_beams_and_samples_of_a_row_see_all_its_pictures(engine: Engine) -> None
     assert generate(engine, *rows, num_beams=2).shape == (2, NEW)
 
 
-def test_pictures_land_in_their_slots_in_the_order_of_the_text(engine: Engine) -> None:
+def test_pictures_land_in_their_slots_in_the_order_of_the_text(square_engine: Engine) -> None:
+    engine = square_engine
     model = engine.model
     inputs = inputs_of(engine, TWO)
     slots = inputs["input_ids"] == engine.processor.image_token_id
@@ -120,12 +137,11 @@ def test_pictures_land_in_their_slots_in_the_order_of_the_text(engine: Engine) -
 
 def test_slots_and_image_tokens_that_do_not_agree_are_both_named(engine: Engine) -> None:
     model, inputs = engine.model, inputs_of(engine, TWO)
-    each = engine.processor.num_image_tokens
-    with pytest.raises(
-        ValueError, match=f"^{2 * each} image slots in the text but {each} image tokens .1 images of {each}"
-    ):
-        model(input_ids=inputs["input_ids"], pixel_values=inputs["pixel_values"][:1])
-    with pytest.raises(ValueError, match=f"^{2 * each} image slots in the text but no image was given"):
+    one, both = (engine.renderer.render_example(example).num_image_tokens for example in (asked("<image>", A), TWO))
+    first = {name: value[:1] for name, value in inputs.items() if name in ("pixel_values", "image_sizes")}
+    with pytest.raises(ValueError, match=f"^{both} image slots in the text but {one} image tokens .1 images"):
+        model(input_ids=inputs["input_ids"], **first)
+    with pytest.raises(ValueError, match=f"^{both} image slots in the text but no image was given"):
         model(input_ids=inputs["input_ids"])
     with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
         model()
@@ -136,9 +152,9 @@ def test_slots_and_image_tokens_that_do_not_agree_are_both_named(engine: Engine)
 def batch_of(engine: Engine, *examples: Example) -> Any:
     rendered = [engine.renderer.render_example(example) for example in examples]
     images = [image for example in examples for image in example.images]
-    pixels = engine.processor.image_processor(images, return_tensors="pt")["pixel_values"] if images else None
     names = [example.id for example in examples]
-    return collate(rendered, pad_token_id=0, example_ids=names, pixel_values=pixels)
+    pictures = load_pixels(engine.processor, images) if images else {}
+    return collate(rendered, pad_token_id=0, example_ids=names, **pictures)
 
 
 def answered(example: Example, answer: str) -> Example:
@@ -161,22 +177,24 @@ def test_the_loss_of_a_batch_is_the_sum_of_its_rows_and_transformers_own(engine:
     whole = conversation_loss_sum(model, batch_of(engine, *ANSWERED), plain_head=False)
     torch.testing.assert_close(whole, together)
     batch = batch_of(engine, ANSWERED[0])
-    own = model(batch.input_ids, batch.pixel_values, batch.attention_mask, labels=batch.labels).loss
+    pictures = {"pixel_values": batch.pixel_values, "image_sizes": batch.image_sizes}
+    own = model(batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels, **pictures).loss
     torch.testing.assert_close(own * batch.num_supervised, apart[0])
 
 
-def test_a_batch_without_pictures_keeps_the_projector_in_the_graph_with_no_gradient(tiny_checkpoint: Path) -> None:
-    model = load_checkpoint(tiny_checkpoint)[0]
-    engine = Engine.load(tiny_checkpoint, device="cpu")
+def test_a_batch_without_pictures_keeps_the_projector_in_the_graph_with_no_gradient(engine: Engine) -> None:
+    model = copy.deepcopy(engine.model)
+    newline = {} if model.image_newline is None else {"image_newline": model.image_newline}
+    between = {**dict(model.projector.named_parameters()), **newline}
     batch = batch_of(engine, ANSWERED[1])
     assert batch.pixel_values is None
     conversation_loss_sum(model, batch, plain_head=True).backward()
-    assert [name for name, p in model.projector.named_parameters() if p.grad is None] == []
-    assert all(not p.grad.any() for p in model.projector.parameters())
+    assert [name for name, p in between.items() if p.grad is None] == []
+    assert not any(p.grad.any() for p in between.values())
     assert model.get_output_embeddings().weight.grad.any()
     model.zero_grad()
     conversation_loss_sum(model, batch_of(engine, *ANSWERED), plain_head=True).backward()
-    assert all(p.grad.any() for p in model.projector.parameters())
+    assert all(p.grad.any() for p in between.values())
 
 
 def test_a_frozen_tower_keeps_no_activations(tiny_checkpoint: Path) -> None:
@@ -206,7 +224,7 @@ def test_a_saved_model_is_the_same_model(engine: Engine, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_head_that_is_the_embedding_stays_it_and_one_that_is_not_stays_apart(
-    tiny_parts: Path, tmp_path: Path, engine: Engine, tied: bool
+    tiny_parts: Path, tmp_path: Path, square_engine: Engine, tied: bool
 ) -> None:
     import shutil
 
@@ -224,14 +242,15 @@ def test_a_head_that_is_the_embedding_stays_it_and_one_that_is_not_stays_apart(
     again = load_checkpoint(tmp_path / "out")[0]
     one, other = again.get_input_embeddings().weight, again.get_output_embeddings().weight
     assert (one.data_ptr() == other.data_ptr()) == tied
-    assert torch.equal(logits_of(again, engine), logits_of(model.eval(), engine))
+    assert torch.equal(logits_of(again, square_engine), logits_of(model.eval(), square_engine))
 
 
-def test_transformers_finds_the_model_and_its_processor_by_itself(tiny_checkpoint: Path, engine: Engine) -> None:
+def test_transformers_finds_the_model_and_its_processor_by_itself(engine: Engine, tmp_path: Path) -> None:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    processor = AutoProcessor.from_pretrained(tiny_checkpoint)
-    model = AutoModelForImageTextToText.from_pretrained(tiny_checkpoint)
+    save_checkpoint(tmp_path, engine.model, engine.processor, card="")
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path)
     assert type(processor).__name__ == "VisionLanguageProcessor"
     inputs = processor(text=engine.prompt(TWO), images=[A, B], return_tensors="pt")
     end = engine.renderer.end_token_id

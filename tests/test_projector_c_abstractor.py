@@ -21,7 +21,7 @@ def test_a_quarter_of_the_patches_by_default_and_the_chosen_number_else() -> Non
 def test_pooling_is_torchs_adaptive_average_pooling(side: int, token_side: int) -> None:
     grid = torch.randn(2, side, side, 3, generator=torch.Generator().manual_seed(0))
     expected = torch.nn.functional.adaptive_avg_pool2d(grid.permute(0, 3, 1, 2), token_side).permute(0, 2, 3, 1)
-    torch.testing.assert_close(average_pool(grid, token_side), expected)
+    torch.testing.assert_close(average_pool(grid, (token_side, token_side)), expected)
 
 
 def test_a_token_depends_the_more_on_patches_the_nearer_they_are_to_its_place() -> None:

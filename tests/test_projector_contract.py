@@ -69,6 +69,24 @@ def test_projectors_that_use_place_refuse_patches_without_a_square(kind: str) ->
 
 
 @every_kind
+def test_a_grid_that_is_no_square_is_taken_as_it_is(kind: str) -> None:
+    """Tokens that have a place stand row by row, as the patches do that they see most of."""
+    projector = build(kind)
+    patches = draw(2, 96, VISION_DIM)
+    tokens = projector(patches, (4, 24))
+    with pytest.raises(ValueError, match=rf"{kind} projector got 96 patches for a grid of 5 x 5"):
+        projector(patches, (5, 5))
+    torch.testing.assert_close(projector(draw(2, 16, VISION_DIM), (4, 4)), projector(draw(2, 16, VISION_DIM)))
+    if (stride := projector.token_stride) is None:
+        return
+    assert tokens.shape == (2, 96 // stride**2, LLM_DIM)
+    changed = patches.clone()
+    changed[:, -1] += torch.arange(VISION_DIM)  # the last column of the last row
+    moved = (projector(changed, (4, 24)) - tokens).abs().sum(2).view(2, 4 // stride, 24 // stride).sum(1)
+    assert (moved.argmax(1) >= 0.75 * 24 / stride).all()
+
+
+@every_kind
 def test_gradients_reach_every_parameter_and_every_patch(kind: str) -> None:
     projector, patches = build(kind), draw(2, 16, VISION_DIM).requires_grad_()
     out = projector(patches)

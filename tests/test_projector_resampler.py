@@ -27,14 +27,14 @@ def test_patches_that_change_places_change_the_tokens() -> None:
 
 
 def test_every_place_of_the_grid_has_a_position_of_its_own() -> None:
-    positions = grid_positions(24, 64, device=torch.device("cpu"), dtype=torch.float32)
+    positions = grid_positions((24, 24), 64, device=torch.device("cpu"), dtype=torch.float32)
     assert positions.shape == (576, 64)
     distances = torch.cdist(positions, positions).fill_diagonal_(torch.inf)
     assert distances.min() > 0.5
 
 
 def test_positions_of_one_row_share_a_half_and_those_of_one_column_the_other() -> None:
-    grid = grid_positions(5, 16, device=torch.device("cpu"), dtype=torch.float32).reshape(5, 5, 16)
+    grid = grid_positions((5, 5), 16, device=torch.device("cpu"), dtype=torch.float32).reshape(5, 5, 16)
     assert torch.equal(grid[2, :, :8], grid[2, :1, :8].expand(5, 8))
     assert torch.equal(grid[:, 3, 8:], grid[:1, 3, 8:].expand(5, 8))
     torch.testing.assert_close(grid[3, 0, 0], torch.tensor(3.0).sin())

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -70,10 +71,10 @@ def make_language(folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def model_config(parts: Path) -> ModelConfig:
-    """The settings of a model out of these parts."""
+def model_config(parts: Path, **vision: Any) -> ModelConfig:
+    """The settings of a model out of these parts; `vision` goes before what stands here."""
     return ModelConfig(
-        vision=VisionConfig(source=f"local-dir:{parts / 'vision'}", layer=-1, fit="stretch"),
+        vision=VisionConfig(**{"source": f"local-dir:{parts / 'vision'}", "layer": -1, "fit": "stretch", **vision}),
         projector=ProjectorConfig(kind="downsample", options={"factor": 2}),
         language=LanguageConfig(source=str(parts / "language"), attention="eager"),
         template="tokenizer",
@@ -93,10 +94,10 @@ def make_parts(folder: Path) -> Path:
     return folder
 
 
-def make_checkpoint(folder: Path, parts: Path) -> Path:
+def make_checkpoint(folder: Path, parts: Path, **vision: Any) -> Path:
     """A checkpoint as a stage saves one."""
     torch.manual_seed(0)
-    model, processor, origin = build_model(model_config(parts))
+    model, processor, origin = build_model(model_config(parts, **vision))
     model.eval()
     files = make_golden(Engine(model, processor, name="tiny"))
     card = "A model of random weights, for tests.\n"

@@ -8,11 +8,14 @@ into such pieces by rendering probes, and refused where the pieces do not give t
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from mmllm.batch import IGNORE_INDEX, Example, ImageRef, Message, Role
+from mmllm.data.images import image_size
+
+Size = tuple[int, int]  # height and width
 
 
 class ChatError(ValueError):
@@ -282,9 +285,14 @@ class Rendered:
 
 
 class Renderer:
-    """Turns conversations into tokens for one tokenizer, template and number of image tokens."""
+    """Turns conversations into tokens for one tokenizer, template and number of image tokens.
 
-    def __init__(self, tokenizer: Any, template: str, *, image_token_id: int, num_image_tokens: int):
+    That number is the same for every picture, or a function of a picture's (height, width).
+    """
+
+    def __init__(
+        self, tokenizer: Any, template: str, *, image_token_id: int, num_image_tokens: int | Callable[[Size], int]
+    ):
         self.tokenizer = tokenizer
         self.template_name = template
         found = find_template(template, tokenizer)
@@ -316,28 +324,39 @@ class Renderer:
             raise ChatError(f"the text {text[:60]!r} holds the image token itself; images are given as images")
         return tuple(ids)
 
-    def render(self, messages: Sequence[Message]) -> Rendered:
-        """One pass over the messages; images become `num_image_tokens` image tokens each."""
+    def count_image_tokens(self, image: Any) -> int:
+        """The image tokens of a picture: its file is looked into where their number depends on it."""
+        if isinstance(self.num_image_tokens, int):
+            return self.num_image_tokens
+        return self.num_image_tokens(image_size(image))
+
+    def render(self, messages: Sequence[Message], images: Sequence[Any] = ()) -> Rendered:
+        """One pass over the messages; images become as many image tokens as they need.
+
+        `images` are those that the messages refer to; they are asked for where the number of tokens depends on them.
+        """
         ids: list[int] = []
         answers: list[bool] = []
-        num_images = 0
+        num_image_tokens = 0
         for piece, is_answer in pieces(self.template, messages):
             if isinstance(piece, ImageRef):
-                new: tuple[int, ...] = (self.image_token_id,) * self.num_image_tokens
-                num_images += 1
+                is_fixed = isinstance(self.num_image_tokens, int)
+                count = self.count_image_tokens(None if is_fixed else images[piece.index])
+                new: tuple[int, ...] = (self.image_token_id,) * count
+                num_image_tokens += count
                 is_answer = False
             else:
                 new = self.encode(piece)
             ids.extend(new)
             answers.extend([is_answer] * len(new))
-        return Rendered(ids, answers, num_images * self.num_image_tokens)
+        return Rendered(ids, answers, num_image_tokens)
 
     def render_example(self, example: Example) -> Rendered:
         """`render`, with the example's images counted against its references."""
         refs = [part.index for message in example.messages for part in message.parts if isinstance(part, ImageRef)]
         if refs != list(range(len(example.images))):
             raise ChatError(f"example {example.id}: its text refers to images {refs} but it has {len(example.images)}")
-        return self.render(example.messages)
+        return self.render(example.messages, example.images)
 
     def text(self, messages: Sequence[Message]) -> str:
         """The same conversation as one text, for people to read; each image is one `<image>`."""

@@ -16,10 +16,12 @@ def collate(
     *,
     pad_token_id: int,
     example_ids: Sequence[str],
-    pixel_values: Tensor | None = None,
-    image_features: Tensor | None = None,
+    **images: Tensor,
 ) -> Batch:
-    """A training batch, padded on the right: causal attention never looks there, and no label stands there."""
+    """A training batch, padded on the right: causal attention never looks there, and no label stands there.
+
+    `images` are a Batch's tensors of pictures: `pixel_values`, `image_sizes`, or `image_features`.
+    """
     longest = max(len(one.input_ids) for one in rendered)
     input_ids = torch.full((len(rendered), longest), pad_token_id)
     labels = torch.full((len(rendered), longest), IGNORE_INDEX)
@@ -29,4 +31,4 @@ def collate(
         input_ids[row, :length] = torch.tensor(one.input_ids)
         labels[row, :length] = torch.tensor(one.labels)
         mask[row, :length] = 1
-    return Batch(input_ids, mask, labels, pixel_values, image_features, list(example_ids))
+    return Batch(input_ids, mask, labels, example_ids=list(example_ids), **images)

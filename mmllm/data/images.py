@@ -115,13 +115,34 @@ def _open_file(source: str | Path) -> IO[bytes]:
         raise ImageError(f"{name} cannot be opened ({error.strerror}); check the path and its rights") from error
 
 
+def image_size(source: str | Path | bytes | Image.Image) -> tuple[int, int]:
+    """(height, width) of what `load_image` gives, from the head of the file alone. Raises ImageError."""
+    with _without_warnings():
+        if isinstance(source, Image.Image):
+            return _upright_size(source)
+        if isinstance(source, bytes):
+            return _upright_size(_open_picture(io.BytesIO(source), f"the image given as {len(source):,} bytes"))
+        with _open_file(source) as file:
+            return _upright_size(_open_picture(file, _shown(source)))
+
+
+def _upright_size(picture: Image.Image) -> tuple[int, int]:
+    width, height = picture.size  # of a TIFF, Pillow gives the upright size already
+    is_turned = picture.format != "TIFF" and _orientation(picture) >= 5  # from 5 on, sides change places
+    return (width, height) if is_turned else (height, width)
+
+
 def _read(file: IO[bytes], name: str, max_pixels: int) -> Image.Image:
+    return _decode(_open_picture(file, name), name, max_pixels)
+
+
+def _open_picture(file: IO[bytes], name: str) -> Image.Image:
     start = file.read(24)
     if not start:
         raise ImageError(f"{name} is empty (0 bytes); copy or download it again")
     file.seek(0)
     try:
-        picture = Image.open(file, formats=FORMATS)
+        return Image.open(file, formats=FORMATS)
     except UnidentifiedImageError as error:
         raise ImageError(
             f"{name} is not an image that can be read, it starts with {start!r}; "
@@ -131,7 +152,6 @@ def _read(file: IO[bytes], name: str, max_pixels: int) -> Image.Image:
         raise ImageError(f"{name} has too many pixels ({error}); make it smaller") from error
     except _DAMAGE as error:
         raise ImageError(_damaged(name, error)) from error
-    return _decode(picture, name, max_pixels)
 
 
 def _damaged(name: str, error: Exception) -> str:

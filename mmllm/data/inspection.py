@@ -13,7 +13,7 @@ from mmllm.data.chat import ChatError, Rendered, Renderer
 from mmllm.data.files import RowError, Stored
 from mmllm.data.formats import row_id, unread_keys
 from mmllm.data.images import ImageError, load_image
-from mmllm.data.sources import BadRow, hash_of
+from mmllm.data.sources import BadRow, hash_of, load_pictures
 
 _PICTURE_WORDS = re.compile(r"\b(picture|image|photo|photograph)s?\b", re.IGNORECASE)
 
@@ -67,7 +67,7 @@ class Inspector:
             seen = [self._identity(image, f"a picture in {name} row {row}") for image in example.images]
             because = "settings"
             length = self._count_tokens(example)
-        except (RowError, ChatError) as error:
+        except (RowError, ChatError, ImageError) as error:
             part.bad.append(BadRow(name, row, row_id(fields, row), str(error), because))
             return None
         finally:
@@ -108,6 +108,8 @@ class Inspector:
         """The example's length in tokens, 0 where they are not counted. Raises RowError as `check_tokens` does."""
         if self.rules.renderer is None:
             return 0
+        if not isinstance(self.rules.renderer.num_image_tokens, int):  # then pictures are looked into
+            example = load_pictures(example)
         tokens = check_tokens(example, self.rules.renderer, self.rules.max_length_tokens)
         self.part.counts["image_tokens"] += tokens.num_image_tokens
         self.part.counts["supervised"] += sum(tokens.is_answer)

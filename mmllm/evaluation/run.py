@@ -44,7 +44,7 @@ def answer_all(
     examples = [question.example(shown) for question, shown in zip(questions, pictures, strict=True)]
 
     def cost(index: int) -> tuple[bool, int]:
-        return questions[index].type == CAPTION, len(engine.renderer.render(examples[index].messages).input_ids)
+        return questions[index].type == CAPTION, len(engine.renderer.render_example(examples[index]).input_ids)
 
     order = sorted(range(len(examples)), key=cost)
     answers = [""] * len(examples)

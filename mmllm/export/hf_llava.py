@@ -1,5 +1,6 @@
-"""`mmllm export hf`: a checkpoint as transformers' LlavaForConditionalGeneration, for programs that never saw this one.
+"""`mmllm export hf`: a checkpoint as transformers' Llava, for programs that never saw this one.
 
+A model that cuts pictures into tiles becomes a LlavaNextForConditionalGeneration, others LlavaForConditionalGeneration.
 Weights get Llava's classic names (`vision_tower.vision_model.*`, `language_model.model.*`), which transformers, vLLM
 and llama.cpp's converter read; what transformers itself would write today, vLLM refuses. The written folder is loaded
 again with transformers alone and must give the same tokens, pixels, logits and answers, or it is not left behind.
@@ -22,9 +23,11 @@ from mmllm.inference.engine import Engine
 from mmllm.model.adapter import merge_adapter
 from mmllm.model.checkpoint import new_folder, read_manifest
 from mmllm.model.hub import quiet_transformers
+from mmllm.model.layout import Native, Tiles
 from projector import PROJECTORS, Projector
 
 MAX_SHARD_SIZE = "5GB"
+PROCESSORS = {"llava": "LlavaProcessor", "llava_next": "LlavaNextProcessor"}
 
 
 def export_hf(model: str | Path, out: str | Path) -> Verdict:
@@ -38,6 +41,12 @@ def export_hf(model: str | Path, out: str | Path) -> Verdict:
         engine = Engine.load(model, device="cpu")
         if "base" in read_manifest(model):  # an adapter, which Llava has no place for
             merge_adapter(engine.model)
+        layout = engine.model.layout
+        if isinstance(layout, Native):
+            raise ExportError(
+                "pictures: this model sees them in their own aspect ratio (fit: native), which neither Llava nor "
+                "LlavaNext does"
+            )
         encoder = encoder_in_transformers(engine.model.vision_tower)
         projector, activation = projector_in_llava(engine.model.projector)
         config = _llava_config(engine, encoder, activation)
@@ -46,9 +55,11 @@ def export_hf(model: str | Path, out: str | Path) -> Verdict:
             **{f"multi_modal_projector.{name}": value for name, value in projector.items()},
             **_language_weights(engine.model.language_model),
         }
+        if engine.model.image_newline is not None:
+            weights["image_newline"] = engine.model.image_newline.detach()
         _write(partial, engine, config, weights, encoder)
         verdict = compare_with_transformers(engine, partial)
-        (partial / "README.md").write_text(_card(engine, out, verdict))
+        (partial / "README.md").write_text(_card(engine, out, config["architectures"][0], verdict))
     return verdict
 
 
@@ -96,13 +107,23 @@ def _llava_config(engine: Engine, encoder: TransformersEncoder, activation: str)
         "architectures": [type(model.language_model).__name__],  # llama.cpp's converter asks for it
         "tie_word_embeddings": model.language_model.config.tie_word_embeddings,
     }
+    if isinstance(model.layout, Tiles):
+        kind = {
+            "model_type": "llava_next",
+            "architectures": ["LlavaNextForConditionalGeneration"],
+            "image_grid_pinpoints": model.layout.pinpoints,
+        }
+    else:
+        kind = {
+            "model_type": "llava",
+            "architectures": ["LlavaForConditionalGeneration"],
+            "image_seq_length": model.config.num_image_tokens,
+        }
     return {
-        "model_type": "llava",
-        "architectures": ["LlavaForConditionalGeneration"],
+        **kind,
         "vision_config": encoder.config,
         "text_config": text,
         "image_token_index": model.config.image_token_id,
-        "image_seq_length": model.config.num_image_tokens,
         "projector_hidden_act": activation,
         "vision_feature_layer": encoder.layer,
         "vision_feature_select_strategy": "default" if encoder.has_cls else "full",
@@ -137,15 +158,15 @@ def _plain_tokenizer(engine: Engine) -> Any:
 def _write(
     folder: Path, engine: Engine, config: dict[str, Any], weights: dict[str, Tensor], encoder: TransformersEncoder
 ) -> None:
+    import transformers
     from huggingface_hub import save_torch_state_dict
-    from transformers import LlavaProcessor
 
     save_torch_state_dict(
         {name: value.contiguous() for name, value in weights.items()}, folder, max_shard_size=MAX_SHARD_SIZE
     )
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     with quiet_transformers():
-        LlavaProcessor(
+        getattr(transformers, PROCESSORS[config["model_type"]])(
             engine.processor.image_processor,
             _plain_tokenizer(engine),
             patch_size=encoder.config["patch_size"],
@@ -156,13 +177,13 @@ def _write(
         engine.model.generation_config.save_pretrained(folder)
 
 
-def _card(engine: Engine, out: Path, verdict: Verdict) -> str:
+def _card(engine: Engine, out: Path, architecture: str, verdict: Verdict) -> str:
     return f"""---
 library_name: transformers
 pipeline_tag: image-text-to-text
 ---
 
-# {engine.name} as LlavaForConditionalGeneration
+# {engine.name} as {architecture}
 
 Written by `mmllm export hf`. Loaded again with transformers alone, it gave the checkpoint's tokens and pixels, logits
 that differ by at most {verdict.max_logit_difference:.1e}, and the same greedy answers.

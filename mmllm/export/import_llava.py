@@ -1,6 +1,7 @@
-"""`mmllm import`: models of others as checkpoints of ours: transformers' Llava, LLaVA's own folders, and bare pairs.
+"""`mmllm import`: models of others as checkpoints of ours: transformers' Llava and LlavaNext, LLaVA's own folders, and
+bare pairs.
 
-What a folder is, its config.json says; nothing is guessed from its name. A model of transformers' Llava is compared
+What a folder is, its config.json says; nothing is guessed from its name. A model of transformers' classes is compared
 with transformers itself before the checkpoint is left there.
 """
 
@@ -18,7 +19,7 @@ from mmllm.config import ConfigError, LanguageConfig, ModelConfig, ProjectorConf
 from mmllm.data.chat import OWN_TEMPLATE, TEMPLATES, ChatError
 from mmllm.export.original_llava import is_original, read_original
 from mmllm.export.parity import Verdict, check_place_of_pictures, compare_with_transformers
-from mmllm.export.parts import ModelImportError, Parts, read_json
+from mmllm.export.parts import ModelImportError, Parts, read_json, tiled_layout
 from mmllm.inference.engine import Engine
 from mmllm.inference.golden import make_golden
 from mmllm.model.build import build_model, join_parts
@@ -29,6 +30,8 @@ from mmllm.model.processor import VisionLanguageProcessor
 from mmllm.model.vision_transformers import TransformersTower, transformers_spec
 from mmllm.model.vlm import VisionLanguageModel
 from projector import Projector, build_projector
+
+LLAVAS = {"llava": "LlavaForConditionalGeneration", "llava_next": "LlavaNextForConditionalGeneration"}
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ def import_model(source: str, out: str | Path, options: ImportOptions) -> Verdic
         engine.settle()
         card, files = _card(source, out, origin), make_golden(engine)
         save_checkpoint(partial, model, processor, card=card, files=files, origin=origin)
-        if config.get("model_type") != "llava" or "vision_config" not in config:
+        if config.get("model_type") not in LLAVAS or "vision_config" not in config:
             return None
         written = Engine.load(partial, device="cpu")
         if options.template is None:
@@ -87,12 +90,8 @@ def _read(
     kind = config.get("model_type")
     if is_original(config):
         parts = read_original(Path(source), config, vision=options.vision, base=options.base)
-    elif kind == "llava":
-        parts = _read_transformers(source)
-    elif kind == "llava_next":
-        raise ModelImportError(
-            f"{source} is a LlavaNext: it cuts pictures into tiles of a grid, which no model here does"
-        )
+    elif kind in LLAVAS:
+        parts = _read_transformers(source, kind)
     elif options.vision:
         return _pair(source, options)
     else:
@@ -104,8 +103,8 @@ def _read(
     if template is None:
         raise ChatError("its files do not say how conversations are written")
     model, processor = join_parts(
-        parts.tower, parts.projector, parts.language_model, parts.tokenizer, kind=parts.kind, fit=parts.fit,
-        template=template,
+        parts.tower, parts.projector, parts.language_model, parts.tokenizer, kind=parts.kind,
+        vision=parts.vision, template=template, image_newline=parts.image_newline,
     )  # fmt: skip
     return model, processor, parts.origin
 
@@ -123,13 +122,14 @@ def _pair(source: str, options: ImportOptions) -> tuple[VisionLanguageModel, Vis
     )
 
 
-def _read_transformers(source: str) -> Parts:
-    """The parts of transformers' LlavaForConditionalGeneration, in the precision that they are stored in."""
-    from transformers import AutoModelForCausalLM, AutoProcessor, LlavaForConditionalGeneration
+def _read_transformers(source: str, kind: str) -> Parts:
+    """The parts of a model of one of LLAVAS, in the precision that they are stored in."""
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoProcessor
 
     try:
         with quiet_transformers():
-            llava, report = LlavaForConditionalGeneration.from_pretrained(source, output_loading_info=True)
+            llava, report = getattr(transformers, LLAVAS[kind]).from_pretrained(source, output_loading_info=True)
             theirs = AutoProcessor.from_pretrained(source)
     except (OSError, RuntimeError, KeyError, ValueError) as error:
         raise ModelImportError(f"{source} cannot be loaded: {error}") from error
@@ -137,7 +137,9 @@ def _read_transformers(source: str) -> Parts:
         raise ModelImportError(f"{source} lacks {len(missing)} weights, such as {missing[0]}; download it again")
     config = llava.config
     tower = _tower(llava, theirs.image_processor, source)
-    projector, kind = _projector(llava.model.multi_modal_projector, config.projector_hidden_act, tower.width)
+    projector, projector_config = _projector(
+        llava.model.multi_modal_projector, config.projector_hidden_act, tower.width
+    )
     with torch.device("meta"):
         language_model = AutoModelForCausalLM.from_config(config.text_config)
     setattr(language_model, language_model.base_model_prefix, llava.model.language_model)
@@ -151,7 +153,11 @@ def _read_transformers(source: str) -> Parts:
     tokenizer.chat_template = theirs.chat_template or tokenizer.chat_template
     fit_vocabulary(language_model, tokenizer)
     origin = dict.fromkeys(("vision", "projector", "language"), source)
-    return Parts(tower, projector, kind, language_model, tokenizer, _fit(theirs.image_processor), OWN_TEMPLATE, origin)
+    layout = _layout(llava, theirs.image_processor, source)
+    newline = getattr(llava.model, "image_newline", None)
+    return Parts(
+        tower, projector, projector_config, language_model, tokenizer, layout, OWN_TEMPLATE, origin, newline
+    )  # fmt: skip
 
 
 def _tower(llava: Any, transform: Any, source: str) -> TransformersTower:
@@ -181,11 +187,16 @@ def _tower(llava: Any, transform: Any, source: str) -> TransformersTower:
     return tower
 
 
-def _fit(transform: Any) -> str:
-    """How this transform makes a picture square."""
+def _layout(llava: Any, transform: Any, source: str) -> VisionConfig:
+    """How this transform cuts a picture into tiles, or makes it square."""
+    if llava.config.model_type == "llava_next":
+        sizes = [list(pair) for pair in llava.config.image_grid_pinpoints]
+        if sizes != (others := [list(pair) for pair in transform.image_grid_pinpoints]):
+            raise ModelImportError(f"{source}: its model cuts pictures for {sizes}, its image processor for {others}")
+        return tiled_layout(source, sizes, int(llava.config.vision_config.image_size))
     if getattr(transform, "do_pad", False):
-        return "pad"
-    return "square" if getattr(transform, "do_center_crop", False) else "stretch"
+        return VisionConfig(source=source, fit="pad")
+    return VisionConfig(source=source, fit="square" if getattr(transform, "do_center_crop", False) else "stretch")
 
 
 def _projector(theirs: Any, activation: str, width: int) -> tuple[Projector, ProjectorConfig]:

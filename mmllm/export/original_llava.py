@@ -6,6 +6,7 @@ that was trained too `model.vision_tower.vision_tower.*`.
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from mmllm.config import ConfigError, LanguageConfig, ProjectorConfig, VisionConfig
-from mmllm.export.parts import ModelImportError, Parts, read_tensors, read_weights
+from mmllm.export.parts import ModelImportError, Parts, read_tensors, read_weights, tiled_layout
 from mmllm.model.build import fitting_projector
 from mmllm.model.hub import WEIGHTS, quiet_transformers
 from mmllm.model.language import fit_vocabulary, load_language, load_tokenizer
@@ -25,6 +26,7 @@ LANGUAGE_TYPES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mi
 ADAPTER = "adapter_config.json"
 PROJECTOR_FILES = ("mm_projector.bin", "non_lora_trainables.bin")
 TOWER = "vision_tower.vision_tower."
+NEWLINE = "image_newline"
 
 
 def is_original(config: dict[str, Any]) -> bool:
@@ -65,20 +67,38 @@ def read_original(folder: Path, config: dict[str, Any], *, vision: str | None, b
         "projector": str(folder),
         "language": str(folder) if has_llm else f"{base}" + (f" + {folder}" if (folder / ADAPTER).is_file() else ""),
     }
-    fit = "pad" if config.get("image_aspect_ratio") == "pad" else "square"
-    return Parts(tower, projector, kind, language_model.float(), tokenizer, fit, None, origin)
+    layout = _layout(folder, config, tower)
+    newline = next((value.float() for key, value in weights.items() if key.endswith(NEWLINE)), None)
+    if layout.fit == "tiles" and newline is None:
+        raise ModelImportError(f"{folder} cuts pictures into tiles but lacks the weight {NEWLINE}")
+    return Parts(tower, projector, kind, language_model.float(), tokenizer, layout, None, origin, newline)
+
+
+def _layout(folder: Path, config: dict[str, Any], tower: VisionTower) -> VisionConfig:
+    """How it lays out pictures. It lists sizes of tiled pictures as [width, height]."""
+    aspect, side = str(config.get("image_aspect_ratio")), tower.spec.image_size_px
+    if aspect != "anyres":
+        return VisionConfig(source=tower.spec.source, fit="pad" if aspect == "pad" else "square")
+    sizes: Any = config.get("image_grid_pinpoints")
+    try:
+        pairs = [(int(one), int(two)) for one, two in (ast.literal_eval(sizes) if isinstance(sizes, str) else sizes)]
+    except (TypeError, ValueError, SyntaxError) as error:
+        raise ModelImportError(f"{folder} has image_grid_pinpoints {sizes!r}: no list of pairs in pixels") from error
+    return tiled_layout(str(folder), [(height, width) for width, height in pairs], side)
 
 
 def _check(folder: Path, config: dict[str, Any]) -> None:
     """What this reader cannot bring over exactly is refused."""
     wrong = {
         "mm_use_im_start_end": config.get("mm_use_im_start_end", False),
-        "image_aspect_ratio": "anyres" in str(config.get("image_aspect_ratio")),
+        "image_aspect_ratio": str(config.get("image_aspect_ratio")).startswith("anyres_"),
+        "mm_patch_merge_type": config.get("image_aspect_ratio") == "anyres"
+        and config.get("mm_patch_merge_type") != "spatial_unpad",
         "mm_vision_select_feature": config.get("mm_vision_select_feature", "patch") != "patch",
     }
     for name, is_wrong in wrong.items():
         if is_wrong:
-            raise ModelImportError(f"{folder} has {name}: {config[name]!r}, which no model here does")
+            raise ModelImportError(f"{folder} has {name}: {config.get(name)!r}, which no model here does")
 
 
 def _tower(folder: Path, config: dict[str, Any], vision: str | None) -> VisionTower:
@@ -105,7 +125,8 @@ def _language(folder: Path, config: dict[str, Any], weights: dict[str, Tensor]) 
     skipped = ("model_type", "architectures", "transformers_version", "auto_map")
     fields = {key: value for key, value in config.items() if key not in skipped and not key.startswith("mm_")}
     text_config = AutoConfig.for_model(kind, **fields)
-    own = {key: value for key, value in weights.items() if "mm_projector" not in key and TOWER not in key}
+    others = ("mm_projector", TOWER, NEWLINE)
+    own = {key: value for key, value in weights.items() if not any(other in key for other in others)}
     own = {key: value for key, value in own.items() if "rotary_emb.inv_freq" not in key}  # written by old releases
     with quiet_transformers():
         language_model, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(text_config)].from_pretrained(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mmllm.config import ProjectorConfig
+from mmllm.config import ProjectorConfig, VisionConfig
 from mmllm.model.tower import VisionTower
 from projector import Projector
 
@@ -31,9 +32,18 @@ class Parts:
     kind: ProjectorConfig
     language_model: Any
     tokenizer: Any
-    fit: str
+    vision: VisionConfig  # how its pictures are laid out
     template: str | None  # None where the folder does not say
     origin: dict[str, Any]
+    image_newline: Tensor | None = None
+
+
+def tiled_layout(source: str, sizes: Sequence[Sequence[int]], side: int) -> VisionConfig:
+    """The layout of pictures that are brought to one of these (height, width) and cut into views of `side` pixels."""
+    if wrong := [list(pair) for pair in sizes if any(value % side or value < side for value in pair)]:
+        raise ModelImportError(f"{source} brings pictures to {wrong[0]} pixels, which views of {side} do not fill")
+    grids = tuple((height // side, width // side) for height, width in sizes)
+    return VisionConfig(source=source, fit="tiles", tile_grids=grids)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from mmllm.data.sources import Examples
 from mmllm.model.build import fitting_projector
 from mmllm.model.checkpoint import read_manifest
 from mmllm.model.language import load_tokenizer
+from mmllm.model.layout import Layout, new_layout
 from mmllm.model.processor import VisionLanguageProcessor
 from mmllm.model.vision import load_tower
 from mmllm.model.vlm import VisionLanguageConfig
@@ -37,6 +38,7 @@ class TextSide:
     """What turns conversations into tokens, without the LLM. `max_positions` is None where the LLM has no limit."""
 
     renderer: Renderer
+    layout: Layout
     max_positions: int | None
 
 
@@ -62,7 +64,7 @@ def load_text_side(config: ModelConfig) -> TextSide:
     if config.checkpoint:
         read_manifest(config.checkpoint)
         processor = VisionLanguageProcessor.from_pretrained(config.checkpoint)
-        tokenizer, num_image_tokens = processor.tokenizer, processor.num_image_tokens
+        tokenizer, layout = processor.tokenizer, processor.image_layout
         template = config.template or processor.template
         text_config = VisionLanguageConfig.from_pretrained(config.checkpoint).text_config
     else:
@@ -77,14 +79,15 @@ def load_text_side(config: ModelConfig) -> TextSide:
         text_config = AutoConfig.from_pretrained(language.source, revision=language.revision)
         tower = load_tower(config.vision)
         projector = fitting_projector(config.projector, tower, text_config.hidden_size)
-        num_image_tokens, template = projector.num_tokens(tower.num_patches), config.template
+        layout = new_layout(config.vision, tower, projector, projector.num_tokens(tower.num_patches))
+        template = config.template
     renderer = Renderer(
         tokenizer,
         template,
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-        num_image_tokens=num_image_tokens,
+        num_image_tokens=layout.num_image_tokens,
     )
-    return TextSide(renderer, getattr(text_config, "max_position_embeddings", None))
+    return TextSide(renderer, layout, getattr(text_config, "max_position_embeddings", None))
 
 
 def check_data(config_path: Path, overrides: list[str], *, as_json: bool) -> bool:
@@ -121,7 +124,8 @@ def check_data(config_path: Path, overrides: list[str], *, as_json: bool) -> boo
         notes.append(f"{shared} val examples are in train too, so val says too little")
     result = {
         "config": str(config_path),
-        "image_tokens_per_image": text_side.renderer.num_image_tokens if text_side else None,
+        "image_tokens_per_image": text_side.layout.num_view_tokens if text_side else None,
+        "image_layout": text_side.layout.kind if text_side else None,
         **{name: findings.to_json() for name, findings in found.items()},
         "problems": problems,
         "notes": notes,
@@ -187,7 +191,8 @@ def _print(result: Mapping[str, Any], found: Mapping[str, Findings]) -> None:
     console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = FILE_WIDTH
-    table = Table(title=f"{result['config']}: {result['image_tokens_per_image'] or '?'} image tokens an image")
+    unit = "an image" if result["image_layout"] in (None, "single") else f"a view, images as {result['image_layout']}"
+    table = Table(title=f"{result['config']}: {result['image_tokens_per_image'] or '?'} image tokens {unit}")
     table.add_column("")
     for name in found:
         table.add_column(name, justify="right")

@@ -271,7 +271,9 @@ def _load_engine(folder: Path, loaded: dict[str, Any]) -> str:
             f"not all numbers are finite in {', '.join(broken[:3])} ({len(broken)} tensors); train it again"
         )
     count = sum(value.numel() for value in parameters.values())
-    return f"{count / 1e6:,.2f}M parameters, {engine.processor.num_image_tokens} image tokens a picture"
+    layout = engine.processor.image_layout
+    unit = f"a view ({layout.kind})" if layout.has_newline else "a picture"
+    return f"{count / 1e6:,.2f}M parameters, {layout.num_view_tokens} image tokens {unit}"
 
 
 def _golden(folder: Path, engine: Any) -> Iterator[Finding]:

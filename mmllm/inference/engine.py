@@ -11,7 +11,6 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -20,6 +19,7 @@ from mmllm.batch import Example
 from mmllm.data.chat import Rendered, Renderer, jinja_template
 from mmllm.data.images import load_image
 from mmllm.inference.placement import answer_dtype, spread_model
+from mmllm.inference.seen import as_seen
 from mmllm.model.checkpoint import load_checkpoint
 from mmllm.model.processor import VisionLanguageProcessor
 from mmllm.model.vlm import VisionLanguageModel
@@ -75,19 +75,14 @@ class _Streamer:
         """Nothing is held back."""
 
 
-def load_pixels(processor: VisionLanguageProcessor, images: Sequence[str | Path | bytes | Image.Image]) -> Tensor:
-    """Pictures as the tower takes them: [N, C, H, W] in float32. Raises ImageError for what is no picture."""
-    pictures = [load_image(image) for image in images]
-    pixels: Tensor = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
-    return pixels.float()
+def load_pixels(
+    processor: VisionLanguageProcessor, images: Sequence[str | Path | bytes | Image.Image]
+) -> dict[str, Tensor]:
+    """Pictures as the model takes them: `pixel_values` [N, C, H, W] in float32, and `image_sizes` where they count.
 
-
-def as_seen(transform: Any, image: str | Path | bytes | Image.Image) -> Image.Image:
-    """The picture that a tower with this transform sees: its pixel values, back in 0-255. Raises ImageError."""
-    pixels = transform([load_image(image)], return_tensors="pt")["pixel_values"][0].float().numpy()
-    mean, std = np.array(transform.image_mean), np.array(transform.image_std)
-    values = pixels.transpose(1, 2, 0) * std + mean
-    return Image.fromarray(np.clip(values * 255 + 0.5, 0, 255).astype(np.uint8))
+    Raises ImageError for what is no picture.
+    """
+    return processor.image_inputs([load_image(image) for image in images])
 
 
 def find_device(name: str | None) -> torch.device:
@@ -118,7 +113,7 @@ class Engine:
             processor.tokenizer,
             processor.template,
             image_token_id=processor.image_token_id,
-            num_image_tokens=processor.num_image_tokens,
+            num_image_tokens=processor.image_layout.num_image_tokens,
         )
 
     @staticmethod
@@ -157,7 +152,7 @@ class Engine:
 
     def seen(self, image: str | Path | bytes | Image.Image) -> Image.Image:
         """The picture as the vision tower sees it: resized, cropped or padded, values back in 0-255."""
-        return as_seen(self.processor.image_processor, image)
+        return as_seen(self.processor.image_layout, self.processor.image_processor, image)
 
     def inputs(self, rendered: Sequence[Rendered], images: Sequence[str | bytes | Image.Image]) -> dict[str, Tensor]:
         """Prompts padded on the left, whatever the tokenizer says, and their pictures one behind the other."""
@@ -170,7 +165,7 @@ class Engine:
             mask[row, longest - len(one.input_ids) :] = 1
         inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
         if images:
-            inputs["pixel_values"] = load_pixels(self.processor, images).to(device)
+            inputs |= {name: value.to(device) for name, value in load_pixels(self.processor, images).items()}
         return inputs
 
     def _render(self, example: Example, sampling: Sampling) -> Rendered:

@@ -25,8 +25,9 @@ from mmllm.data.images import load_image
 from mmllm.data.sources import DataError, read_source
 from mmllm.inference.check import load_text_side
 from mmllm.inference.conversation import Conversation
-from mmllm.inference.engine import as_seen
-from mmllm.model.processor import VisionLanguageProcessor, image_processor
+from mmllm.inference.seen import as_seen
+from mmllm.model.layout import Layout
+from mmllm.model.processor import VisionLanguageProcessor
 from mmllm.model.vision import load_tower
 from mmllm.scenes.talk import picture_marks
 
@@ -168,13 +169,18 @@ def explain(config_path: Path, overrides: list[str], *, sample: str | None = Non
     if not isinstance(config, StageConfig):
         raise ConfigError(f"{config_path} is for {config.stage}, which makes its own data; there is nothing to explain")
     split, example, also_in = _find(config.data, sample)
-    renderer = load_text_side(config.model).renderer
+    text_side = load_text_side(config.model)
+    renderer = text_side.renderer
     if reason := left_out(example, renderer, config.data):
         raise DataError(f"{example.source}: the run would leave out {example.id}: {reason}")
-    transform = _transform(config.model)
-    tokens = tokenise(renderer, example.messages)
+    transform = _transform(config.model, text_side.layout)
+    tokens = tokenise(renderer, example.messages, example.images)
     pictures = [
-        Picture(image if isinstance(image, str) else f"picture {number}", load_image(image), as_seen(transform, image))
+        Picture(
+            image if isinstance(image, str) else f"picture {number}",
+            load_image(image),
+            as_seen(text_side.layout, transform, image),
+        )
         for number, image in enumerate(example.images, start=1)
     ]
     return Explanation(
@@ -190,11 +196,11 @@ def explain(config_path: Path, overrides: list[str], *, sample: str | None = Non
     )
 
 
-def _transform(config: ModelConfig) -> Any:
+def _transform(config: ModelConfig, layout: Layout) -> Any:
     if config.checkpoint:
         return VisionLanguageProcessor.from_pretrained(config.checkpoint).image_processor
     assert config.vision
-    return image_processor(load_tower(config.vision).spec, config.vision.fit)
+    return layout.image_processor(load_tower(config.vision).spec, config.vision.fit)
 
 
 def _find(data: DataConfig, sample: str | None) -> tuple[str, Example, list[str]]:
@@ -233,13 +239,13 @@ def _near(sample: str, ids: Sequence[str]) -> list[str]:
     return [other for other in heapq.nlargest(5, ids, key=likeness) if 2 * likeness(other) >= len(sample)]
 
 
-def tokenise(renderer: Renderer, messages: Sequence[Message]) -> list[Token]:
+def tokenise(renderer: Renderer, messages: Sequence[Message], images: Sequence[Any]) -> list[Token]:
     """The tokens of a conversation as the renderer gives them, each with its text and what it is for."""
-    rendered = renderer.render(messages)
+    rendered = renderer.render(messages, images)
     parts: list[tuple[str, Kind]] = []
     for piece, is_answer in pieces(renderer.template, messages):
         if isinstance(piece, ImageRef):
-            parts += [(IMAGE_TOKEN, "image")] * renderer.num_image_tokens
+            parts += [(IMAGE_TOKEN, "image")] * renderer.count_image_tokens(images[piece.index])
         else:
             end = is_answer and piece == renderer.template.assistant_close
             kind: Kind = "end" if end else "answer" if is_answer else "prompt"
@@ -287,8 +293,9 @@ def _prompts(renderer: Renderer, example: Example, tokens: list[Token]) -> list[
         pictures = [example.images[part.index] for part in question.parts if isinstance(part, ImageRef)]
         inference = None
         if text.strip():
-            inference = tokenise(renderer, conversation.ask(text, pictures).messages)
-        length = len(renderer.render(example.messages[: first + number + 1]).input_ids)
+            question_now = conversation.ask(text, pictures)
+            inference = tokenise(renderer, question_now.messages, question_now.images)
+        length = len(renderer.render(example.messages[: first + number + 1], example.images).input_ids)
         asked.append(Asked(answer.text, tokens[:length], inference))
         conversation.add(text, pictures, answer.text)
     return asked

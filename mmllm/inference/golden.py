@@ -148,23 +148,25 @@ def _values(pixels: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def answer_logits(
-    model: VisionLanguageModel, prompt_ids: Sequence[int], token_ids: Sequence[int], pixels: Tensor | None
+    model: VisionLanguageModel, prompt_ids: Sequence[int], token_ids: Sequence[int], pictures: Mapping[str, Tensor]
 ) -> Tensor:
     """The logits from which each token of an answer is chosen, [tokens, V] in float32, by one forward pass."""
     device = model.get_input_embeddings().weight.device
     ids = torch.tensor([[*prompt_ids, *token_ids[:-1]]], device=device)
-    pictures = {} if pixels is None else {"pixel_values": pixels.to(device)}
-    logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **pictures).logits
+    tensors = {name: value.to(device) for name, value in pictures.items()}
+    logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **tensors).logits
     logits = logits[0, -len(token_ids) :].float()
     logits[:, model.config.image_token_id] = -math.inf  # as the engine does: an answer never holds a picture
     return logits
 
 
-def _greedy(model: VisionLanguageModel, prompt_ids: Sequence[int], pixels: Tensor | None, end: int) -> list[int]:
+def _greedy(
+    model: VisionLanguageModel, prompt_ids: Sequence[int], pictures: Mapping[str, Tensor], end: int
+) -> list[int]:
     """Token by token without a cache: what the checks compute, and nothing that a kind of LLM may lack."""
     ids: list[int] = []
     while len(ids) < NUM_TOKENS and end not in ids:
-        ids.append(int(answer_logits(model, prompt_ids, [*ids, end], pixels)[-1].argmax()))
+        ids.append(int(answer_logits(model, prompt_ids, [*ids, end], pictures)[-1].argmax()))
     return ids
 
 
@@ -186,8 +188,8 @@ def make_golden(engine: Engine) -> dict[str, bytes]:
         prompt_ids = tuple(engine.renderer.render_example(example).input_ids)
         if not 0 < len(prompt_ids) <= engine.max_length_tokens - NUM_TOKENS:
             continue
-        pixels = load_pixels(engine.processor, example.images) if indices else None
-        ids = _greedy(engine.model, prompt_ids, pixels, engine.renderer.end_token_id)
+        tensors = load_pixels(engine.processor, example.images) if indices else {}
+        ids = _greedy(engine.model, prompt_ids, tensors, engine.renderer.end_token_id)
         prompt = _chat_text(engine.processor, example)
         answers.append(Answer(name, question, indices, prompt, prompt_ids, tuple(ids), engine.renderer.decode(ids)))
     files, pictures = {}, []
@@ -195,7 +197,7 @@ def make_golden(engine: Engine) -> dict[str, bytes]:
         file = io.BytesIO()
         picture.save(file, "png")
         files[name := f"golden/picture_{index + 1}.png"] = file.getvalue()
-        pixels = load_pixels(engine.processor, [picture])
+        pixels = load_pixels(engine.processor, [picture])["pixel_values"]
         pictures.append(Picture(name, tuple(pixels.shape), tuple(round(float(v), 4) for v in _values(pixels))))
     vocabulary, precision = _vocabulary_hash(engine.processor.tokenizer), precision_of(engine.model)
     golden = Golden(vocabulary, precision, tuple(pictures), tuple(answers))
@@ -208,8 +210,8 @@ def all_logits(
     """`answer_logits` of every golden answer, given the golden pictures or their paths."""
     logits = []
     for answer in golden.answers:
-        pixels = load_pixels(processor, [pictures[index] for index in answer.pictures]) if answer.pictures else None
-        logits.append(answer_logits(model, answer.prompt_ids, answer.token_ids, pixels))
+        tensors = load_pixels(processor, [pictures[index] for index in answer.pictures]) if answer.pictures else {}
+        logits.append(answer_logits(model, answer.prompt_ids, answer.token_ids, tensors))
     return logits
 
 
@@ -286,7 +288,7 @@ def _check_pictures(processor: VisionLanguageProcessor, golden: Golden, folder: 
     wrong, most = [], 0.0
     for picture in golden.pictures:
         try:
-            pixels = load_pixels(processor, [folder / picture.file])
+            pixels = load_pixels(processor, [folder / picture.file])["pixel_values"]
         except ImageError as error:
             wrong.append(str(error))
             continue
@@ -323,8 +325,8 @@ def _check_answers(
     for answer in golden.answers:
         files = [folder / golden.pictures[index].file for index in answer.pictures]
         try:
-            pixels = load_pixels(processor, files) if files else None
-            logits = answer_logits(model, answer.prompt_ids, answer.token_ids, pixels).cpu()
+            tensors = load_pixels(processor, files) if files else {}
+            logits = answer_logits(model, answer.prompt_ids, answer.token_ids, tensors).cpu()
         except (ValueError, RuntimeError, IndexError) as error:
             wrong.append(f"{answer.name} cannot be computed: {error}")
             continue

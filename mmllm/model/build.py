@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mmllm.batch import IMAGE_TOKEN
-from mmllm.config import ConfigError, ModelConfig, ProjectorConfig
+from mmllm.config import ConfigError, ModelConfig, ProjectorConfig, VisionConfig
 from mmllm.model.language import check_backbone, find_architecture, load_language
-from mmllm.model.processor import VisionLanguageProcessor, image_processor
+from mmllm.model.layout import new_layout
+from mmllm.model.processor import VisionLanguageProcessor
 from mmllm.model.tower import VisionTower
 from mmllm.model.vision import load_tower
 from mmllm.model.vlm import VisionLanguageConfig, VisionLanguageModel
@@ -28,7 +30,7 @@ def build_model(config: ModelConfig) -> tuple[VisionLanguageModel, VisionLanguag
     width = language_model.config.get_text_config().hidden_size
     projector = fitting_projector(config.projector, tower, width)
     model, processor = join_parts(
-        tower, projector, language_model, tokenizer, kind=config.projector, fit=config.vision.fit,
+        tower, projector, language_model, tokenizer, kind=config.projector, vision=config.vision,
         template=config.template,
     )  # fmt: skip
     origin = {
@@ -56,30 +58,34 @@ def join_parts(
     tokenizer: Any,
     *,
     kind: ProjectorConfig,
-    fit: str,
+    vision: VisionConfig,
     template: str,
+    image_newline: Tensor | None = None,
 ) -> tuple[VisionLanguageModel, VisionLanguageProcessor]:
-    """The model of these parts, none of them copied, and the processor beside it.
+    """The model of these parts, none of them copied, and the processor beside it. Of `vision`, `fit` is read.
 
     The number of image tokens is counted by running the projector once on as many patches as the tower gives.
     """
     parameter = next(projector.parameters())
     with torch.no_grad():
         num_image_tokens = projector(parameter.new_zeros(1, tower.num_patches, tower.width)).shape[1]
+    layout = new_layout(vision, tower, projector, num_image_tokens)
     config = VisionLanguageConfig(
         vision=tower.spec.to_json(),
         projector={"kind": kind.kind, "options": dict(kind.options)},
         text_config=language_model.config,
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         num_image_tokens=num_image_tokens,
+        layout=layout.to_json(),
     )
-    model = VisionLanguageModel.assemble(config, tower, projector, language_model)
+    model = VisionLanguageModel.assemble(config, tower, projector, language_model, image_newline=image_newline)
     check_backbone(model)
     processor = VisionLanguageProcessor(
-        image_processor(tower.spec, fit),
+        layout.image_processor(tower.spec, vision.fit),
         tokenizer,
         chat_template=tokenizer.chat_template,
         template=template,
         num_image_tokens=num_image_tokens,
+        layout=layout.to_json(),
     )
     return model, processor

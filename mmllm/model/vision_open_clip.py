@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from mmllm.config import ConfigError, TowerConfig
 from mmllm.model.tower import LayeredTower, TowerSpec, concatenate
@@ -35,17 +36,40 @@ class OpenClipTower(LayeredTower):
     def blocks(self) -> list[nn.Module]:
         return _layers(self.encoder)
 
-    def forward(self, pixels: Tensor) -> Tensor:  # [N, C, H, W] -> [N, P, Dv]
+    def forward(self, pixels: Tensor, *, is_placed: bool = False) -> Tensor:  # [N, C, H, W] -> [N, P, Dv]
+        if not is_placed and pixels.shape[2:] != (self.spec.image_size_px,) * 2:  # of another size than the encoder's
+            return functional_call(self, self._placed(pixels), (pixels,), {"is_placed": True})  # type: ignore[no-any-return]
         indices = sorted(set(self._read))
         output = self.encoder.forward_intermediates(pixels, indices=indices, stop_early=True, intermediates_only=True)
         maps = dict(zip(indices, output["image_intermediates"], strict=True))  # layer -> [N, Dv, rows, columns]
         return concatenate([maps[index].flatten(2).transpose(1, 2) for index in self._read])
 
+    def _placed(self, pixels: Tensor) -> dict[str, Tensor]:
+        """A ViT's position embeddings for pictures of this size, by their names; nothing where it has none."""
+        from timm.layers.pos_embed import resample_abs_pos_embed
+
+        trunk = getattr(self.encoder, "trunk", None)
+        name = "encoder.positional_embedding" if trunk is None else "encoder.trunk.pos_embed"
+        positions = dict(self.named_parameters()).get(name)
+        if positions is None:
+            return {}
+        sizes: Any = self.encoder.patch_size if trunk is None else trunk.patch_embed.patch_size
+        own, new = ([side // size for side, size in zip(px, sizes, strict=True)]
+                    for px in ((self.spec.image_size_px,) * 2, pixels.shape[2:]))  # fmt: skip
+        table = positions.view(1, -1, positions.shape[-1])
+        resampled = resample_abs_pos_embed(
+            table, new_size=new, old_size=own, num_prefix_tokens=table.shape[1] - own[0] * own[1]
+        )
+        return {name: resampled.view(-1, positions.shape[-1]) if positions.ndim == 2 else resampled}
+
 
 def _set_input_size(encoder: Any, side: int) -> None:
-    """timm builds a trunk for the picture size of its own training; ours may be another."""
+    """timm builds a trunk for the picture size of its own training, and for no other; ours may be another."""
     if hasattr(encoder, "trunk") and hasattr(encoder.trunk, "set_input_size"):
         encoder.trunk.set_input_size(img_size=(side, side))
+    patch_embed: Any = getattr(getattr(encoder, "trunk", None), "patch_embed", None)
+    if hasattr(patch_embed, "strict_img_size"):
+        patch_embed.strict_img_size = False
 
 
 def _layers(encoder: Any) -> list[nn.Module]:

@@ -17,6 +17,9 @@ TRANSFORMERS = "transformers:"
 RESAMPLINGS = {2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling -> open_clip's names
 
 
+_FIXED_POSITIONS = ("clip_vision_model", "siglip_vision_model")  # interpolated only where that is asked for
+
+
 @dataclass(frozen=True)
 class Encoder:
     """How one of transformers' encoders is built: its class, where its layers and its final norm are."""
@@ -70,8 +73,11 @@ class TransformersTower(LayeredTower):
             return concatenate([state.flatten(2).transpose(1, 2) for state in states])
         return concatenate([state[:, self._num_prefix_tokens :] for state in states])
 
-    def _inputs(self, pixels: Tensor) -> dict[str, Tensor]:
-        if self.encoder.config.model_type != "siglip2_vision_model":
+    def _inputs(self, pixels: Tensor) -> dict[str, Any]:
+        config = self.encoder.config
+        if config.model_type in _FIXED_POSITIONS and tuple(pixels.shape[2:]) != (config.image_size,) * 2:
+            return {"pixel_values": pixels, "interpolate_pos_encoding": True}
+        if config.model_type != "siglip2_vision_model":
             return {"pixel_values": pixels}
         size = self.encoder.config.patch_size  # takes patches, so that pictures of any aspect ratio fit one batch
         rows, columns = pixels.shape[2] // size, pixels.shape[3] // size
@@ -176,7 +182,7 @@ def _positions(encoder: Any, side: int) -> Tensor | None:
     None where the size is the encoder's own, and for encoders that interpolate by themselves (SigLIP 2, DINO).
     """
     config = encoder.config
-    if config.model_type not in ("clip_vision_model", "siglip_vision_model") or side == config.image_size:
+    if config.model_type not in _FIXED_POSITIONS or side == config.image_size:
         return None
     num_tokens = (side // config.patch_size) ** 2 + ENCODERS[config.model_type].num_prefix_tokens
     hidden = torch.zeros(1, num_tokens, config.hidden_size)

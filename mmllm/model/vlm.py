@@ -2,7 +2,8 @@
 
 Shapes: `B` batch, `T` tokens, `N` images of the whole batch, `P` patches and `M` tokens per image, `Dv` vision width,
 `D` LLM width, `V` vocabulary. The image token stands `M` times in the text for each image; the projected patches
-take the places of those tokens, in the order in which the images stand.
+take the places of those tokens, in the order in which the images stand. Where images are cut into tiles or keep their
+aspect ratio, `M` depends on the image: mmllm/model/layout.py says how.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,9 +26,12 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mmllm.batch import Batch
+from mmllm.model.layout import build_layout
 from mmllm.model.tower import TowerSpec, VisionTower
 from mmllm.model.vision import build_tower
 from projector import Projector, build_projector
+
+_OF_IMAGES = ("pixel_values", "image_features", "image_sizes")
 
 
 class VisionLanguageConfig(PretrainedConfig):  # type: ignore[misc]
@@ -38,7 +42,8 @@ class VisionLanguageConfig(PretrainedConfig):  # type: ignore[misc]
         projector: `kind` and `options` of one of PROJECTORS.
         text_config: the LLM's own transformers config.
         image_token_id: the vocabulary's `<image>`.
-        num_image_tokens: how many of them stand for one image, counted by probing tower and projector.
+        num_image_tokens: how many of them stand for one view of the tower, counted by probing tower and projector.
+        layout: how an image becomes several views, or one of another shape; None: each is one view.
     """
 
     model_type = "mmllm"
@@ -51,6 +56,7 @@ class VisionLanguageConfig(PretrainedConfig):  # type: ignore[misc]
         text_config: Any = None,
         image_token_id: int = 0,
         num_image_tokens: int = 0,
+        layout: dict[str, Any] | None = None,
         **kwargs: Any,
     ):
         if isinstance(text_config, dict):
@@ -60,6 +66,7 @@ class VisionLanguageConfig(PretrainedConfig):  # type: ignore[misc]
         self.text_config = text_config
         self.image_token_id = image_token_id
         self.num_image_tokens = num_image_tokens
+        self.layout = layout
         if text_config is not None:
             kwargs.setdefault("tie_word_embeddings", text_config.tie_word_embeddings)
         super().__init__(**kwargs)
@@ -90,17 +97,35 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
             **config.projector["options"],
         )
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.layout = build_layout(config.num_image_tokens, config.layout)
+        self.image_newline: nn.Parameter | None = None  # [D], at the end of each row of image tokens
+        if self.layout.has_newline:
+            width = config.text_config.hidden_size
+            self.image_newline = nn.Parameter(torch.randn(width) / width**0.5)  # as large as LlavaNext's at first
         self.language_inputs = frozenset(inspect.signature(self.language_model.forward).parameters)
         self.post_init()
 
     @classmethod
     def assemble(
-        cls, config: VisionLanguageConfig, tower: VisionTower, projector: Projector, language_model: Any
+        cls,
+        config: VisionLanguageConfig,
+        tower: VisionTower,
+        projector: Projector,
+        language_model: Any,
+        *,
+        image_newline: Tensor | None = None,
     ) -> VisionLanguageModel:
-        """A model around parts that are loaded already; nothing is built, or held in memory, twice."""
+        """A model around parts that are loaded already; nothing is built, or held in memory, twice.
+
+        `image_newline` [D] is fresh where the layout needs one and none is given.
+        """
         with torch.device("meta"):
             model = cls(config)
         model.vision_tower, model.projector, model.language_model = tower, projector, language_model
+        if model.image_newline is not None:
+            width = config.text_config.hidden_size
+            values = torch.randn(width) / width**0.5 if image_newline is None else image_newline.detach()
+            model.image_newline = nn.Parameter(values.to(next(projector.parameters()).dtype))
         return model
 
     def _init_weights(self, module: Any) -> None:
@@ -118,15 +143,23 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
     def get_decoder(self) -> Any:
         return self.language_model.get_decoder()
 
-    def encode_images(self, pixel_values: Tensor) -> Tensor:  # [N, C, H, W] -> [N, P, Dv]
-        """Patch tokens of the vision tower, without gradient where the tower is frozen."""
+    def encode_images(self, pixel_values: Tensor, image_sizes: Tensor | None = None) -> Tensor:
+        """Patch tokens of the vision tower, without gradient where it is frozen: [N, C, H, W] -> [N, P, Dv].
+
+        Shapes are other ones where the layout of the images says so.
+        """
         parameters = list(self.vision_tower.parameters())
         is_trained = any(parameter.requires_grad for parameter in parameters)
         dtype = parameters[0].dtype if parameters else pixel_values.dtype  # raw patches have no encoder
         with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained):
-            return self.vision_tower(pixel_values.to(dtype))  # type: ignore[no-any-return]
+            return self.layout.encode(self.vision_tower, pixel_values.to(dtype), self._shapes(image_sizes))
 
-    def embed(self, input_ids: Tensor, image_features: Tensor | None) -> Tensor:
+    def _shapes(self, image_sizes: Tensor | None) -> list[tuple[int, int]]:
+        if image_sizes is None and self.layout.has_newline:
+            raise ValueError(f"pictures laid out as {self.layout.kind} need image_sizes beside pixel_values")
+        return [] if image_sizes is None else [(int(one), int(two)) for one, two in image_sizes.tolist()]
+
+    def embed(self, input_ids: Tensor, image_features: Tensor | None, image_sizes: Tensor | None = None) -> Tensor:
         """Token embeddings with projected patches in the image slots: [B, T], [N, P, Dv] -> [B, T, D].
 
         Raises ValueError where slots and image tokens do not agree in number.
@@ -137,11 +170,16 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
             if (found := int(slots.sum())) > 0:
                 raise ValueError(f"{found} image slots in the text but no image was given")
             return embeds
-        image_embeds: Tensor = self.projector(image_features).flatten(0, 1)  # [N * M, D]
+        image_embeds = self.layout.project(  # [N * M, D]
+            self.projector, image_features, self._shapes(image_sizes), self.image_newline
+        )
         if (found := int(slots.sum())) != len(image_embeds):
+            images = f"{len(image_features)} images of {self.config.num_image_tokens}"
+            if image_sizes is not None:
+                images = f"{len(image_sizes)} images, {self.layout.kind}"
             raise ValueError(
-                f"{found} image slots in the text but {len(image_embeds)} image tokens "
-                f"({len(image_features)} images of {self.config.num_image_tokens}); each image needs its slots"
+                f"{found} image slots in the text but {len(image_embeds)} image tokens ({images}); each image needs "
+                "its slots"
             )
         if found == 0:  # a batch without images: keep the projector in the graph, for ranks that wait for its gradient
             return embeds + 0.0 * image_embeds.sum()
@@ -150,14 +188,13 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
 
     def embed_batch(self, batch: Batch) -> Tensor:
         """`embed` for a training batch; one without images still runs the projector, on none."""
-        features = batch.image_features
+        features, sizes = batch.image_features, batch.image_sizes
         if features is None and batch.pixel_values is not None:
-            features = self.encode_images(batch.pixel_values)
+            features = self.encode_images(batch.pixel_values, sizes)
         if features is None:
-            features = torch.zeros(
-                0, self.vision_tower.num_patches, self.vision_tower.width, device=batch.input_ids.device
-            )
-        return self.embed(batch.input_ids, features)
+            tower, sizes = self.vision_tower, batch.input_ids.new_zeros(0, 2)
+            features = torch.zeros(0, tower.num_patches, tower.width, device=batch.input_ids.device)
+        return self.embed(batch.input_ids, features, sizes)
 
     def forward(
         self,
@@ -166,6 +203,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         image_features: Tensor | None = None,
+        image_sizes: Tensor | None = None,
         labels: Tensor | None = None,
         position_ids: Tensor | None = None,
         **kwargs: Any,
@@ -178,16 +216,16 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
             raise ValueError("give either input_ids or inputs_embeds")
         if inputs_embeds is None:
             if image_features is None and pixel_values is not None:
-                image_features = self.encode_images(pixel_values)
+                image_features = self.encode_images(pixel_values, image_sizes)
             assert input_ids is not None
-            inputs_embeds = self.embed(input_ids, image_features)
+            inputs_embeds = self.embed(input_ids, image_features, image_sizes)
         if "position_ids" in self.language_inputs:
             kwargs["position_ids"] = position_ids
         return self.language_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, labels=labels, **kwargs)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         """Images are given to the first forward alone; behind it their keys and values stand in the cache."""
-        images = {name: kwargs.pop(name, None) for name in ("pixel_values", "image_features")}
+        images = {name: kwargs.pop(name, None) for name in _OF_IMAGES}
         is_first = kwargs.get("is_first_iteration", False) or not kwargs.get("use_cache", True)
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
         if "output_router_logits" in self.language_inputs:
@@ -213,15 +251,26 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
     ) -> Any:
         """Every beam or sample of a row gets that row's images, however many they are."""
-        images = {name: kwargs.pop(name) for name in ("pixel_values", "image_features") if kwargs.get(name) is not None}
+        images = {name: kwargs.pop(name) for name in _OF_IMAGES if kwargs.get(name) is not None}
         if input_ids is not None and images and expand_size > 1:
-            slots = (input_ids == self.config.image_token_id).sum(1)
-            counts = (slots // self.config.num_image_tokens).tolist()
+            counts = self._images_of_rows(input_ids, images)
             for name, value in images.items():
                 rows = value.split(counts)
                 images[name] = torch.cat([row for row in rows for _ in range(expand_size)])
         ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
         return ids, {**kwargs, **images}
+
+    def _images_of_rows(self, input_ids: Tensor, images: dict[str, Tensor]) -> list[int]:
+        """How many of the images stand in each row."""
+        shapes = self._shapes(images.get("image_sizes"))
+        if self.layout.has_newline and "image_features" in images:
+            raise ValueError(f"pictures laid out as {self.layout.kind} cannot be given as image_features to generate")
+        num_images = len(next(iter(images.values())))
+        ends = [self.layout.num_tokens(shape) for shape in shapes] or [self.config.num_image_tokens] * num_images
+        behind = torch.tensor([0, *ends]).cumsum(0)  # slots behind each image
+        slots = (input_ids == self.config.image_token_id).sum(1).cpu().cumsum(0)
+        images_behind = torch.searchsorted(behind, slots, right=True) - 1
+        return images_behind.diff(prepend=images_behind.new_zeros(1)).tolist()
 
 
 AutoConfig.register(VisionLanguageConfig.model_type, VisionLanguageConfig, exist_ok=True)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mmllm.batch import Example
+from mmllm.config import ConfigError
 from mmllm.inference.engine import Engine, load_pixels
 
 CHUNK = 128
@@ -40,6 +41,10 @@ class FeatureCache:
     """Patch tokens [images, P, Dv] in bfloat16, in a file named by the hash of tower, transform and image bytes."""
 
     def __init__(self, engine: Engine, examples: Sequence[Example], folder: Path):
+        if engine.model.layout.has_newline:
+            fit = engine.model.layout.kind
+            raise ConfigError(f"data.cache_features keeps one view of each picture, but model.vision.fit is {fit}; "
+                              "take one of the two out")  # fmt: skip
         where: dict[str, tuple[int, int]] = {}
         for number, example in enumerate(examples):
             for place, image in enumerate(example.images):
@@ -78,7 +83,7 @@ class FeatureCache:
         tower = engine.model.vision_tower.eval()
         for start in range(0, shape[0], CHUNK):
             some = list(itertools.islice(images, CHUNK))
-            features = tower(load_pixels(engine.processor, some).to(device))
+            features = tower(load_pixels(engine.processor, some)["pixel_values"].to(device))
             values[start : start + len(some)] = features.cpu().to(torch.bfloat16).view(torch.int16).numpy()
         values.flush()
         del values

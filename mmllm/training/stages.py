@@ -97,6 +97,8 @@ class ConversationStage:
             self._unfreeze_tower(self.config.vision_last_layers)
         if "projector" in train:
             self.model.projector.requires_grad_(True)
+            if self.model.image_newline is not None:
+                self.model.image_newline.requires_grad_(True)
         if "language" in train:
             if self.config.lora:
                 add_lora(self.model, self.config.lora)
@@ -122,7 +124,9 @@ class ConversationStage:
         self.model.vision_tower.train("vision" in self.config.train)
 
     def _parts(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
-        prefixes = {"vision": "vision_tower.", "projector": "projector.", "language": "language_model."}
+        prefixes = {
+            "vision": "vision_tower.", "projector": ("projector.", "image_newline"), "language": "language_model.",
+        }  # fmt: skip
         return {
             part: [(n, p) for n, p in self.model.named_parameters() if p.requires_grad and n.startswith(prefixes[part])]
             for part in self.config.train
@@ -131,12 +135,14 @@ class ConversationStage:
     def _collate(self, examples: Sequence[Example], features: FeatureCache | None) -> Batch:
         rendered = [self.engine.renderer.render_example(example) for example in examples]
         images = [image for example in examples for image in example.images]
+        tensors: dict[str, Tensor] = {}
+        if images:
+            tensors = {"image_features": features.get(images)} if features else load_pixels(self.processor, images)
         return collate(
             rendered,
             pad_token_id=int(self.processor.tokenizer.pad_token_id),
             example_ids=[example.id for example in examples],
-            pixel_values=load_pixels(self.processor, images) if images and not features else None,
-            image_features=features.get(images) if images and features else None,
+            **tensors,
         )
 
     def order(self, batch_size: int) -> Orders:

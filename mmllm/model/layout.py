@@ -1,0 +1,308 @@
+"""How a picture becomes views that the tower sees, and in which order their tokens stand in the text.
+
+`single` is one view of the tower's own size, the same number of tokens for every picture. With `tiles` and `native`
+the number depends on the picture, and a learnt newline token ends each row, so that the LLM can tell rows apart.
+
+Shapes: `N` pictures, `W` views of all pictures, `P` patches and `M` tokens of a view, `Dv` vision width, `D` LLM width.
+A picture's size is (height, width) in pixels, upright; its shape is the row of `image_sizes` [N, 2] that stands for it.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from mmllm.config import ConfigError, VisionConfig
+from mmllm.model.tower import INTERPOLATIONS, TowerSpec, VisionTower
+from projector import Projector
+
+Pair = tuple[int, int]
+
+# Rows and columns of the tiles of LLaVA-NeXT, https://llava-vl.github.io/blog/2024-01-30-llava-next/
+NEXT_GRIDS: tuple[Pair, ...] = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """`single`: one view a picture, made square by cropping, padding or stretching."""
+
+    num_view_tokens: int
+
+    kind: ClassVar[str] = "single"
+    has_newline: ClassVar[bool] = False
+
+    @property
+    def num_image_tokens(self) -> int | Callable[[Pair], int]:
+        """Tokens of every picture, or of a picture by its size where they differ."""
+        return self.num_view_tokens
+
+    def num_tokens(self, shape: Pair) -> int:
+        """Tokens of a picture of this shape."""
+        return self.num_view_tokens
+
+    def inputs(self, processed: Mapping[str, Any]) -> dict[str, Any]:
+        """What the model takes of what the image processor gives."""
+        return {"pixel_values": processed["pixel_values"]}
+
+    def encode(self, tower: VisionTower, pixel_values: Tensor, shapes: Sequence[Pair]) -> Tensor:
+        """Patch tokens of all pictures: [N, C, H, W] -> [N, P, Dv]."""
+        patches: Tensor = tower(pixel_values)
+        return patches
+
+    def project(self, projector: Projector, features: Tensor, shapes: Sequence[Pair], newline: Tensor | None) -> Tensor:
+        """Tokens of all pictures, one behind the other: [N, P, Dv] -> [N * M, D]."""
+        tokens: Tensor = projector(features)
+        return tokens.flatten(0, 1)
+
+    def image_processor(self, spec: TowerSpec, fit: str) -> Any:
+        """The tower's transform: `square` crops, `pad` pads with the mean color, `stretch` ignores the aspect."""
+        from transformers import LlavaImageProcessor
+
+        side = {"height": spec.image_size_px, "width": spec.image_size_px}
+        return LlavaImageProcessor(
+            do_pad=fit == "pad",
+            size={"shortest_edge": spec.image_size_px} if fit == "square" else side,
+            do_center_crop=fit == "square",
+            crop_size=side,
+            **_normalisation(spec),
+        )
+
+    def to_json(self) -> dict[str, Any] | None:
+        """What `build_layout` needs besides the tokens of a view."""
+        if self.kind == "single":
+            return None
+        values = {name: value for name, value in asdict(self).items() if name != "num_view_tokens"}
+        return {"kind": self.kind, **values}
+
+
+@dataclass(frozen=True)
+class Tiles(Layout):
+    """LLaVA-NeXT: the whole picture as one view, then the tiles of the grid that wastes least on it.
+
+    Tokens of the padding around the picture are left out; shape is size. https://arxiv.org/abs/2408.03326, section 3.2
+    """
+
+    view_size_px: int
+    grids: tuple[Pair, ...]  # (rows, columns) that may be chosen
+
+    kind: ClassVar[str] = "tiles"
+    has_newline: ClassVar[bool] = True
+
+    @property
+    def num_image_tokens(self) -> Callable[[Pair], int]:
+        return self.num_tokens
+
+    def num_tokens(self, shape: Pair) -> int:
+        return _num_tile_tokens(self, shape)
+
+    def grid(self, size: Pair) -> Pair:
+        """Rows and columns of the tiles of a picture."""
+        from transformers.image_processing_utils import select_best_resolution
+
+        height, width = select_best_resolution(size, self.pinpoints)
+        return height // self.view_size_px, width // self.view_size_px
+
+    @property
+    def pinpoints(self) -> list[list[int]]:
+        """The sizes in pixels that pictures are brought to, as transformers' LlavaNext lists them."""
+        return [[rows * self.view_size_px, columns * self.view_size_px] for rows, columns in self.grids]
+
+    def inputs(self, processed: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: processed[name] for name in ("pixel_values", "image_sizes")}
+
+    def encode(self, tower: VisionTower, pixel_values: Tensor, shapes: Sequence[Pair]) -> Tensor:
+        """[N, views, C, H, W], filled up to the most views of a picture -> [W, P, Dv]."""
+        counts = [1 + math.prod(self.grid(shape)) for shape in shapes]
+        patches: Tensor = tower(torch.cat([views[:count] for views, count in zip(pixel_values, counts, strict=True)]))
+        return patches
+
+    def project(self, projector: Projector, features: Tensor, shapes: Sequence[Pair], newline: Tensor | None) -> Tensor:
+        """[W, P, Dv] -> [tokens, D]."""
+        assert newline is not None
+        tokens: Tensor = projector(features)  # [W, M, D]
+        views = tokens.split([1 + math.prod(self.grid(shape)) for shape in shapes])
+        pictures = [self._arrange(views, shape, newline) for views, shape in zip(views, shapes, strict=True)]
+        # no row of it where there is no picture: the newline keeps a gradient, which other ranks may wait for
+        return torch.cat([*pictures, tokens[:0].flatten(0, 1), newline[None][:0]])
+
+    def _arrange(self, views: Tensor, size: Pair, newline: Tensor) -> Tensor:  # [views, M, D] -> [tokens, D]
+        from transformers.models.llava_next.modeling_llava_next import unpad_image
+
+        side, (rows, columns) = math.isqrt(views.shape[1]), self.grid(size)
+        tiles = views[1:].unflatten(1, (side, side)).unflatten(0, (rows, columns)).permute(4, 0, 2, 1, 3)
+        grid: Tensor = unpad_image(tiles.flatten(1, 2).flatten(2, 3), size)  # [D, rows of tokens, columns of tokens]
+        lines = torch.cat([grid, newline[:, None, None].expand(-1, grid.shape[1], 1)], 2)
+        return torch.cat([views[0], lines.flatten(1).T])
+
+    def image_processor(self, spec: TowerSpec, fit: str) -> Any:
+        from transformers import LlavaNextImageProcessor
+
+        side = self.view_size_px
+        return LlavaNextImageProcessor(
+            size={"shortest_edge": side},
+            crop_size={"height": side, "width": side},
+            image_grid_pinpoints=self.pinpoints,
+            **_normalisation(spec),
+        )
+
+
+@functools.lru_cache(maxsize=65536)
+def _num_tile_tokens(layout: Tiles, size: Pair) -> int:
+    """Counted by arranging tokens of no width."""
+    rows, columns = layout.grid(size)
+    views = torch.empty(1 + rows * columns, layout.num_view_tokens, 0)
+    return len(layout._arrange(views, size, torch.empty(0)))
+
+
+@dataclass(frozen=True)
+class Native(Layout):
+    """One view of the picture's own aspect ratio, as large as a budget of tokens allows. Shape is rows and columns.
+
+    The newline that ends each row comes on top of the budget. NaFlex, https://arxiv.org/abs/2502.14786, section 2.4
+    """
+
+    patch_size_px: int
+    token_stride: int  # patches along one side of a token
+    max_tokens: int
+
+    kind: ClassVar[str] = "native"
+    has_newline: ClassVar[bool] = True
+
+    @property
+    def unit_px(self) -> int:
+        """Pixels along one side of a token."""
+        return self.patch_size_px * self.token_stride
+
+    @property
+    def num_image_tokens(self) -> Callable[[Pair], int]:
+        return self.num_tokens_of_size
+
+    def num_tokens_of_size(self, size: Pair) -> int:
+        return self.num_tokens(self.shape(size))
+
+    def num_tokens(self, shape: Pair) -> int:
+        rows, columns = shape
+        return rows * (columns + 1)
+
+    def shape(self, size: Pair) -> Pair:
+        """Rows and columns of the tokens of a picture of this size."""
+        return _native_shape(self, size)
+
+    def inputs(self, processed: Mapping[str, Any]) -> dict[str, Any]:
+        return {"pixel_values": processed["pixel_values"], "image_sizes": processed["spatial_shapes"]}
+
+    def encode(self, tower: VisionTower, pixel_values: Tensor, shapes: Sequence[Pair]) -> Tensor:
+        """[N, max_tokens, unit_px * unit_px * C], filled up behind the picture -> [patches of all pictures, Dv]."""
+        found: dict[int, Tensor] = {}
+        for shape, numbers in _by_shape(shapes).items():
+            found.update(zip(numbers, tower(self.as_pixels(pixel_values[numbers], shape)), strict=True))
+        return torch.cat([found[number] for number in range(len(shapes))])
+
+    def as_pixels(self, pixel_values: Tensor, shape: Pair) -> Tensor:
+        """Pictures of one shape as pixels again: [n, max_tokens, unit_px * unit_px * C] -> [n, C, H, W]."""
+        rows, columns = shape
+        side = self.unit_px
+        cut = pixel_values[:, : rows * columns].unflatten(2, (side, side, -1)).unflatten(1, (rows, columns))
+        pixels: Tensor = cut.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+        return pixels
+
+    def project(self, projector: Projector, features: Tensor, shapes: Sequence[Pair], newline: Tensor | None) -> Tensor:
+        """[patches of all pictures, Dv] -> [tokens, D]; [0, P, Dv] where there is no picture."""
+        assert newline is not None
+        if not shapes:
+            return torch.cat([projector(features).flatten(0, 1), newline[None][:0]])
+        stride = self.token_stride
+        patches = features.split([rows * columns * stride**2 for rows, columns in shapes])
+        found: dict[int, Tensor] = {}
+        for (rows, columns), numbers in _by_shape(shapes).items():
+            stacked = torch.stack([patches[number] for number in numbers])
+            tokens: Tensor = projector(stacked, (rows * stride, columns * stride))
+            grid = tokens.unflatten(1, (rows, columns))  # [n, rows, columns, D]
+            lines = torch.cat([grid, newline.expand(*grid.shape[:2], 1, -1)], 2)
+            found.update(zip(numbers, lines.flatten(1, 2), strict=True))
+        return torch.cat([found[number] for number in range(len(shapes))])
+
+    def image_processor(self, spec: TowerSpec, fit: str) -> Any:
+        from transformers import Siglip2ImageProcessor
+
+        return Siglip2ImageProcessor(patch_size=self.unit_px, max_num_patches=self.max_tokens, **_normalisation(spec))
+
+
+@functools.lru_cache(maxsize=65536)
+def _native_shape(layout: Native, size: Pair) -> Pair:
+    from transformers.models.siglip2.image_processing_siglip2 import get_image_size_for_max_num_patches
+
+    height, width = get_image_size_for_max_num_patches(*size, layout.unit_px, layout.max_tokens)
+    return height // layout.unit_px, width // layout.unit_px
+
+
+def _by_shape(shapes: Sequence[Pair]) -> dict[Pair, list[int]]:
+    """Numbers of the pictures of each shape."""
+    found: dict[Pair, list[int]] = defaultdict(list)
+    for number, shape in enumerate(shapes):
+        found[shape].append(number)
+    return found
+
+
+def _normalisation(spec: TowerSpec) -> dict[str, Any]:
+    return {
+        "resample": INTERPOLATIONS[spec.interpolation],
+        "image_mean": list(spec.mean),
+        "image_std": list(spec.std),
+    }
+
+
+LAYOUTS: dict[str, type[Layout]] = {layout.kind: layout for layout in (Layout, Tiles, Native)}
+
+
+def build_layout(num_view_tokens: int, values: Mapping[str, Any] | None) -> Layout:
+    """The layout of a checkpoint: `values` is what `Layout.to_json` gave."""
+    if values is None:
+        return Layout(num_view_tokens)
+    options = {name: value for name, value in values.items() if name != "kind"}
+    if "grids" in options:
+        options["grids"] = tuple((rows, columns) for rows, columns in options["grids"])
+    return LAYOUTS[values["kind"]](num_view_tokens, **options)
+
+
+def new_layout(config: VisionConfig, tower: VisionTower, projector: Projector, num_view_tokens: int) -> Layout:
+    """The layout of a run's settings. Raises ConfigError where tower or projector cannot do it."""
+    if config.fit not in ("tiles", "native"):
+        return Layout(num_view_tokens)
+    side, stride = tower.spec.image_size_px, projector.token_stride
+    if stride is None:
+        raise ConfigError(
+            f"model.vision.fit: {config.fit} needs tokens that stand where their patches are, which those of this "
+            "projector do not; take mlp, linear, downsample, or c_abstractor without num_tokens"
+        )
+    if config.fit == "tiles":
+        return Tiles(num_view_tokens, side, config.tile_grids or NEXT_GRIDS)
+    patches = math.isqrt(tower.num_patches)
+    layout = Native(num_view_tokens, side // patches, stride, config.max_image_tokens or num_view_tokens)
+    _try_native(layout, tower)
+    return layout
+
+
+@torch.no_grad()
+def _try_native(layout: Native, tower: VisionTower) -> None:
+    """Shows the tower a picture that is not square. Raises ConfigError where it cannot take one."""
+    parameter = next(tower.parameters(), torch.zeros(()))
+    rows, columns = 2, 3
+    height, width = rows * layout.unit_px, columns * layout.unit_px
+    try:
+        patches = tower(torch.zeros(1, 3, height, width, dtype=parameter.dtype, device=parameter.device))
+        found: object = patches.shape[1]
+    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+        found = str(error).splitlines()[0]
+    if found != (wanted := rows * columns * layout.token_stride**2):
+        raise ConfigError(
+            f"model.vision.fit: native needs a tower that takes pictures of any shape, and {tower.spec.source} does "
+            f"not: of {height} x {width} pixels it gives {found}, where {wanted} patches are due; take fit: tiles"
+        )
