@@ -187,6 +187,7 @@ class OptimConfig(_Section):
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     precision: Precision = "fp32"
     gradient_checkpointing: bool = False
+    loss_chunk_tokens: PositiveInt | None = None  # rows of logits that live at once; default: by the vocabulary
 
 
 class LoraConfig(_Section):

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mmllm.batch import IGNORE_INDEX, Batch
 from mmllm.model.vlm import VisionLanguageModel
@@ -15,6 +16,35 @@ from mmllm.model.vlm import VisionLanguageModel
 def token_loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross entropy summed over tokens: [K, V], [K] -> []. In float32 whatever the logits are."""
     return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+CHUNK_LOGITS = 2**26  # of one chunk: 256 MB in float32, of which about three copies live at once
+MIN_CHUNK_TOKENS = 512  # with fewer a GPU waits for the head's weights, which every chunk reads
+
+
+def head_loss_sum(head: nn.Module, hidden: Tensor, targets: Tensor, *, chunk_tokens: int | None = None) -> Tensor:
+    """Cross entropy behind a head, summed: the decoder's output [K, D] and next tokens [K] -> [].
+
+    The logits [K, V] are the largest tensor of a small LLM with a large vocabulary, so they are made `chunk_tokens`
+    rows at a time, forgotten, and made again in backward. By default a chunk has CHUNK_LOGITS logits, and at least
+    MIN_CHUNK_TOKENS rows. The head is called as it is: tied, with adapters, in autocast.
+    """
+    size = chunk_tokens or max(MIN_CHUNK_TOKENS, CHUNK_LOGITS // _vocab_size(head))
+    if len(targets) <= size:
+        return token_loss_sum(head(hidden), targets)
+
+    def chunk_loss(rows: Tensor, wanted: Tensor) -> Tensor:
+        return token_loss_sum(head(rows), wanted)
+
+    chunks = zip(hidden.split(size), targets.split(size), strict=True)
+    losses = [checkpoint(chunk_loss, rows, wanted, use_reentrant=False) for rows, wanted in chunks]
+    return torch.stack(losses).sum()
+
+
+def _vocab_size(head: nn.Module) -> int:
+    """Logits of a row. Adapters and quantised weights keep the layer's own width in `out_features`."""
+    layer: Any = getattr(head, "base_layer", head)
+    return int(layer.out_features)
 
 
 def supervised_rows(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,10 +89,13 @@ def _has_router_loss(language_model: Any) -> bool:
     return bool(getattr(language_model.config, "output_router_logits", False))
 
 
-def conversation_loss_sum(model: VisionLanguageModel, batch: Batch, *, plain_head: bool) -> Tensor:
+def conversation_loss_sum(
+    model: VisionLanguageModel, batch: Batch, *, plain_head: bool, chunk_tokens: int | None = None
+) -> Tensor:
     """The loss of a batch of conversations, summed over its supervised tokens.
 
-    About nineteen in twenty rows of image data are not supervised, so the head runs on those that are. A mixture of
+    About nineteen in twenty rows of image data are not supervised, so the head runs on those that are, chunk by chunk
+    (`head_loss_sum`). Without `plain_head` the LLM makes the logits of all rows at once. A mixture of
     experts whose config says `output_router_logits` gets its router's loss in training, once for each supervised
     token, so that it keeps its weight when the step divides by their number. That loss is one of the whole batch:
     with it, and only with it, a batch's loss is not the sum of its rows'.
@@ -73,7 +106,8 @@ def conversation_loss_sum(model: VisionLanguageModel, batch: Batch, *, plain_hea
     mask, targets = supervised_rows(batch.labels)
     if plain_head:
         hidden = language_model.get_decoder()(**inputs).last_hidden_state[:, :-1]
-        return token_loss_sum(language_model.get_output_embeddings()(hidden[mask]), targets)
+        head = language_model.get_output_embeddings()
+        return head_loss_sum(head, hidden[mask], targets, chunk_tokens=chunk_tokens)
     outputs = language_model(**inputs)
     loss = token_loss_sum(outputs.logits[:, :-1][mask], targets)
     if _has_router_loss(language_model) and language_model.training:

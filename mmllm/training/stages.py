@@ -37,14 +37,15 @@ _NO_FILE_NAME = re.compile(r"[^\w.-]")  # characters of an id that a file name b
 class _ConversationLoss(nn.Module):
     """What DDP wraps: batch -> summed loss, so that every trained part takes part in every forward."""
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, chunk_tokens: int | None):
         super().__init__()
         self.model = model
+        self.chunk_tokens = chunk_tokens
         self.plain_head = has_plain_head(model.language_model)
 
     def forward(self, batch: Batch) -> Tensor:
         batch = batch.to(self.model.get_input_embeddings().weight.device)
-        return conversation_loss_sum(self.model, batch, plain_head=self.plain_head)
+        return conversation_loss_sum(self.model, batch, plain_head=self.plain_head, chunk_tokens=self.chunk_tokens)
 
 
 class ConversationStage:
@@ -75,7 +76,7 @@ class ConversationStage:
         self.features: FeatureCache | None = None
         if config.data.cache_features:
             self.features = FeatureCache(self.engine, self.examples, Path(config.out).parent / "cache")
-        self.module: nn.Module = _ConversationLoss(self.model)
+        self.module: nn.Module = _ConversationLoss(self.model, config.optim.loss_chunk_tokens)
         if config.optim.gradient_checkpointing:
             if not self.model.language_model.supports_gradient_checkpointing:
                 kind = self.model.config.text_config.model_type

@@ -1,0 +1,136 @@
+"""The chunked loss: what the whole one says, without its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_model_vlm import ANSWERED, batch_of
+from tiny_backbones import BACKBONES, make_backbone_parts
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mmllm.config import LoraConfig
+from mmllm.inference.engine import Engine
+from mmllm.model.build import build_model
+from mmllm.training.lora import add_lora
+from mmllm.training.losses import conversation_loss_sum, has_plain_head, head_loss_sum
+
+WHOLE = 10**9
+K, D, V = 60, 8, 50
+
+
+class _Largest(TorchDispatchMode):
+    """How large the largest tensor was that any operation made, in elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        made = [tensor.numel() for tensor in tree_leaves(out) if isinstance(tensor, Tensor)]
+        self.numel = max([self.numel, *made])
+        return out
+
+
+def saved_bytes(forward: Callable[[], Tensor]) -> int:
+    """What a forward keeps for its backward, each storage once."""
+    found: dict[int, int] = {}
+    kept = []  # so that no address is given out twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return sum(found.values())
+
+
+def gradients(module: nn.Module) -> Tensor:
+    return torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
+
+
+def assert_equal(one: Tensor, other: Tensor) -> None:
+    assert float((one - other).norm() / other.norm()) <= 1e-6
+
+
+def rows() -> tuple[nn.Linear, Tensor, Tensor]:
+    torch.manual_seed(0)
+    return nn.Linear(D, V, bias=False), torch.randn(K, D, requires_grad=True), torch.randint(0, V, (K,))
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 7, 20, K - 1])
+@pytest.mark.parametrize("is_trained", [True, False], ids=["head trained", "head frozen"])
+def test_chunks_give_the_loss_and_the_gradients_of_the_whole(chunk_tokens: int, is_trained: bool) -> None:
+    found = []
+    for size in (WHOLE, chunk_tokens):
+        head, hidden, targets = rows()
+        head.requires_grad_(is_trained)
+        loss = head_loss_sum(head, hidden, targets, chunk_tokens=size)
+        (loss / 3).backward()
+        found.append((loss.detach(), hidden.grad, head.weight.grad))
+    (loss_whole, hidden_whole, head_whole), (loss_chunks, hidden_chunks, head_chunks) = found
+    assert_equal(loss_chunks, loss_whole)
+    assert_equal(hidden_chunks, hidden_whole)
+    if is_trained:
+        assert_equal(head_chunks, head_whole)
+    else:
+        assert head_chunks is None
+
+
+def test_all_logits_never_live_at_once_neither_forward_nor_backward() -> None:
+    largest = {}
+    for size in (WHOLE, 10):
+        head, hidden, targets = rows()
+        with _Largest() as seen:
+            head_loss_sum(head, hidden, targets, chunk_tokens=size).backward()
+        largest[size] = seen.numel
+    assert largest == {WHOLE: K * V, 10: max(10 * V, K * D)}
+    kept = {size: saved_bytes(lambda size=size: head_loss_sum(*rows(), chunk_tokens=size)) for size in (WHOLE, 10)}
+    assert kept[WHOLE] >= 4 * K * V
+    assert kept[10] < kept[WHOLE] - 3 * K * V
+
+
+def test_a_head_without_a_gradient_to_make_keeps_nothing() -> None:
+    head, hidden, targets = rows()
+    with torch.no_grad():
+        loss = head_loss_sum(head, hidden, targets, chunk_tokens=10)
+    assert_equal(loss, head_loss_sum(head, hidden, targets, chunk_tokens=WHOLE).detach())
+    assert not loss.requires_grad
+
+
+@pytest.mark.parametrize("adapters", [None, "all-linear", "lm_head"])
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_every_llm_learns_the_same_in_chunks(kind: str, adapters: str | None, tiny_parts: Path, tmp_path: Path) -> None:
+    config = make_backbone_parts(tmp_path, kind, tiny_parts)
+    torch.manual_seed(0)
+    model, processor, _ = build_model(config)
+    head = model.get_output_embeddings()
+    is_plain = has_plain_head(model.language_model)
+    if adapters == "lm_head" and head.weight is model.get_input_embeddings().weight:
+        pytest.skip("peft does not adapt a head that is tied")
+    if adapters:
+        model.requires_grad_(False)
+        model.projector.requires_grad_(True)
+        targets = ("lm_head", "embed_out") if adapters == "lm_head" else adapters
+        add_lora(model, LoraConfig(rank=2, target_modules=targets))
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:
+                nn.init.normal_(parameter, std=0.1)
+    model.train()
+    batch = batch_of(Engine(model, processor, name="tiny"), *ANSWERED)
+    found = []
+    for size in (WHOLE, 3):
+        model.zero_grad()
+        loss = conversation_loss_sum(model, batch, plain_head=is_plain, chunk_tokens=size)
+        loss.backward()
+        found.append((loss.detach(), gradients(model)))
+    assert_equal(found[1][0], found[0][0])
+    assert_equal(found[1][1], found[0][1])
