@@ -171,6 +171,11 @@ class DataConfig(_Section):
         return any(source.streaming for source in self.train)
 
 
+def _parts_to_recompute(value: Any) -> Any:
+    """`true` is the LLM, which has nearly all the memory."""
+    return {True: ("language",), False: ()}[value] if isinstance(value, bool) else value
+
+
 class OptimConfig(_Section):
     """AdamW with cosine decay after a linear warm-up. `learning_rates` has one row for each trained part."""
 
@@ -186,7 +191,9 @@ class OptimConfig(_Section):
     beta2: Fraction = 0.999
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     precision: Precision = "fp32"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Annotated[
+        tuple[Literal["language", "vision"], ...], BeforeValidator(_parts_to_recompute)
+    ] = ()
     loss_chunk_tokens: PositiveInt | None = None  # rows of logits that live at once; default: by the vocabulary
 
 
@@ -220,6 +227,12 @@ class RunConfig(_Section):
     num_threads: PositiveInt | None = None  # CPU threads of one process; default: torch's own
     optim: OptimConfig
     log: LogConfig = LogConfig()
+
+    def check_memory_options(self) -> None:
+        """Raises ValueError for what a warm-up, whose models are small, does not have."""
+        for name in ("gradient_checkpointing", "loss_chunk_tokens"):
+            if getattr(self.optim, name):
+                raise ValueError(f"optim.{name} is for stage1 and stage2; {self.stage} has none, leave it out")
 
     def check_rates(self, parts: Iterable[str]) -> None:
         """Raises ValueError where the trained parts are not those that have a learning rate."""
@@ -268,6 +281,11 @@ class StageConfig(RunConfig):
             raise ValueError("vision_lora or vision_last_layers train the tower, but train does not list vision")
         if self.data.cache_features and "vision" in self.train:
             raise ValueError("data.cache_features keeps the frozen tower's output, but train lists vision")
+        if "vision" in self.optim.gradient_checkpointing and "vision" not in self.train:
+            raise ValueError(
+                "optim.gradient_checkpointing lists vision, but train does not: a frozen tower keeps nothing for "
+                "backward; leave it out"
+            )
         if self.model.language:
             _check_precision(self.model.language, self.optim, is_trained="language" in self.train and not self.lora)
         return self
@@ -286,6 +304,7 @@ class WarmupVisionConfig(RunConfig):
     @model_validator(mode="after")
     def _rates(self) -> WarmupVisionConfig:
         self.check_rates(["vision"])
+        self.check_memory_options()
         return self
 
 
@@ -319,6 +338,7 @@ class WarmupLanguageConfig(RunConfig):
     @model_validator(mode="after")
     def _rates(self) -> WarmupLanguageConfig:
         self.check_rates(["language"] if self.read_out is None else ["language", "read_out"])
+        self.check_memory_options()
         if isinstance(self.language, LanguageConfig):
             _check_precision(self.language, self.optim, is_trained=True)
         if isinstance(self.language, dict) and ("model_type" not in self.language or "source" in self.language):

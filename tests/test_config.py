@@ -247,7 +247,7 @@ def test_numbers_in_yaml_and_overrides_are_numbers(write: Any) -> None:
     assert config.optim.learning_rates["language"] == 2e-5
     assert isinstance(config.optim.learning_rates["language"], float)
     assert config.log.tensorboard is False
-    assert config.optim.gradient_checkpointing is True
+    assert config.optim.gradient_checkpointing == ("language",)
     assert load_config(path, ["out=runs/a=b"]).out == "runs/a=b"
 
 

@@ -5,12 +5,13 @@ Shapes: `N` images, `C H W` one image, `P` patches per image, `Dv` vision width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mmllm.config import ConfigError
 
@@ -61,6 +62,20 @@ class VisionTower(nn.Module):
         """The layers in the order in which they run, for training the last ones alone."""
         raise NotImplementedError
 
+    def checkpoint_layers(self) -> None:
+        """From now on a layer in training keeps its input alone, and runs again in backward.
+
+        Not left to the libraries: of one encoder they do it, of another they leave it out and say nothing. Raises
+        ConfigError where running twice is not the same as once.
+        """
+        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.modules()):
+            raise ConfigError(
+                f"optim.gradient_checkpointing: the encoder of {self.spec.source} has batch norm, which would count "
+                "every batch twice; take vision out of the list"
+            )
+        for block in self.blocks():
+            block.forward = _recomputed(block, block.forward)
+
     def _indices(self, num_layers: int) -> list[int]:
         """The layers to read, counted from 0. Raises ConfigError where there is no such layer."""
         for layer in self.spec.layers:
@@ -87,6 +102,15 @@ class LayeredTower(VisionTower):
     def fill(self, weights: Mapping[str, Tensor]) -> None:
         """Takes the weights of a whole encoder; what it has behind the last layer that is read is left out."""
         self.encoder.load_state_dict({key: weights[key] for key in self.encoder.state_dict()})
+
+
+def _recomputed(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not (block.training and torch.is_grad_enabled()):
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return run
 
 
 def concatenate(maps: Sequence[Tensor]) -> Tensor:

@@ -73,6 +73,10 @@ class FusedTower(VisionTower):
         blocks: list[nn.Module] = [nn.ModuleList(pair) for pair in pairs]
         return blocks[::-1]
 
+    def checkpoint_layers(self) -> None:
+        self.first.checkpoint_layers()
+        self.second.checkpoint_layers()
+
     def forward(self, pixels: Tensor) -> Tensor:  # [N, C, H, W] -> [N, P, Dv]
         one, two = self.first.spec, self.second.spec
         columns = [pixels.new_tensor(values).view(-1, 1, 1) for values in (one.mean, one.std, two.mean, two.std)]

@@ -77,11 +77,7 @@ class ConversationStage:
         if config.data.cache_features:
             self.features = FeatureCache(self.engine, self.examples, Path(config.out).parent / "cache")
         self.module: nn.Module = _ConversationLoss(self.model, config.optim.loss_chunk_tokens)
-        if config.optim.gradient_checkpointing:
-            if not self.model.language_model.supports_gradient_checkpointing:
-                kind = self.model.config.text_config.model_type
-                raise ConfigError(f"optim.gradient_checkpointing: {kind} cannot recompute its layers; leave it out")
-            self.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+        self._recompute_layers()
         self.parts = self._parts()
         self._set_modes()
 
@@ -118,6 +114,16 @@ class ConversationStage:
             raise ConfigError(f"vision_last_layers: {last_layers}, but the tower runs {len(blocks)} layers")
         for module in blocks[-last_layers:] if last_layers else [tower]:
             module.requires_grad_(True)
+
+    def _recompute_layers(self) -> None:
+        wanted, language_model = self.config.optim.gradient_checkpointing, self.model.language_model
+        if "language" in wanted:
+            if not language_model.supports_gradient_checkpointing:
+                kind = self.model.config.text_config.model_type
+                raise ConfigError(f"optim.gradient_checkpointing: {kind} cannot recompute its layers; leave it out")
+            language_model.gradient_checkpointing_enable({"use_reentrant": False})
+        if "vision" in wanted:
+            self.model.vision_tower.checkpoint_layers()
 
     def _set_modes(self) -> None:
         """Training mode, also for a frozen LLM (only then are gradients checkpointed); not for a frozen tower."""

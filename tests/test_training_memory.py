@@ -1,0 +1,107 @@
+"""Gradient checkpointing of LLM and tower: less is kept for backward, and the gradients are the same."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_model_vision import ENCODERS as OPEN_CLIP
+from test_model_vision import spec_of
+from test_model_vision_transformers import OPTIONS as TRANSFORMERS
+from test_model_vision_transformers import SIDE_PX
+from test_training_losses import saved_bytes
+from tiny_runs import settings_of, train_in_process
+from torch import Tensor
+
+from mmllm.config import ConfigError
+from mmllm.model.tower import TowerSpec
+from mmllm.model.vision import FusedTower, build_tower
+from mmllm.training.stages import ConversationStage
+
+TRAIN_ALL = ("train=[vision,projector,language]",
+             "optim.learning_rates={vision: 0.01, projector: 0.01, language: 0.01}")  # fmt: skip
+
+
+def _transformers_spec(kind: str, layer: int | tuple[int, ...] = -1) -> TowerSpec:
+    config = {"model_type": kind, **TRANSFORMERS[kind]}
+    return TowerSpec(config, layer, SIDE_PX, (0.5,) * 3, (0.5,) * 3, "bicubic", "a test", "transformers")
+
+
+def _fused() -> FusedTower:
+    return FusedTower.join(build_tower(spec_of(OPEN_CLIP["vit"], -1)), build_tower(_transformers_spec("dinov2")))
+
+
+TOWERS: dict[str, Any] = {
+    **{f"open_clip {kind}": lambda cfg=cfg: build_tower(spec_of(cfg, -1)) for kind, cfg in OPEN_CLIP.items()
+       if kind != "resnet"},
+    **{f"transformers {kind}": lambda kind=kind: build_tower(_transformers_spec(kind)) for kind in TRANSFORMERS},
+    "transformers, two layers read": lambda: build_tower(_transformers_spec("clip_vision_model", (-1, -2))),
+    "open_clip, two layers read": lambda: build_tower(replace(spec_of(OPEN_CLIP["vit"], -1), layer=(-1, -3))),
+    "fused": _fused,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TOWERS)
+def test_every_tower_recomputes_the_same_gradients_and_keeps_less(kind: str) -> None:
+    torch.manual_seed(0)
+    tower = TOWERS[kind]().train()
+    side = tower.spec.image_size_px
+    pixels = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    found: list[tuple[int, dict[str, Tensor]]] = []
+    for recomputes in (False, True):
+        if recomputes:
+            tower.checkpoint_layers()
+        tower.zero_grad()
+        kept = saved_bytes(lambda: tower(pixels).square().sum())
+        torch.manual_seed(1)  # DINOv3 shakes its positions in training
+        tower(pixels).square().sum().backward()
+        found.append((kept, {name: p.grad.clone() for name, p in tower.named_parameters() if p.grad is not None}))
+    (plain_bytes, plain), (bytes_, recomputed) = found
+    assert plain
+    torch.testing.assert_close(recomputed, plain, rtol=1e-6, atol=1e-7)
+    assert bytes_ < 0.6 * plain_bytes
+
+
+def test_batch_norm_is_not_run_twice() -> None:
+    with pytest.raises(ConfigError, match="has batch norm, which would count every batch twice"):
+        build_tower(spec_of(OPEN_CLIP["resnet"], -1)).checkpoint_layers()
+
+
+@pytest.mark.parametrize("adapters", [(), ("lora={rank: 2}", "vision_lora={rank: 2}"), ("vision_last_layers=1",)])
+def test_llm_and_tower_are_recomputed_apart_and_learn_the_same(
+    adapters: tuple[str, ...], tiny_runs: Path, tmp_path: Path
+) -> None:
+    kept, gradients = {}, {}
+    for parts in ("[]", "[language]", "[vision]", "[language, vision]", "true"):
+        setting = f"optim.gradient_checkpointing={parts}"
+        stage = ConversationStage(settings_of(tiny_runs / "stage2.yaml", tmp_path, *TRAIN_ALL, *adapters, setting))
+        for name, parameter in stage.model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.constant_(parameter, 0.01)
+        batch = stage.batch([0, 1, 10])
+        kept[parts] = saved_bytes(lambda stage=stage, batch=batch: stage.module(batch))
+        stage.module(batch).backward()
+        gradients[parts] = {name: p.grad for named in stage.parts.values() for name, p in named}
+    assert kept["[language, vision]"] < min(kept["[language]"], kept["[vision]"]) < kept["[]"]
+    assert kept["true"] == kept["[language]"] < kept["[]"]
+    assert kept["[vision]"] < kept["[]"]
+    for found in gradients.values():
+        torch.testing.assert_close(found, gradients["[]"], rtol=1e-5, atol=1e-6)
+
+
+def test_only_what_keeps_something_is_recomputed(tiny_runs: Path, tmp_path: Path) -> None:
+    path = tiny_runs / "stage2.yaml"
+    with pytest.raises(ConfigError, match=r"gradient_checkpointing lists vision, but train does not"):
+        settings_of(path, tmp_path, "optim.gradient_checkpointing=[vision]")
+    with pytest.raises(ConfigError, match=r"gradient_checkpointing.*projector"):
+        settings_of(path, tmp_path, "optim.gradient_checkpointing=[projector]")
+
+
+def test_a_run_recomputes_both(tiny_runs: Path, tmp_path: Path) -> None:
+    short = (*TRAIN_ALL, "optim.max_steps=2", "optim.precision=bf16")
+    train_in_process(
+        tiny_runs / "stage2.yaml", tmp_path / "out", *short, "optim.gradient_checkpointing=[language, vision]"
+    )
