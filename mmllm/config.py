@@ -181,6 +181,8 @@ class OptimConfig(_Section):
 
     kind: Literal["adamw", "muon"] = "adamw"
     learning_rates: dict[str, Annotated[float, Field(gt=0)]]
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | dict[str, Annotated[float, Field(gt=0, le=1)]] = 1.0
+    rates_of: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)  # pattern of names: rate
     matrix_learning_rate: Annotated[float, Field(gt=0)] = 0.02  # muon only: that of hidden matrices
     max_steps: PositiveInt
     batch_size: PositiveInt  # examples of one rank and micro-step
@@ -230,8 +232,8 @@ class RunConfig(_Section):
 
     def check_memory_options(self) -> None:
         """Raises ValueError for what a warm-up, whose models are small, does not have."""
-        for name in ("gradient_checkpointing", "loss_chunk_tokens"):
-            if getattr(self.optim, name):
+        for name in ("gradient_checkpointing", "loss_chunk_tokens", "layer_decay"):
+            if getattr(self.optim, name) != OptimConfig.model_fields[name].default:
                 raise ValueError(f"optim.{name} is for stage1 and stage2; {self.stage} has none, leave it out")
 
     def check_rates(self, parts: Iterable[str]) -> None:
@@ -266,6 +268,7 @@ class StageConfig(RunConfig):
     model: ModelConfig
     data: DataConfig
     train: Annotated[tuple[Literal["vision", "projector", "language"], ...], Field(min_length=1)]
+    freeze: tuple[str, ...] = ()  # patterns of names: of the parts in `train`, what is not trained after all
     vision_last_layers: PositiveInt | None = None  # of a trained tower, how many layers are; default: all of it
     lora: LoraConfig | None = None  # of the LLM
     vision_lora: LoraConfig | None = None  # of the tower
@@ -273,6 +276,10 @@ class StageConfig(RunConfig):
     @model_validator(mode="after")
     def _combination(self) -> StageConfig:
         self.check_rates(self.train)
+        if isinstance(self.optim.layer_decay, dict) and (unknown := set(self.optim.layer_decay) - set(self.train)):
+            raise ValueError(
+                f"optim.layer_decay has {sorted(unknown)}, but train lists {sorted(self.train)}; give parts of train"
+            )
         if self.lora and "language" not in self.train:
             raise ValueError("lora adapts the LLM, but train does not list language")
         if self.vision_lora and self.vision_last_layers:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny_backbones import BACKBONES, make_backbone_parts
+from tiny_runs import losses_of, settings_of, train_in_process, weights_of
 from torch import nn
 
-from mmllm.config import OptimConfig
+from mmllm.config import ConfigError, OptimConfig
+from mmllm.model.build import build_model
+from mmllm.training.layers import depths
 from mmllm.training.optim import build_optimizers, gradient_norm, rate_factor, set_learning_rates
+from mmllm.training.stages import ConversationStage
 
 
 def settings(**options: Any) -> OptimConfig:
@@ -72,3 +78,88 @@ def test_the_gradient_norm_is_over_all_and_zero_without_any() -> None:
     assert float(gradient_norm([one, other])) == 3
     other.grad = torch.tensor([4.0])
     assert float(gradient_norm([one, other])) == 5
+
+
+ALL = ("train=[vision,projector,language]", "optim.learning_rates={vision: 0.1, projector: 0.2, language: 0.4}")
+
+
+def rates_by_name(stage: ConversationStage) -> dict[str, float]:
+    names = {id(p): name for name, p in stage.model.named_parameters()}
+    optimizers = build_optimizers(stage.parts, stage.config.optim, depths=stage.depths)
+    return {names[id(p)]: g["peak"] for o in optimizers for g in o.param_groups for p in g["params"]}
+
+
+@pytest.mark.parametrize("adapters", [(), ("lora={rank: 2}", "vision_lora={rank: 2}")])
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_each_layer_below_the_top_learns_slower(
+    kind: str, adapters: tuple[str, ...], tiny_runs: Path, tmp_path: Path
+) -> None:
+    options = (*ALL, "optim.layer_decay={vision: 0.5, language: 0.1}", f"optim.kind={kind}", *adapters)
+    stage = ConversationStage(
+        settings_of(tiny_runs / "stage2.yaml", tmp_path, *options, "optim.matrix_learning_rate=0.8")
+    )
+    rates = rates_by_name(stage)
+    assert rates.keys() == {name for named in stage.parts.values() for name, _ in named}
+    places = {
+        "vision_tower.": {"resblocks.1.": 1, "resblocks.0.": 0.5, "encoder.conv1": 0.25, "encoder.class_emb": 0.25},
+        "projector.": {"": 1},
+        "language_model.": {"lm_head": 1, "model.norm": 1, "layers.1.": 1, "layers.0.": 0.1, "embed_tokens": 0.01},
+    }
+    for part, base in (("vision", 0.1), ("projector", 0.2), ("language", 0.4)):
+        for name, parameter in stage.parts[part]:
+            prefix = next(prefix for prefix in places if name.startswith(prefix))
+            factors = [factor for place, factor in places[prefix].items() if place in name]
+            is_matrix = kind == "muon" and parameter.ndim == 2 and "embed" not in name and "lm_head" not in name
+            expected = factors[0] if factors else 0.25
+            assert rates[name] == pytest.approx((0.8 if is_matrix else base) * expected), name
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_every_llm_has_as_many_depths_as_layers_and_embeddings(kind: str, tiny_parts: Path, tmp_path: Path) -> None:
+    model, _, _ = build_model(make_backbone_parts(tmp_path, kind, tiny_parts))
+    found = depths(model)
+    layers = model.config.text_config.num_hidden_layers
+    language = {name: depth for name, depth in found.items() if name.startswith("language_model.")}
+    assert set(language.values()) == set(range(layers + 1))
+    assert {depth for name, depth in language.items() if "emb" in name or "wte" in name} == {layers}
+    assert {depth for name, depth in language.items() if "layers." not in name and "norm" in name} <= {0}
+
+
+def test_a_pattern_gives_its_rate_in_place_of_the_part_s(tiny_runs: Path, tmp_path: Path) -> None:
+    patterns = "optim.rates_of={'language_model.lm_head.*': 0.7, '*.embed_tokens.weight': 0.9}"
+    stage = ConversationStage(settings_of(tiny_runs / "stage2.yaml", tmp_path, patterns, "optim.layer_decay=0.5"))
+    rates = rates_by_name(stage)
+    assert rates["language_model.lm_head.weight"] == 0.7
+    assert rates["language_model.model.embed_tokens.weight"] == 0.9
+    assert rates["language_model.model.layers.0.mlp.up_proj.weight"] == 0.01 * 0.5
+    out = train_in_process(tiny_runs / "stage2.yaml", tmp_path / "out", patterns, "optim.max_steps=1")
+    assert losses_of(out)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.rates_of={'lm_head': 0.1}", "optim.rates_of: 'lm_head' matches no trained parameter"),
+        ("optim.rates_of={'vision_tower.*': 0.1}", "optim.rates_of: 'vision_tower..' matches no trained parameter"),
+        ("optim.rates_of={'*lm_head*': 0.1, 'language*': 0.2}", "both match language_model.lm_head.weight"),
+        ("freeze=['*nothing*']", "freeze: '.nothing.' matches no trained parameter"),
+        ("freeze=['projector.*']", "freeze leaves nothing of projector to train"),
+        ("optim.layer_decay={vision: 0.5}", r"optim.layer_decay has \['vision'\], but train lists"),
+        ("optim.layer_decay=1.5", "optim.layer_decay"),
+    ],
+)
+def test_what_names_nothing_or_twice_is_refused(override: str, message: str, tiny_runs: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        rates_by_name(ConversationStage(settings_of(tiny_runs / "stage2.yaml", tmp_path, override)))
+
+
+def test_what_is_frozen_by_name_stays_as_it_was(tiny_runs: Path, tmp_path: Path) -> None:
+    frozen = "freeze=['*embed_tokens*', 'language_model.*.layers.0.*']"
+    before = weights_of(train_in_process(tiny_runs / "stage2.yaml", tmp_path / "one", frozen, "optim.max_steps=1"))
+    after = weights_of(train_in_process(tiny_runs / "stage2.yaml", tmp_path / "two", frozen, "optim.max_steps=2"))
+    still = {name for name in before if torch.equal(before[name], after[name])}
+    assert still == {
+        name
+        for name in before
+        if name.startswith("vision_tower.") or "embed_tokens" in name or "model.layers.0." in name
+    }

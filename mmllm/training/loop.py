@@ -7,7 +7,7 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -44,6 +44,8 @@ class Stage(Protocol):
     def num_examples(self) -> int | None: ...  # None where they are streamed
     @property
     def parts(self) -> Parts: ...
+    @property
+    def depths(self) -> Mapping[str, int]: ...  # of each trained parameter below the top of its part
 
     def order(self, batch_size: int) -> Orders: ...
     def batch(self, indices: Sequence[Any]) -> Any: ...  # Items of the order
@@ -119,7 +121,7 @@ class Run:
         if len(self.trained) != sum(len(named) for named in stage.parts.values()):
             raise ValueError("a parameter stands in two parts of a stage")
         self.module = accelerator.prepare(stage.module)
-        self.optimizers = build_optimizers(stage.parts, config.optim)
+        self.optimizers = build_optimizers(stage.parts, config.optim, depths=stage.depths)
         optim = config.optim
         self.global_batch = optim.batch_size * optim.accumulate_steps * accelerator.num_processes
         self.order = stage.order(self.global_batch)

@@ -1,14 +1,16 @@
-"""Optimizers and the learning-rate schedule. Each trained part has a learning rate of its own."""
+"""Optimizers and the learning-rate schedule. Each trained part has a learning rate of its own, or each layer."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mmllm.config import OptimConfig
+from mmllm.config import ConfigError, OptimConfig
 
 Parts = Mapping[str, Sequence[tuple[str, nn.Parameter]]]  # part -> its trained parameters with their names
 
@@ -23,31 +25,72 @@ def _is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim == 2 and not any(word in name for word in outer)
 
 
-def build_optimizers(parts: Parts, config: OptimConfig) -> list[torch.optim.Optimizer]:
+def match(patterns: Sequence[str], names: Sequence[str], *, setting: str) -> dict[str, str]:
+    """The pattern that matches each name, for names that one does: `*` and `?` as in a shell, over the whole name.
+
+    Raises ConfigError for a pattern that matches no name, and for a name that two match: order decides nothing.
+    """
+    found: dict[str, str] = {}
+    for pattern in patterns:
+        matched = [name for name in names if fnmatchcase(name, pattern)]
+        if not matched:
+            shown = ", ".join([*names[:2], *names[-2:]])
+            raise ConfigError(f"{setting}: {pattern!r} matches no trained parameter; their names are such as {shown}")
+        for name in matched:
+            if name in found:
+                raise ConfigError(f"{setting}: {found[name]!r} and {pattern!r} both match {name}; make them exclusive")
+            found[name] = pattern
+    return found
+
+
+def parameter_rates(parts: Parts, config: OptimConfig, depths: Mapping[str, int]) -> dict[str, float]:
+    """The peak learning rate of every trained parameter by its name.
+
+    That of `rates_of`, or else its part's (Muon's matrices have their own), times `layer_decay` for each layer between
+    it and the top of its part, as in BEiT (https://arxiv.org/abs/2106.08254). Raises ConfigError.
+    """
+    names = [name for named in parts.values() for name, _ in named]
+    special = match(list(config.rates_of), names, setting="optim.rates_of")
+    rates = {}
+    for part, named in parts.items():
+        decay = config.layer_decay if isinstance(config.layer_decay, float) else config.layer_decay.get(part, 1.0)
+        for name, parameter in named:
+            is_matrix = config.kind == "muon" and _is_hidden_matrix(name, parameter)
+            rate = config.matrix_learning_rate if is_matrix else config.learning_rates[part]
+            rates[name] = config.rates_of[special[name]] if name in special else rate * decay ** depths.get(name, 0)
+    return rates
+
+
+def build_optimizers(
+    parts: Parts, config: OptimConfig, *, depths: Mapping[str, int] | None = None
+) -> list[torch.optim.Optimizer]:
     """AdamW over all parts, or Muon on hidden matrices and AdamW on the rest.
 
     Muon: https://kellerjordan.github.io/posts/muon/
 
-    Every parameter group carries `peak`, the learning rate that the schedule scales.
+    Every parameter group carries `peak`, the learning rate that the schedule scales. `depths` are those of
+    `mmllm.training.layers`. Raises ConfigError for patterns that fit no parameter.
     """
-    adam_groups: list[dict[str, object]] = []
-    matrices: list[nn.Parameter] = []
+    rates = parameter_rates(parts, config, depths or {})
+    groups: dict[tuple[str, bool, float], list[nn.Parameter]] = {}
+    matrices: dict[float, list[nn.Parameter]] = {}
     for part, named in parts.items():
-        rate = config.learning_rates[part]
-        rest = list(named)
-        if config.kind == "muon":
-            matrices += [p for name, p in rest if _is_hidden_matrix(name, p)]
-            rest = [(name, p) for name, p in rest if not _is_hidden_matrix(name, p)]
-        for decayed in (True, False):
-            chosen = [p for _, p in rest if _is_decayed(p) == decayed]
-            if chosen:
-                decay = config.weight_decay if decayed else 0.0
-                adam_groups.append({"params": chosen, "lr": rate, "peak": rate, "weight_decay": decay, "part": part})
+        for is_decayed in (True, False):
+            for name, parameter in named:
+                if _is_decayed(parameter) != is_decayed:
+                    continue
+                if config.kind == "muon" and _is_hidden_matrix(name, parameter):
+                    matrices.setdefault(rates[name], []).append(parameter)
+                else:
+                    groups.setdefault((part, is_decayed, rates[name]), []).append(parameter)
+    adam_groups: list[dict[str, Any]] = [
+        {"params": chosen, "lr": rate, "peak": rate, "weight_decay": config.weight_decay * is_decayed, "part": part}
+        for (part, is_decayed, rate), chosen in groups.items()
+    ]
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(adam_groups, betas=(0.9, config.beta2))]
     if matrices:
-        rate = config.matrix_learning_rate
-        group = {"params": matrices, "lr": rate, "peak": rate, "part": "matrices"}
-        optimizers.append(torch.optim.Muon([group], weight_decay=config.weight_decay))
+        muon = [{"params": some, "lr": rate, "peak": rate, "part": "matrices"} for rate, some in matrices.items()]
+        optimizers.append(torch.optim.Muon(muon, weight_decay=config.weight_decay))
     return optimizers
 
 

@@ -24,9 +24,11 @@ from mmllm.model.checkpoint import save_checkpoint
 from mmllm.training.card import model_card
 from mmllm.training.data import TrainingData
 from mmllm.training.features import FeatureCache
+from mmllm.training.layers import depths
 from mmllm.training.loop import Stage
 from mmllm.training.lora import add_lora, add_tower_lora
 from mmllm.training.losses import conversation_loss_sum, has_plain_head
+from mmllm.training.optim import match
 from mmllm.training.order import Item, Orders
 from mmllm.training.warmup_language import WarmupLanguage
 from mmllm.training.warmup_vision import WarmupVision
@@ -79,6 +81,7 @@ class ConversationStage:
         self.module: nn.Module = _ConversationLoss(self.model, config.optim.loss_chunk_tokens)
         self._recompute_layers()
         self.parts = self._parts()
+        self.depths = depths(self.model) if config.optim.layer_decay != 1.0 else {}
         self._set_modes()
 
     def _freeze(self) -> None:
@@ -101,6 +104,13 @@ class ConversationStage:
                 add_lora(self.model, self.config.lora)
             else:
                 self.model.language_model.requires_grad_(True)
+        self._freeze_named()
+
+    def _freeze_named(self) -> None:
+        """What `freeze` matches gets no gradient."""
+        trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        for name in match(self.config.freeze, list(trained), setting="freeze"):
+            trained[name].requires_grad_(False)
 
     def _unfreeze_tower(self, last_layers: int | None) -> None:
         tower = self.model.vision_tower
@@ -134,10 +144,12 @@ class ConversationStage:
         prefixes = {
             "vision": "vision_tower.", "projector": ("projector.", "image_newline"), "language": "language_model.",
         }  # fmt: skip
-        return {
-            part: [(n, p) for n, p in self.model.named_parameters() if p.requires_grad and n.startswith(prefixes[part])]
-            for part in self.config.train
-        }
+        trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        parts: dict[str, list[tuple[str, nn.Parameter]]] = {}
+        parts |= {part: [(n, p) for n, p in trained if n.startswith(prefixes[part])] for part in self.config.train}
+        if empty := [part for part, named in parts.items() if not named]:
+            raise ConfigError(f"freeze leaves nothing of {' and '.join(empty)} to train; take the part out of train")
+        return parts
 
     def _collate(self, examples: Sequence[Example], features: FeatureCache | None) -> Batch:
         rendered = [self.engine.renderer.render_example(example) for example in examples]

@@ -200,6 +200,7 @@ class WarmupLanguage:
             self.val_rows = self._render(pool, "val", config.num_val_descriptions)
         self.module: nn.Module = _LanguageLoss(self.model, config)
         self.parts = {"language": list(self.model.named_parameters())}
+        self.depths: dict[str, int] = {}
         if self.module.read_out is not None:
             self.parts["read_out"] = list(self.module.read_out.named_parameters("read_out"))
         self.num_examples = len(self.rows)
