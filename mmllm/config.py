@@ -171,6 +171,9 @@ class DataConfig(_Section):
         return any(source.streaming for source in self.train)
 
 
+BITSANDBYTES_KINDS = ("adamw8bit", "paged_adamw", "paged_adamw8bit")  # of optimizers
+
+
 def _parts_to_recompute(value: Any) -> Any:
     """`true` is the LLM, which has nearly all the memory."""
     return {True: ("language",), False: ()}[value] if isinstance(value, bool) else value
@@ -179,7 +182,7 @@ def _parts_to_recompute(value: Any) -> Any:
 class OptimConfig(_Section):
     """AdamW with cosine decay after a linear warm-up. `learning_rates` has one row for each trained part."""
 
-    kind: Literal["adamw", "muon"] = "adamw"
+    kind: Literal["adamw", "muon", "adamw8bit", "paged_adamw", "paged_adamw8bit"] = "adamw"
     learning_rates: dict[str, Annotated[float, Field(gt=0)]]
     layer_decay: Annotated[float, Field(gt=0, le=1)] | dict[str, Annotated[float, Field(gt=0, le=1)]] = 1.0
     rates_of: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)  # pattern of names: rate

@@ -13,9 +13,10 @@ from torch import nn
 
 from mmllm.config import ConfigError, OptimConfig
 from mmllm.model.build import build_model
+from mmllm.training import machine
 from mmllm.training.layers import depths
 from mmllm.training.optim import build_optimizers, gradient_norm, rate_factor, set_learning_rates
-from mmllm.training.stages import ConversationStage
+from mmllm.training.stages import ConversationStage, build_stage
 
 
 def settings(**options: Any) -> OptimConfig:
@@ -163,3 +164,41 @@ def test_what_is_frozen_by_name_stays_as_it_was(tiny_runs: Path, tmp_path: Path)
         for name in before
         if name.startswith("vision_tower.") or "embed_tokens" in name or "model.layers.0." in name
     }
+
+
+def test_eight_bits_learn_what_thirty_two_do_with_a_quarter_of_the_state(tiny_runs: Path, tmp_path: Path) -> None:
+    losses = {}
+    for kind in ("adamw", "adamw8bit"):
+        losses[kind] = losses_of(train_in_process(tiny_runs / "stage2.yaml", tmp_path / kind, f"optim.kind={kind}"))
+    assert losses["adamw8bit"] == pytest.approx(losses["adamw"], rel=0.02)
+    assert losses["adamw8bit"][-1] < losses["adamw8bit"][0]
+
+    parameter = nn.Parameter(torch.randn(128, 64))
+    config = settings(kind="adamw8bit", learning_rates={"language": 0.01})
+    [optimizer] = build_optimizers({"language": [("weight", parameter)]}, config)
+    parameter.square().sum().backward()
+    optimizer.step()
+    assert {optimizer.state[parameter][name].dtype for name in ("state1", "state2")} == {torch.uint8}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="pages where there is a GPU")
+@pytest.mark.parametrize("kind", ["paged_adamw", "paged_adamw8bit"])
+def test_paging_without_a_gpu_is_refused_before_anything_loads(kind: str, tiny_runs: Path, tmp_path: Path) -> None:
+    config = settings_of(
+        tiny_runs / "stage2.yaml", tmp_path, f"optim.kind={kind}", "model.language.source=/nothing/here"
+    )
+    with pytest.raises(ConfigError, match=f"shows no CUDA GPU; use optim.kind={kind.removeprefix('paged_')}"):
+        build_stage(config)
+
+
+def test_a_package_that_is_missing_is_named_before_anything_loads(
+    tiny_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "find_spec", lambda name: None)
+    config = settings_of(
+        tiny_runs / "stage2.yaml", tmp_path, "optim.kind=adamw8bit", "model.language.source=/nothing/here"
+    )
+    with pytest.raises(
+        ConfigError, match=r"optim.kind=adamw8bit needs the package bitsandbytes: pip install 'mmllm\[quant"
+    ):
+        build_stage(config)

@@ -87,7 +87,7 @@ def test_a_killed_run_with_dropout_ends_in_the_same_weights(tiny_runs: Path, tmp
     assert losses_of(undropped) != losses_of(out), "dropout was at work"
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("kind", ["adamw", "muon", "adamw8bit"])
 def test_an_interrupted_run_goes_on_where_it_stopped(
     tiny_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmllm.config import ConfigError, OptimConfig
+from mmllm.config import BITSANDBYTES_KINDS, ConfigError, OptimConfig
 
 Parts = Mapping[str, Sequence[tuple[str, nn.Parameter]]]  # part -> its trained parameters with their names
 
@@ -64,9 +64,9 @@ def parameter_rates(parts: Parts, config: OptimConfig, depths: Mapping[str, int]
 def build_optimizers(
     parts: Parts, config: OptimConfig, *, depths: Mapping[str, int] | None = None
 ) -> list[torch.optim.Optimizer]:
-    """AdamW over all parts, or Muon on hidden matrices and AdamW on the rest.
+    """AdamW over all parts, whole or bitsandbytes' in 8 bits, or Muon on hidden matrices and AdamW on the rest.
 
-    Muon: https://kellerjordan.github.io/posts/muon/
+    Muon: https://kellerjordan.github.io/posts/muon/, 8 bits: https://arxiv.org/abs/2110.02861
 
     Every parameter group carries `peak`, the learning rate that the schedule scales. `depths` are those of
     `mmllm.training.layers`. Raises ConfigError for patterns that fit no parameter.
@@ -87,11 +87,22 @@ def build_optimizers(
         {"params": chosen, "lr": rate, "peak": rate, "weight_decay": config.weight_decay * is_decayed, "part": part}
         for (part, is_decayed, rate), chosen in groups.items()
     ]
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(adam_groups, betas=(0.9, config.beta2))]
+    optimizers = [_adamw(config.kind)(adam_groups, betas=(0.9, config.beta2))]
     if matrices:
         muon = [{"params": some, "lr": rate, "peak": rate, "part": "matrices"} for rate, some in matrices.items()]
         optimizers.append(torch.optim.Muon(muon, weight_decay=config.weight_decay))
     return optimizers
+
+
+def _adamw(kind: str) -> Any:
+    """The class of an optimizer. Of weights under 4096 elements bitsandbytes keeps the state in fp32."""
+    if kind not in BITSANDBYTES_KINDS:
+        return torch.optim.AdamW
+    from bitsandbytes import optim  # mmllm/training/machine.py has looked whether it is there
+
+    return {"adamw8bit": optim.AdamW8bit, "paged_adamw": optim.PagedAdamW, "paged_adamw8bit": optim.PagedAdamW8bit}[
+        kind
+    ]
 
 
 def rate_factor(step: int, config: OptimConfig) -> float:

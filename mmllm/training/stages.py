@@ -28,6 +28,7 @@ from mmllm.training.layers import depths
 from mmllm.training.loop import Stage
 from mmllm.training.lora import add_lora, add_tower_lora
 from mmllm.training.losses import conversation_loss_sum, has_plain_head
+from mmllm.training.machine import check_machine
 from mmllm.training.optim import match
 from mmllm.training.order import Item, Orders
 from mmllm.training.warmup_language import WarmupLanguage
@@ -272,4 +273,5 @@ def build_stage(config: RunConfig) -> Stage:
     """The stage of a run's settings, with everything loaded and checked. Raises ConfigError or DataError."""
     if config.stage not in STAGES:
         raise ConfigError(f"stage: {config.stage!r} is not known; allowed: {', '.join(STAGES)}")
+    check_machine(config)
     return STAGES[config.stage](config)

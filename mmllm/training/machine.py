@@ -1,0 +1,26 @@
+"""What a run's settings ask of this machine: packages, a GPU, a compiler. Looked at before anything loads."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+
+from mmllm.config import BITSANDBYTES_KINDS, ConfigError, RunConfig
+
+
+def check_machine(config: RunConfig) -> None:
+    """Raises ConfigError for what is missing here, with the setting that asks for it and what to do."""
+    kind = config.optim.kind
+    if kind in BITSANDBYTES_KINDS:
+        _need_package("bitsandbytes", "quant", f"optim.kind={kind}")
+    if kind.startswith("paged_") and not torch.cuda.is_available():
+        raise ConfigError(
+            f"optim.kind={kind} pages its state between GPU and main memory, and this machine shows no CUDA GPU; use "
+            f"optim.kind={kind.removeprefix('paged_')}"
+        )
+
+
+def _need_package(package: str, extra: str, setting: str) -> None:
+    if find_spec(package) is None:
+        raise ConfigError(f"{setting} needs the package {package}: pip install 'mmllm[{extra}]', or leave it out")
