@@ -209,6 +209,14 @@ class LoraConfig(_Section):
     alpha: Annotated[float, Field(gt=0)] = 32
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: str | tuple[str, ...] = "all-linear"
+    dora: bool = False  # direction and length of the weights apart: https://arxiv.org/abs/2402.09353
+    rslora: bool = False  # scaled by alpha / sqrt(rank) and not alpha / rank: https://arxiv.org/abs/2312.03732
+
+
+class LanguageLoraConfig(LoraConfig):
+    """Of the LLM. `quantise`: what the adapters lie on is held in few bits while they are trained."""
+
+    quantise: Literal["nf4", "int8"] | None = None
 
 
 class LogConfig(_Section):
@@ -273,7 +281,7 @@ class StageConfig(RunConfig):
     train: Annotated[tuple[Literal["vision", "projector", "language"], ...], Field(min_length=1)]
     freeze: tuple[str, ...] = ()  # patterns of names: of the parts in `train`, what is not trained after all
     vision_last_layers: PositiveInt | None = None  # of a trained tower, how many layers are; default: all of it
-    lora: LoraConfig | None = None  # of the LLM
+    lora: LanguageLoraConfig | None = None  # of the LLM
     vision_lora: LoraConfig | None = None  # of the tower
 
     @model_validator(mode="after")

@@ -42,6 +42,8 @@ def add_lora(model: VisionLanguageModel, config: LoraConfig) -> None:
         target_modules=targets,
         exclude_modules=_BYPASSED.get(model.config.text_config.model_type),
         trainable_token_indices=_trained_rows(model),
+        use_dora=config.dora,
+        use_rslora=config.rslora,
         task_type="CAUSAL_LM",
     )
     try:
@@ -49,6 +51,23 @@ def add_lora(model: VisionLanguageModel, config: LoraConfig) -> None:
             model.language_model = peft.get_peft_model(model.language_model, settings)
     except ValueError as error:
         raise ConfigError(f"lora.target_modules: {error}") from error
+
+
+def move_adapters(model: VisionLanguageModel, language_model: Any, config: LoraConfig) -> None:
+    """Lays the trained adapters on another LLM, which is the same in full precision, and puts it into the model.
+
+    Everything goes to the main memory: a GPU that held the LLM in few bits may be too small for it.
+    """
+    import peft
+
+    trained = peft.get_peft_model_state_dict(model.language_model, save_embedding_layers=False)
+    model.language_model = language_model
+    model.to("cpu")
+    add_lora(model, config)
+    with quiet_peft():
+        report = peft.set_peft_model_state_dict(model.language_model, trained)
+    lost = [name for name in report.missing_keys if ".lora_" in name] + list(report.unexpected_keys)
+    assert not lost, lost
 
 
 def add_tower_lora(tower: VisionTower, config: LoraConfig) -> Any:
@@ -71,7 +90,12 @@ def add_tower_lora(tower: VisionTower, config: LoraConfig) -> Any:
         kinds = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear})) or "none"
         raise ConfigError(f"vision_lora.target_modules: {targets} finds no linear layer of the tower; it has {kinds}")
     settings = peft.LoraConfig(
-        r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=names
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=names,
+        use_dora=config.dora,
+        use_rslora=config.rslora,
     )
     with quiet_peft():
         return peft.LoraModel(tower, settings, "default")

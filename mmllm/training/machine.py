@@ -19,6 +19,11 @@ def check_machine(config: RunConfig) -> None:
             f"optim.kind={kind} pages its state between GPU and main memory, and this machine shows no CUDA GPU; use "
             f"optim.kind={kind.removeprefix('paged_')}"
         )
+    lora = getattr(config, "lora", None)
+    if lora or getattr(config, "vision_lora", None):
+        _need_package("peft", "lora", "lora" if lora else "vision_lora")
+    if lora and lora.quantise:
+        _need_package("bitsandbytes", "quant", f"lora.quantise={lora.quantise}")
 
 
 def _need_package(package: str, extra: str, setting: str) -> None:

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from mmllm.batch import Batch, Example, ImageRef
-from mmllm.config import ConfigError, RunConfig, StageConfig, WarmupLanguageConfig, WarmupVisionConfig
+from mmllm.config import (
+    ConfigError,
+    LanguageLoraConfig,
+    RunConfig,
+    StageConfig,
+    WarmupLanguageConfig,
+    WarmupVisionConfig,
+)
 from mmllm.config_file import dump_config
 from mmllm.data.chat import ChatError
 from mmllm.data.collate import collate
@@ -21,12 +28,15 @@ from mmllm.inference.golden import load_verified, make_golden
 from mmllm.model.adapter import describe_base, merge_adapter
 from mmllm.model.build import build_model
 from mmllm.model.checkpoint import save_checkpoint
+from mmllm.model.processor import VisionLanguageProcessor
+from mmllm.model.quantise import quantise_language
+from mmllm.model.vlm import VisionLanguageModel
 from mmllm.training.card import model_card
 from mmllm.training.data import TrainingData
 from mmllm.training.features import FeatureCache
 from mmllm.training.layers import depths
 from mmllm.training.loop import Stage
-from mmllm.training.lora import add_lora, add_tower_lora
+from mmllm.training.lora import add_lora, add_tower_lora, move_adapters
 from mmllm.training.losses import conversation_loss_sum, has_plain_head
 from mmllm.training.machine import check_machine
 from mmllm.training.optim import match
@@ -57,15 +67,7 @@ class ConversationStage:
     def __init__(self, config: StageConfig):
         self.config = config
         torch.manual_seed(config.seed)
-        if config.model.checkpoint:
-            self.model, self.processor, manifest = load_verified(config.model.checkpoint)
-            if "base" in manifest:
-                merge_adapter(self.model)
-            self.origin = {**manifest.get("origin", {}), "started_from": config.model.checkpoint}
-            if config.model.template:
-                self.processor.template = config.model.template
-        else:
-            self.model, self.processor, self.origin = build_model(config.model)
+        self.model, self.processor, self.origin = _load_model(config)
         self.base = describe_base(config.model) if config.lora else None
         try:
             self.engine = Engine(self.model, self.processor, name=Path(config.out).name)
@@ -102,10 +104,16 @@ class ConversationStage:
                 self.model.image_newline.requires_grad_(True)
         if "language" in train:
             if self.config.lora:
+                self._quantise(self.config.lora)
                 add_lora(self.model, self.config.lora)
             else:
                 self.model.language_model.requires_grad_(True)
         self._freeze_named()
+
+    def _quantise(self, lora: LanguageLoraConfig) -> None:
+        if lora.quantise:
+            computes_in = torch.bfloat16 if self.config.optim.precision == "bf16" else torch.float32
+            quantise_language(self.model.language_model, lora.quantise, compute_dtype=computes_in)
 
     def _freeze_named(self) -> None:
         """What `freeze` matches gets no gradient."""
@@ -219,8 +227,11 @@ class ConversationStage:
     def save(self, out: Path, log: list[dict[str, Any]]) -> None:
         """The finished checkpoint with its golden answers; of an LLM with LoRA the adapter and not the base's weights.
 
-        Adapters of the tower are merged: the tower is small beside the LLM and saved whole.
+        Adapters of the tower are merged: the tower is small beside the LLM and saved whole. Those of a quantised LLM
+        are laid on the one in full precision, which is their base from now on and gives the golden answers.
         """
+        if self.config.lora and self.config.lora.quantise:
+            move_adapters(self.model, _load_model(self.config)[0].language_model, self.config.lora)
         self.model.eval()
         if self.config.vision_lora:
             self.tower_adapters.merge_and_unload(safe_merge=True)
@@ -233,6 +244,18 @@ class ConversationStage:
         card = model_card(out, made, self.origin, last, base=self.base, has_settings=True)
         files = make_golden(self.engine)
         save_checkpoint(out, self.model, self.processor, card=card, files=files, base=self.base, **facts)
+
+
+def _load_model(config: StageConfig) -> tuple[VisionLanguageModel, VisionLanguageProcessor, dict[str, Any]]:
+    """(model, processor, where it came from): a checkpoint, an adapter of its own merged, or new parts."""
+    if not config.model.checkpoint:
+        return build_model(config.model)
+    model, processor, manifest = load_verified(config.model.checkpoint)
+    if "base" in manifest:
+        merge_adapter(model)
+    if config.model.template:
+        processor.template = config.model.template
+    return model, processor, {**manifest.get("origin", {}), "started_from": config.model.checkpoint}
 
 
 def _first_answer(example: Example) -> int:
