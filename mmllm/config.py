@@ -199,6 +199,8 @@ class OptimConfig(_Section):
     gradient_checkpointing: Annotated[
         tuple[Literal["language", "vision"], ...], BeforeValidator(_parts_to_recompute)
     ] = ()
+    compile: bool = False  # the LLM's layers, by torch.compile
+    liger: bool = False  # Liger's kernels in the LLM, on a GPU
     loss_chunk_tokens: PositiveInt | None = None  # rows of logits that live at once; default: by the vocabulary
 
 
@@ -243,7 +245,7 @@ class RunConfig(_Section):
 
     def check_memory_options(self) -> None:
         """Raises ValueError for what a warm-up, whose models are small, does not have."""
-        for name in ("gradient_checkpointing", "loss_chunk_tokens", "layer_decay"):
+        for name in ("gradient_checkpointing", "loss_chunk_tokens", "layer_decay", "compile", "liger"):
             if getattr(self.optim, name) != OptimConfig.model_fields[name].default:
                 raise ValueError(f"optim.{name} is for stage1 and stage2; {self.stage} has none, leave it out")
 
@@ -297,6 +299,8 @@ class StageConfig(RunConfig):
             raise ValueError("give vision_lora or vision_last_layers: a tower is adapted, or its last layers trained")
         if (self.vision_lora or self.vision_last_layers) and "vision" not in self.train:
             raise ValueError("vision_lora or vision_last_layers train the tower, but train does not list vision")
+        if self.lora and self.lora.quantise and self.optim.liger:
+            raise ValueError("lora.quantise ends on the CPU, where optim.liger has no kernels; take one of them out")
         if self.data.cache_features and "vision" in self.train:
             raise ValueError("data.cache_features keeps the frozen tower's output, but train lists vision")
         if "vision" in self.optim.gradient_checkpointing and "vision" not in self.train:

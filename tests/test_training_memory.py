@@ -15,11 +15,12 @@ from test_model_vision_transformers import SIDE_PX
 from test_training_losses import saved_bytes
 from tiny_runs import settings_of, train_in_process
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from mmllm.config import ConfigError
 from mmllm.model.tower import TowerSpec
 from mmllm.model.vision import FusedTower, build_tower
-from mmllm.training.stages import ConversationStage
+from mmllm.training.stages import ConversationStage, build_stage
 
 TRAIN_ALL = ("train=[vision,projector,language]",
              "optim.learning_rates={vision: 0.01, projector: 0.01, language: 0.01}")  # fmt: skip
@@ -105,3 +106,53 @@ def test_a_run_recomputes_both(tiny_runs: Path, tmp_path: Path) -> None:
     train_in_process(
         tiny_runs / "stage2.yaml", tmp_path / "out", *short, "optim.gradient_checkpointing=[language, vision]"
     )
+
+
+@pytest.mark.timeout(600)
+def test_compiled_layers_learn_the_same_with_adapters_and_recomputed(tiny_runs: Path, tmp_path: Path) -> None:
+    options = ("lora.rank=2", "optim.gradient_checkpointing=true")
+    found = []
+    for compiles in ("false", "true"):
+        stage = ConversationStage(
+            settings_of(tiny_runs / "stage2.yaml", tmp_path, *options, f"optim.compile={compiles}")
+        )
+        for name, parameter in stage.model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.constant_(parameter, 0.01)
+        counters.clear()
+        losses = []
+        for batch in (stage.batch([0, 1, 10]), stage.batch([3, 11, 12, 5])):  # of other lengths
+            loss = stage.module(batch)
+            loss.backward()
+            losses.append(float(loss.detach()))
+        graphs = counters["stats"]["unique_graphs"]
+        stage.val_examples = stage.examples[:1]
+        val_loss = stage.validate(1)["val_loss"]
+        assert counters["stats"]["unique_graphs"] == graphs, "answers compile nothing"
+        assert (graphs > 0) == (compiles == "true")
+        assert not [name for name in stage.model.state_dict() if "_orig_mod" in name]
+        grads = {name: p.grad for named in stage.parts.values() for name, p in named}
+        found.append((losses, val_loss, grads))
+    (plain, plain_val, plain_grads), (compiled, compiled_val, compiled_grads) = found
+    assert compiled == pytest.approx(plain, rel=1e-4)
+    assert compiled_val == pytest.approx(plain_val, rel=1e-6)
+    torch.testing.assert_close(compiled_grads, plain_grads, rtol=1e-3, atol=1e-3)
+
+
+def test_without_a_compiler_nothing_is_loaded(tiny_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    config = settings_of(
+        tiny_runs / "stage2.yaml", tmp_path, "optim.compile=true", "model.language.source=/nothing/here"
+    )
+    with pytest.raises(ConfigError, match=r"optim.compile needs a C\+\+ compiler"):
+        build_stage(config)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run where there is a GPU")
+def test_kernels_without_a_gpu_are_refused_before_anything_loads(tiny_runs: Path, tmp_path: Path) -> None:
+    path, nowhere = tiny_runs / "stage2.yaml", "model.language.source=/nothing/here"
+    with pytest.raises(ConfigError, match=r"optim.liger: its kernels run on a CUDA GPU, and this machine shows none"):
+        build_stage(settings_of(path, tmp_path, "optim.liger=true", nowhere))
+    with pytest.raises(ConfigError, match=r"lora.quantise ends on the CPU, where optim.liger has no kernels"):
+        settings_of(path, tmp_path, "optim.liger=true", "lora.quantise=nf4")

@@ -34,7 +34,7 @@ from mmllm.model.vlm import VisionLanguageModel
 from mmllm.training.card import model_card
 from mmllm.training.data import TrainingData
 from mmllm.training.features import FeatureCache
-from mmllm.training.layers import depths
+from mmllm.training.layers import compile_layers, depths, use_liger
 from mmllm.training.loop import Stage
 from mmllm.training.lora import add_lora, add_tower_lora, move_adapters
 from mmllm.training.losses import conversation_loss_sum, has_plain_head
@@ -83,6 +83,10 @@ class ConversationStage:
             self.features = FeatureCache(self.engine, self.examples, Path(config.out).parent / "cache")
         self.module: nn.Module = _ConversationLoss(self.model, config.optim.loss_chunk_tokens)
         self._recompute_layers()
+        if config.optim.liger:
+            use_liger(self.model.language_model)
+        if config.optim.compile:
+            compile_layers(self.model.language_model)
         self.parts = self._parts()
         self.depths = depths(self.model) if config.optim.layer_decay != 1.0 else {}
         self._set_modes()

@@ -24,7 +24,7 @@ STATE_FILE = "state.pt"
 # global batch may not, but how it is divided into ranks and micro-steps may, and what is recomputed to save memory.
 _FREE = (
     "out", "num_threads", "log", "data.num_workers", "optim.batch_size", "optim.accumulate_steps",
-    "optim.gradient_checkpointing", "optim.loss_chunk_tokens",
+    "optim.gradient_checkpointing", "optim.loss_chunk_tokens", "optim.compile",
 )  # fmt: skip
 
 
