@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 ROUNDS, STEPS = 3, 2
-BATCH, ACCUMULATE = 8, 2
+BATCH, ACCUMULATE = 8, 4
 WORDS = (
     "red",
     "circle",

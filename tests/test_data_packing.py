@@ -12,7 +12,7 @@ import torch
 from mmllm.batch import IGNORE_INDEX
 from mmllm.data.chat import Rendered
 from mmllm.data.collate import collate
-from mmllm.data.packing import RowCost, alike, balanced, best_fit, plan_rows, positions, width_of
+from mmllm.data.packing import RowCost, alike, balanced, best_fit, divided, plan_rows, positions, width_of
 
 FREE = RowCost()
 DENSE = RowCost(even_width=1000)
@@ -88,6 +88,14 @@ def test_auto_packs_where_padding_costs_more_than_attention_and_only_there() -> 
     assert cheap
     assert width_of(cheap, tail) > width_of(packed, tail), "where attention is cheap, rows are longer"
     assert plan_rows(same, "always", DENSE, 2048), "always is always"
+
+
+def test_a_step_is_divided_by_length_where_attention_is_dear_and_evenly_where_it_is_not() -> None:
+    lengths, images = lengths_of("tail"), [1] * 64
+    cheap, dear = RowCost(even_width=1e6), RowCost(even_width=100)
+    assert divided(lengths, images, 8, "auto", cheap) == balanced(lengths, images, 8)
+    assert divided(lengths, images, 8, "auto", dear) == alike(lengths, 8)
+    assert divided(lengths, images, 8, "always", dear) == balanced(lengths, images, 8)
 
 
 def test_an_attention_that_knows_one_packed_row_gets_one() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmllm.config import ConfigError, DataConfig
-from mmllm.data.packing import Groups, RowCost, alike, balanced, plan_rows, positions
+from mmllm.data.packing import Groups, RowCost, alike, divided, plan_rows, positions
 from mmllm.training.order import Item, as_they_come
 
 # How far logits that should be equal may lie apart, as a share of the largest. The 16-bit types round at every step.
@@ -111,10 +111,11 @@ class Packer:
     def divide(
         self, items: Sequence[Item], count: int, size_of: Callable[[Item], tuple[int, int]]
     ) -> list[Sequence[Item]]:
-        """A share of a step as micro-batches: of about as many tokens where rows are packed, else of like lengths."""
+        """A share of a step as micro-batches, see `divided`; of like lengths where no row can be packed."""
         if self.packing == "never" or count == 1:
             return as_they_come(items, count)
         sizes = [size_of(item) for item in items]
         lengths, images = [tokens for tokens, _ in sizes], [number for _, number in sizes]
-        groups = balanced(lengths, images, count) if self.is_possible else alike(lengths, count)
+        possible = self.is_possible
+        groups = divided(lengths, images, count, self.packing, self.cost) if possible else alike(lengths, count)
         return [[items[number] for number in group] for group in groups]
