@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.million_rows import million_rows
+from bench.packing import packing
 
 ROUNDS = 7
 Work = Callable[[], object]
@@ -120,6 +121,7 @@ BENCHES: dict[str, Callable[[], dict[str, float]]] = {
     "batched_replies": batched_replies,
     "golden_answers": golden_answers,
     "million_rows": million_rows,
+    "packing": packing,
 }
 
 

@@ -67,7 +67,11 @@ def message(role: Role, text: str, first_image: int = 0) -> Message:
 
 @dataclass
 class Batch:
-    """Tensors of several examples, padded on the right; images of all examples stand one behind the other."""
+    """Tensors of several examples, padded on the right; images of all examples stand one behind the other.
+
+    Where rows hold several examples each, `position_ids` begin with 0 at each of them, and at the padding; then the
+    LLM gets those in place of `attention_mask`, which still says what is no padding.
+    """
 
     input_ids: Tensor  # [B, T]
     attention_mask: Tensor  # [B, T]
@@ -75,6 +79,7 @@ class Batch:
     pixel_values: Tensor | None = None  # [N, C, H, W], or what the layout of the pictures says
     image_sizes: Tensor | None = None  # [N, 2] where the number of image tokens depends on the picture, see layout.py
     image_features: Tensor | None = None  # [N, P, Dv], in place of pixels where the frozen tower's output is cached
+    position_ids: Tensor | None = None  # [B, T], of packed rows
     example_ids: Sequence[str] = field(default_factory=list)
 
     def to(self, device: torch.device) -> Batch:

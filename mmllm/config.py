@@ -153,6 +153,9 @@ class DataConfig(_Section):
     max_length_tokens: PositiveInt = 2048
     num_workers: Annotated[int, Field(ge=0)] = 0
     group_by_length: bool = True  # not where data are streamed: their lengths are not known before
+    packing: Literal["auto", "always", "never"] = (
+        "auto"  # several examples in one row: where it pays, or in every batch
+    )
     cache_features: bool = False  # keep the frozen tower's output of every training image on disk
     max_bad_fraction: Fraction = 0.01  # a run with more unusable examples than this does not start
 

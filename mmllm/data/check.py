@@ -128,9 +128,10 @@ def inspect_all(parts: Any, *, num_processes: int | None = None) -> Iterator[Par
 
 @dataclass
 class Report:
-    """What was found: the length in tokens of each usable example, and every row that is left out, with its reason."""
+    """What was found: tokens and pictures of each usable example, and every row that is left out, with its reason."""
 
     lengths: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    images: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     contents: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     num_usable: int = 0
     num_bad: int = 0
@@ -222,9 +223,9 @@ def inspect_sources(
     """
     report = Report()
     found: list[Found] = []
-    columns: dict[str, list[NDArray[np.int64]]] = {"lengths": [], "contents": []}
+    columns: dict[str, list[NDArray[np.int64]]] = {"lengths": [], "images": [], "contents": []}
     for source in sources:
-        own: dict[str, list[NDArray[np.int64]]] = {"rows": [], "lengths": [], "contents": [], "ids": []}
+        own: dict[str, list[NDArray[np.int64]]] = {"rows": [], "ids": [], **{name: [] for name in columns}}
         try:
             file = ShardedFile(source) if source.streaming else DataFile(source)
             for part in _parts_of(file, rules, num_processes):
@@ -240,7 +241,7 @@ def inspect_sources(
         for name, arrays in columns.items():
             arrays += own[name]
     if columns["lengths"]:
-        report.lengths, report.contents = (np.concatenate(arrays) for arrays in columns.values())
+        report.lengths, report.images, report.contents = (np.concatenate(arrays) for arrays in columns.values())
     return Examples(found), report
 
 

@@ -36,6 +36,7 @@ class Part:
 
     rows: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
+    images: list[int] = field(default_factory=list)  # how many the usable ones have
     contents: list[int] = field(default_factory=list)  # hashes of what the usable ones say
     ids: list[int] = field(default_factory=list)  # hashes of the ids of all
     bad: list[BadRow] = field(default_factory=list)
@@ -74,6 +75,7 @@ class Inspector:
             part.ids.append(hash_of(row_id(fields, row)))
         part.rows.append(row)
         part.lengths.append(length)
+        part.images.append(len(seen))
         part.contents.append(hash_of(repr((seen, example.messages))))
         part.unread.update(unread_keys(fields))
         part.counts["images"] += len(seen)

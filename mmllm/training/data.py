@@ -17,7 +17,7 @@ from mmllm.data.quarantine import BAD_LIST, FOLDER, read_quarantine
 from mmllm.data.sources import DataError, Examples
 from mmllm.data.stream import Stream
 from mmllm.training.distributed import cores_of_process
-from mmllm.training.order import Order, Orders, StreamOrder
+from mmllm.training.order import Division, Item, Order, Orders, StreamOrder, as_they_come
 
 
 class TrainingData:
@@ -65,15 +65,21 @@ class TrainingData:
             return []
         return spread(self._load(list(self.config.data.val))[0], self.config.log.max_val_examples)
 
-    def order(self, batch_size: int) -> Orders:
+    def size_of(self, item: Item) -> tuple[int, int]:
+        """Tokens and pictures of an example."""
+        if isinstance(item, Example):
+            return len(self.renderer.render_example(item).input_ids), len(item.images)
+        return int(self.report.lengths[item]), int(self.report.images[item])
+
+    def order(self, batch_size: int, divide: Division = as_they_come) -> Orders:
         """The order of examples in global batches of this size. Raises DataError where there are too few."""
         data, seed = self.config.data, self.config.seed
         replay = (self.examples.sizes[-1], data.replay.fraction) if data.replay else None
         if self.stream:
-            return StreamOrder(self.stream, batch_size, seed, replay)
+            return StreamOrder(self.stream, batch_size, seed, replay, divide)
         sizes = self.examples.sizes[: len(data.train)]
         parts = mix(sizes, [source.weight for source in data.train], replay)
-        return Order(len(self.examples), batch_size, seed, self.lengths, parts)
+        return Order(len(self.examples), batch_size, seed, self.lengths, parts, divide)
 
 
 def spread(examples: Examples, count: int) -> list[Example]:

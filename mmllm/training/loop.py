@@ -141,11 +141,10 @@ class Run:
 
     def _micro_batches(self, first_step: int) -> Iterator[Sequence[Item]]:
         """This rank's micro-batches, from a step to the end of the run."""
-        size = self.config.optim.batch_size
         for step in range(first_step, self.config.optim.max_steps):
             mine = self.order.share(step, self.accelerator.process_index, self.accelerator.num_processes)
             self.positions[step + 1] = self.order.position()
-            yield from (mine[start : start + size] for start in range(0, len(mine), size))
+            yield from self.order.divide(mine, self.config.optim.accumulate_steps)
 
     def _batch(self, indices: Sequence[Item]) -> Any:
         """A micro-batch, or what is wrong with its data: an error that a worker raises would bring its traceback."""

@@ -102,7 +102,11 @@ def conversation_loss_sum(
     """
     embeds = model.embed_batch(batch)
     language_model = model.language_model
-    inputs = {"inputs_embeds": embeds, "attention_mask": batch.attention_mask, "use_cache": False}
+    inputs = {"inputs_embeds": embeds, "use_cache": False}  # with a cache, packed examples would see each other
+    if batch.position_ids is None:
+        inputs["attention_mask"] = batch.attention_mask
+    else:
+        inputs["position_ids"] = batch.position_ids
     mask, targets = supervised_rows(batch.labels)
     if plain_head:
         hidden = language_model.get_decoder()(**inputs).last_hidden_state[:, :-1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ MEGABATCH = 32  # batches among which examples of like length are brought togeth
 MAX_LANES = 16  # shards that are open at once
 
 Item = int | Example  # the number of an indexed example, or a streamed one itself
+Division = Callable[[Sequence[Item], int], list[Sequence[Item]]]  # a share -> so many micro-batches
 
 
 def seed_of(seed: int, step: int, rank: int) -> int:
@@ -26,8 +27,19 @@ def seed_of(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0])
 
 
+def as_they_come(items: Sequence[Item], count: int) -> list[Sequence[Item]]:
+    """Micro-batches of equal size in the order of the examples."""
+    size = len(items) // count
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
 class Orders(Protocol):
-    """What the loop asks: this rank's share of a step's global batch, and where the order stands behind it."""
+    """What the loop asks: this rank's share of a step's global batch, and where the order stands behind it.
+
+    `divide` makes of a share as many micro-batches as it is told, on every rank: in each, ranks wait for one another.
+    """
+
+    divide: Division
 
     def share(self, step: int, rank: int, world_size: int) -> Sequence[Item]: ...
     def position(self) -> dict[int, Any]: ...
@@ -49,7 +61,9 @@ class Order:
         seed: int,
         lengths: Sequence[int] | NDArray[np.int64] | None = None,
         parts: Parts | None = None,
+        divide: Division = as_they_come,
     ):
+        self.divide = divide
         self.parts = [(num_examples, num_examples)] if parts is None else list(parts)
         num_shown = sum(count for _, count in self.parts)
         if num_shown < batch_size:
@@ -100,7 +114,15 @@ class StreamOrder:
     `share` must be called step by step. A rank reads the lanes that its slots are in, and pictures of its own alone.
     """
 
-    def __init__(self, stream: Stream, batch_size: int, seed: int, replay: tuple[int, float] | None = None):
+    def __init__(
+        self,
+        stream: Stream,
+        batch_size: int,
+        seed: int,
+        replay: tuple[int, float] | None = None,
+        divide: Division = as_they_come,
+    ):
+        self.divide = divide
         self.batch_size, self.seed, self.replay = batch_size, seed, replay
         self.stream = stream
         self.num_lanes = min(MAX_LANES, batch_size, stream.num_shards)

@@ -41,6 +41,7 @@ from mmllm.training.losses import conversation_loss_sum, has_plain_head
 from mmllm.training.machine import check_machine
 from mmllm.training.optim import match
 from mmllm.training.order import Item, Orders
+from mmllm.training.packed_rows import Packer
 from mmllm.training.warmup_language import WarmupLanguage
 from mmllm.training.warmup_vision import WarmupVision
 
@@ -82,6 +83,7 @@ class ConversationStage:
         if config.data.cache_features:
             self.features = FeatureCache(self.engine, self.examples, Path(config.out).parent / "cache")
         self.module: nn.Module = _ConversationLoss(self.model, config.optim.loss_chunk_tokens)
+        self.packer = Packer(self.model.language_model, config.data)
         self._recompute_layers()
         if config.optim.liger:
             use_liger(self.model.language_model)
@@ -166,6 +168,10 @@ class ConversationStage:
 
     def _collate(self, examples: Sequence[Example], features: FeatureCache | None) -> Batch:
         rendered = [self.engine.renderer.render_example(example) for example in examples]
+        rows = self.packer.rows([len(one.input_ids) for one in rendered])
+        if rows:  # pictures follow their examples
+            numbers = [number for row in rows for number in row]
+            examples, rendered = [examples[number] for number in numbers], [rendered[number] for number in numbers]
         images = [image for example in examples for image in example.images]
         tensors: dict[str, Tensor] = {}
         if images:
@@ -174,11 +180,15 @@ class ConversationStage:
             rendered,
             pad_token_id=int(self.processor.tokenizer.pad_token_id),
             example_ids=[example.id for example in examples],
+            per_row=[len(row) for row in rows] if rows else None,
             **tensors,
         )
 
     def order(self, batch_size: int) -> Orders:
-        return self.data.order(batch_size)
+        return self.data.order(batch_size, self._divide)
+
+    def _divide(self, items: Sequence[Item], count: int) -> list[Sequence[Item]]:
+        return self.packer.divide(items, count, self.data.size_of)
 
     def batch(self, indices: Sequence[Item]) -> Batch:
         examples = [item if isinstance(item, Example) else self.examples[item] for item in indices]

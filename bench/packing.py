@@ -1,0 +1,190 @@
+"""Training steps with `data.packing` never, always and auto, with and without batches of like lengths, in turn.
+
+`python -m bench packing`: the real stage on drawn data and a fresh LLM (3M parameters, 256 wide) with the embedded
+vision tower, in seconds of CPU time of one thread. Lengths as in LLaVA-665k (a sixth text-only, a long tail) and as of
+captions, at a third of their tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROUNDS, STEPS = 3, 2
+BATCH, ACCUMULATE = 8, 4
+WORDS = (
+    "red",
+    "circle",
+    "above",
+    "small",
+    "square",
+    "left",
+    "of",
+    "the",
+    "large",
+    "blue",
+    "ring",
+    "below",
+    "green",
+    "bar",
+)
+LLM = {
+    "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "max_position_embeddings": 2048, "tie_word_embeddings": True,
+}  # fmt: skip
+MIXES = ("instructions", "captions")
+PACKINGS = ("never", "auto", "always")
+
+
+def _write_language(folder: Path, attention: str) -> None:
+    """A Llama of random weights with the embedded tokenizer."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained("weights/tiny-language")
+    ids = {"bos_token_id": None, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = LlamaConfig(vocab_size=len(tokenizer), attn_implementation=attention, **LLM, **ids)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _rows(mix: str) -> Iterator[dict[str, Any]]:
+    """Conversations as LLaVA's. A word is about a token."""
+    rng = random.Random(mix)
+
+    def turn(num_words: int) -> list[dict[str, str]]:
+        said = " ".join(rng.choices(WORDS, k=num_words))
+        return [{"from": "human", "value": "what is it?"}, {"from": "gpt", "value": said}]
+
+    for number in range(512):
+        is_text = mix == "instructions" and rng.random() < 1 / 6
+        if mix == "captions":
+            turns = turn(rng.randint(8, 14))
+        elif is_text:
+            turns = [one for _ in range(rng.randint(1, 4)) for one in turn(rng.randint(20, 130))]
+        else:
+            turns = [one for _ in range(1 + min(8, int(rng.expovariate(1 / 2)))) for one in turn(rng.randint(3, 45))]
+        row: dict[str, Any] = {"id": str(number), "conversations": turns}
+        if not is_text:
+            row["image"] = f"{number % 16}.png"
+            turns[0]["value"] = f"<image>\n{turns[0]['value']}"
+        yield row
+
+
+def _write_data(folder: Path) -> None:
+    import numpy as np
+    from PIL import Image
+
+    generator = np.random.default_rng(0)
+    for number in range(16):
+        Image.fromarray(generator.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    for mix in MIXES:
+        (folder / f"{mix}.json").write_text(json.dumps(list(_rows(mix))))
+
+
+def _stage(folder: Path, mix: str, attention: str) -> Any:
+    """Instructions train projector and LLM, captions the projector."""
+    from mmllm.config import StageConfig
+    from mmllm.training.stages import ConversationStage
+
+    train = ["projector", "language"] if mix == "instructions" else ["projector"]
+    values = {
+        "stage": "stage2" if mix == "instructions" else "stage1",
+        "out": str(folder / "out"),
+        "train": train,
+        "model": {
+            "vision": {"source": "local-dir:weights/tiny-vision", "layer": -2, "fit": "stretch"},
+            "projector": {"kind": "mlp"},
+            "language": {"source": str(folder / attention), "attention": attention},
+            "template": "tokenizer",
+        },
+        "data": {"train": [{"path": str(folder / f"{mix}.json")}], "cache_features": True},
+        "optim": {"learning_rates": dict.fromkeys(train, 1e-3), "max_steps": 1, "batch_size": BATCH},
+    }
+    return ConversationStage(StageConfig.model_validate(values))
+
+
+class _Way:
+    """One setting of packing and grouping: its micro-batches, and a step of training on them."""
+
+    def __init__(self, stage: Any, packing: str, *, is_grouped: bool):
+        from mmllm.training.packed_rows import Packer
+
+        self.stage = stage
+        data = stage.config.data.model_copy(update={"packing": packing})
+        self.packer = Packer(stage.model.language_model, data)
+        lengths = stage.data.report.lengths if is_grouped else None
+        self.lengths, self.examples, self.seconds = lengths, BATCH * ACCUMULATE, []  # type: ignore[var-annotated]
+        self.slots = self.tokens = self.rows = 0
+
+    def _order(self) -> Any:
+        self.stage.packer, self.stage.data.lengths = self.packer, self.lengths
+        return self.stage.order(self.examples)
+
+    def run(self, first: int) -> None:
+        """Some steps, data and backward included."""
+        import torch
+
+        order = self._order()
+        begun = time.process_time()
+        for step in range(first, first + STEPS):
+            for items in order.divide(order.share(step, 0, 1), ACCUMULATE):
+                batch = self.stage.batch(items)
+                self.slots += batch.input_ids.numel()
+                self.tokens += int(batch.attention_mask.sum())
+                self.rows += len(batch.input_ids)
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss = self.stage.module(batch)
+                loss.backward()
+            self.stage.model.zero_grad()
+        self.seconds.append(time.process_time() - begun)
+
+    def figures(self) -> dict[str, float]:
+        steps = STEPS * len(self.seconds)
+        return {
+            "samples a second": self.examples * STEPS / statistics.median(self.seconds),
+            "padding": 1 - self.tokens / self.slots,
+            "rows a step": self.rows / steps,
+        }
+
+
+def packing() -> dict[str, float]:
+    """Samples a second of each way as ratios to `never` with batches of like lengths, which is the default without."""
+    import torch
+
+    torch.set_num_threads(1)
+    found: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        _write_data(folder)
+        for attention in ("eager", "sdpa"):
+            _write_language(folder / attention, attention)
+            for mix in MIXES:
+                stage = _stage(folder, mix, attention)
+                ways = {
+                    (packing, grouped): _Way(stage, packing, is_grouped=grouped)
+                    for grouped in (True, False)
+                    for packing in PACKINGS
+                }
+                for way in ways.values():
+                    way.run(0)
+                    way.seconds.clear()
+                    way.slots = way.tokens = way.rows = 0
+                for number in range(ROUNDS):
+                    for way in ways.values():
+                        way.run(number * STEPS)
+                base = ways["never", True].figures()["samples a second"]
+                for (packing, grouped), way in ways.items():
+                    figures = way.figures()
+                    what = f"{attention} {mix} {'grouped' if grouped else 'shuffled'} {packing}"
+                    found[f"{what} ratio"] = figures["samples a second"] / base
+                    shown = "  ".join(f"{key} {value:.2f}" for key, value in figures.items())
+                    print(f"{what}: {shown}  ratio {found[f'{what} ratio']:.2f}", flush=True)
+    return found

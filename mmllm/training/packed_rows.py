@@ -1,0 +1,121 @@
+"""Whether an LLM keeps the examples of one row apart, found by trying, and what a longer row costs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmllm.config import ConfigError, DataConfig
+from mmllm.data.packing import Groups, RowCost, alike, divided, plan_rows, positions
+from mmllm.training.order import Item, as_they_come
+
+# How far logits that should be equal may lie apart, as a share of the largest. The 16-bit types round at every step.
+_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.05}
+_LEAK = 1e-3  # what is not seen changes nothing, but kernels may add up in another order
+# What an architecture that cannot do what is asked of it answers with.
+_FAILURES = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
+_LENGTHS = (7, 5, 6)
+
+
+@torch.no_grad()
+def why_not_packed(language_model: Any) -> str | None:
+    """Why examples cannot stand in one row of this LLM; None where they can.
+
+    transformers builds a block-diagonal mask from positions that restart, if no attention mask is given and no cache
+    is made; architectures do not say whether they use it. Tried are that a packed row says what its examples say alone,
+    and that nothing changes in an example where another one does: a state-space LLM carries its state across.
+    """
+    if getattr(language_model.config, "output_router_logits", False):
+        return "its router's loss is one of whole rows"
+    table = language_model.get_input_embeddings().weight
+    ids = torch.arange(sum(_LENGTHS), device=table.device) % len(table)
+    embeds = table[ids][None].to(table.dtype)
+    was_training = language_model.training
+    language_model.eval()
+    try:
+        with torch.compiler.set_stance("force_eager"):  # flex attention compiles for minutes
+            return _compare(language_model, embeds)
+    except _FAILURES as error:
+        return str(error).splitlines()[0] if str(error) else type(error).__name__
+    finally:
+        language_model.train(was_training)
+
+
+def _compare(language_model: Any, embeds: Tensor) -> str | None:
+    where = positions([_LENGTHS], sum(_LENGTHS)).to(embeds.device)
+    packed = _logits(language_model, embeds, where)
+    parts = embeds.split(_LENGTHS, 1)
+    alone = [_logits(language_model, part, None) for part in parts]
+    largest = max(float(one.abs().max()) for one in alone)
+    apart = float((packed - torch.cat(alone, 1)).abs().max()) / largest
+    if not apart <= _TOLERANCES[embeds.dtype]:
+        return f"what it says differs by {apart:.1%} from what it says without them"
+    others = _logits(language_model, torch.cat([parts[0].flip(1), parts[1], parts[2].flip(1)], 1), where)
+    middle = slice(_LENGTHS[0], _LENGTHS[0] + _LENGTHS[1])
+    seen = float((packed - others)[:, middle].abs().max()) / largest
+    return None if seen <= _LEAK else f"an example sees {seen:.1%} of the one before it"
+
+
+def _logits(language_model: Any, embeds: Tensor, where: Tensor | None) -> Tensor:
+    given = {} if where is None else {"position_ids": where}
+    logits: Tensor = language_model(inputs_embeds=embeds, use_cache=False, **given).logits
+    return logits.float()
+
+
+# Attention costs this many times its multiplications: it moves its scores through memory. Measured on a CPU with
+# transformers' Llama, see bench/RESULTS.md. What is missing here skips what is masked.
+_ATTENTION_WEIGHT = {"eager": 5.0, "sdpa": 2.0}
+
+
+def row_cost(language_model: Any) -> RowCost:
+    """What rows cost this LLM: a token each parameter of a layer twice, a pair of tokens 4 x hidden size."""
+    config, decoder = language_model.config, language_model.get_decoder()
+    attention = getattr(config, "_attn_implementation", None) or "eager"
+    if attention not in _ATTENTION_WEIGHT:
+        return RowCost(one_row=attention.startswith("flash"))
+    in_table = language_model.get_input_embeddings().weight.numel()
+    per_layer = (sum(p.numel() for p in decoder.parameters()) - in_table) / config.num_hidden_layers
+    return RowCost(max(1.0, per_layer / (2 * config.hidden_size) / _ATTENTION_WEIGHT[attention]))
+
+
+class Packer:
+    """`data.packing` for one LLM. Raises ConfigError for `always` where it cannot keep examples of one row apart."""
+
+    def __init__(self, language_model: Any, data: DataConfig):
+        self.packing, self.max_width = data.packing, data.max_length_tokens
+        self.cost = RowCost()
+        self.is_possible = False
+        if data.packing == "never":
+            return
+        kind = language_model.config.model_type
+        if reason := why_not_packed(language_model):
+            if data.packing == "always":
+                raise ConfigError(
+                    f"data.packing: always, but {kind} does not keep examples of one row apart: {reason}; "
+                    "take auto or never, or another LLM"
+                )
+            print(f"data.packing: nothing is packed, {kind} does not keep examples of one row apart: {reason}")
+            return
+        self.is_possible = True
+        self.cost = row_cost(language_model)
+
+    def rows(self, lengths: Sequence[int]) -> Groups | None:
+        """The rows of a micro-batch of examples of these lengths; None: one each, padded."""
+        if not self.is_possible or self.packing == "never":
+            return None
+        return plan_rows(lengths, self.packing, self.cost, self.max_width)
+
+    def divide(
+        self, items: Sequence[Item], count: int, size_of: Callable[[Item], tuple[int, int]]
+    ) -> list[Sequence[Item]]:
+        """A share of a step as micro-batches, see `divided`; of like lengths where no row can be packed."""
+        if self.packing == "never" or count == 1:
+            return as_they_come(items, count)
+        sizes = [size_of(item) for item in items]
+        lengths, images = [tokens for tokens, _ in sizes], [number for _, number in sizes]
+        possible = self.is_possible
+        groups = divided(lengths, images, count, self.packing, self.cost) if possible else alike(lengths, count)
+        return [[items[number] for number in group] for group in groups]
