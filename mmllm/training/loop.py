@@ -7,7 +7,7 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ from mmllm.config_file import dump_config
 from mmllm.training.distributed import all_reduce_sum, build_accelerator, gather_all
 from mmllm.training.optim import Parts, build_optimizers, gradient_norm, rate_factor, set_learning_rates
 from mmllm.training.order import Item, Orders, seed_of
-from mmllm.training.state import load_state, save_state, saved_steps
+from mmllm.training.state import load_state, read_newest, save_state
 from mmllm.training.tracking import Tracker
 
 MAX_IDLE_STEPS = 3  # steps in a row in which a trained part may get no gradient though it should
@@ -127,15 +127,21 @@ class Run:
         self.idle: dict[str, int] = {}
         self.positions: dict[int, dict[int, Any]] = {}  # of the order behind each step that batches are made for
 
-    def resume(self) -> int:
-        """The step to start from: 0, or that of the newest saved state."""
-        states = saved_steps(self.out)
-        if not states:
-            return 0
-        facts: dict[str, Any] = {"settings": self.settings, "global_batch": self.global_batch}
-        step, position = load_state(states[-1], self.trained, self.optimizers, **facts)
-        self.order.go_to(position)
-        return step
+    def resume(self, say: Callable[[str], None]) -> int:
+        """The step to start from: 0, or that of the newest saved state that can be read. Raises StateError."""
+        state = read_newest(self.out, say)
+        step = state["step"] if state else 0
+        world = self.accelerator.num_processes
+        if (total := all_reduce_sum(self.accelerator, step)) != step * world:
+            raise TrainingError(
+                f"this process would go on from step {step} of {self.out}, and the mean of all {world} is "
+                f"{total / world:.1f}: all machines must see the same folder"
+            )
+        if state:
+            facts: dict[str, Any] = {"settings": self.settings, "global_batch": self.global_batch}
+            load_state(self.out, state, self.trained, self.optimizers, **facts)
+            self.order.go_to(state.get("position", {}))
+        return int(step)
 
     def _micro_batches(self, first_step: int) -> Iterator[Sequence[Item]]:
         """This rank's micro-batches, from a step to the end of the run."""
@@ -207,6 +213,10 @@ class Run:
         self.accelerator.wait_for_everyone()
 
 
+def _say_nothing(text: str) -> None:
+    """What ranks other than the first say."""
+
+
 def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
@@ -217,7 +227,7 @@ def train(config: RunConfig, stage: Stage, accelerator: Any) -> None:
     Raises TrainingError where going on would be wrong, InterruptedRunError after Ctrl-C once the state is saved.
     """
     run = Run(config, stage, accelerator)
-    first = run.resume()
+    first = run.resume(print if accelerator.is_main_process else _say_nothing)
     log, max_steps = config.log, config.optim.max_steps
     tracker = Tracker(
         run.out, max_steps=max_steps, first_step=first, tensorboard=log.tensorboard, is_main=accelerator.is_main_process

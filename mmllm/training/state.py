@@ -1,13 +1,19 @@
 """What a run needs to go on exactly where it stopped: trained weights and optimizers. Written whole or not at all.
 
+A state is written aside, brought to the disk, and then gets its name; each carries checksums, and one that is not what
+was written gives way to the one before it.
+
 No random generator is kept: order, dropout and all else that is random follow from the seed, step and rank. Of streamed
 data the position is.
 """
 
 from __future__ import annotations
 
+import os
+import pickle
 import shutil
-from collections.abc import Mapping, Sequence
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +25,11 @@ from torch import nn
 from mmllm.config import CONFIGS, ConfigError
 
 STATE_FILE = "state.pt"
+
+
+class StateError(ValueError):
+    """A saved state that cannot be used; the message says which and what is wrong with it."""
+
 
 # What may change between two starts of one run, since it decides nothing about the weights. The global batch may not,
 # but how it is divided into ranks and micro-steps may.
@@ -59,9 +70,50 @@ def _step_of(folder: Path) -> int:
 
 
 def saved_steps(out: Path) -> list[Path]:
-    """Complete states of a run, oldest first."""
+    """States of a run that were written to their end, oldest first."""
     found = [path for path in (out / "state").glob("step_*") if (path / STATE_FILE).is_file()]
     return sorted((path for path in found if path.name[5:].isdigit()), key=_step_of)
+
+
+def sync(path: Path) -> None:
+    """Has the disk hold what was written to this file or folder, so that a loss of power takes nothing."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write(folder: Path, state: Mapping[str, Any]) -> None:
+    """A folder with this state; it has its name once all of it is on disk. Raises OSError, and leaves nothing then."""
+    partial = folder.with_name(f"part_{folder.name.removeprefix('step_')}")
+    partial.mkdir(parents=True)
+    try:
+        with (partial / STATE_FILE).open("wb") as file:  # opened here, so that a full disk is an OSError
+            torch.save(dict(state), file)
+        sync(partial / STATE_FILE)
+        sync(partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # what cannot be used shall not fill the disk
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    sync(folder.parent)
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """A saved state. Raises StateError where it is not what was written, by the checksums in torch's zip file."""
+    path = folder / STATE_FILE
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise StateError(f"{path} is damaged at {damaged}")
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, KeyError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        raise StateError(f"{path} cannot be read: {str(error).splitlines()[0] if str(error) else error!r}") from error
+    if not isinstance(state, dict) or {"step", "weights", "optimizers", "settings"} - set(state):
+        raise StateError(f"{path} is no state of a run")
+    return state
 
 
 def save_state(
@@ -75,11 +127,10 @@ def save_state(
     position: Mapping[int, Any],
     keep: int,
 ) -> Path:
-    """The state after `step` steps. Older ones go once the new one is complete; `keep` stay. Raises OSError."""
+    """The state after `step` steps. Once it is whole, only it and the `keep - 1` before it stay. Raises OSError."""
     target = out / "state" / f"step_{step:07d}"
-    partial = target.with_name(f"part_{step:07d}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    for left in (out / "state").glob("part_*"):  # by a process that was killed; its room is needed
+        shutil.rmtree(left)
     state = {
         "step": step,
         "weights": {name: parameter.detach() for name, parameter in trained.items()},
@@ -88,16 +139,11 @@ def save_state(
         "global_batch": global_batch,
         "position": dict(position),
     }
-    try:
-        with (partial / STATE_FILE).open("wb") as file:  # opened here, so that a full disk is an OSError
-            torch.save(state, file)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)  # what cannot be used shall not fill the disk
-        raise
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
-    for old in saved_steps(out)[:-keep]:
-        shutil.rmtree(old)
+    _write(target, state)
+    kept = [path for path in saved_steps(out) if _step_of(path) <= step][-keep:]
+    for other in (out / "state").iterdir():  # later ones could not be read, or this run would stand behind them
+        if other not in kept:
+            shutil.rmtree(other)
     return target
 
 
@@ -111,27 +157,47 @@ def check_same_run(out: Path, there: str, here: str) -> None:
         )
 
 
+def read_newest(out: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
+    """The newest state that can be read; each one passed over is told. None where none was saved.
+
+    Raises StateError where there are states and none can be read: a run never begins anew by itself.
+    """
+    wrong: list[str] = []
+    for folder in reversed(saved_steps(out)):
+        try:
+            return _read(folder)
+        except StateError as error:
+            say(f"passed over: {error}")
+            wrong.append(str(error))
+    if wrong:
+        listed = "\n".join(f"  {line}" for line in wrong)
+        raise StateError(
+            f"no saved state of {out} can be used:\n{listed}\n"
+            f"put a copy of one back, or remove {out / 'state'} to begin anew from step 1"
+        )
+    return None
+
+
 def load_state(
-    folder: Path,
+    out: Path,
+    state: Mapping[str, Any],
     trained: Mapping[str, nn.Parameter],
     optimizers: Sequence[torch.optim.Optimizer],
     *,
     settings: str,
     global_batch: int,
-) -> tuple[int, dict[int, Any]]:
-    """Puts a saved state back: (its step, the position of its order). Raises ConfigError where it is another run's."""
-    state: dict[str, Any] = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
-    check_same_run(folder.parent.parent, state["settings"], settings)
+) -> None:
+    """Puts a saved state's weights and optimizers back. Raises ConfigError where it is another run's."""
+    check_same_run(out, state["settings"], settings)
     if (saved := state.get("global_batch", global_batch)) != global_batch:
         raise ConfigError(
-            f"{folder} was saved with {saved} examples a step, now there are {global_batch}; processes x "
+            f"{out} was saved with {saved} examples a step, now there are {global_batch}; processes x "
             "optim.batch_size x optim.accumulate_steps must stay the same, so that the same examples follow"
         )
     if set(state["weights"]) != set(trained):
-        raise ConfigError(f"{folder} holds other parameters than this run trains; remove it to begin anew")
+        raise ConfigError(f"{out} holds other parameters than this run trains; remove it to begin anew")
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(state["weights"][name])
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
-    return int(state["step"]), state.get("position", {})
