@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -27,8 +28,23 @@ def is_finished(config: RunConfig) -> bool:
     return False
 
 
+def is_first_process() -> bool:
+    """Before anything is loaded: whether a launcher started this process as the first of several, or nobody did."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def run(config: RunConfig) -> None:
-    """One run from its settings, or from its newest saved state, to its finished checkpoint."""
+    """One run from its settings, or from its newest saved state, to its finished checkpoint.
+
+    Raises LockedError where another one writes into the same folder.
+    """
+    from mmllm.training.lock import only_run
+
+    with only_run(Path(config.out)) if is_first_process() else contextlib.nullcontext():
+        _run(config)
+
+
+def _run(config: RunConfig) -> None:
     import torch
 
     from mmllm.training.distributed import build_accelerator
@@ -41,7 +57,6 @@ def run(config: RunConfig) -> None:
         return
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
-    out.mkdir(parents=True, exist_ok=True)
     accelerator = build_accelerator(config)
     with accelerator.main_process_first():
         stage = build_stage(config)

@@ -108,12 +108,12 @@ def _read(folder: Path) -> dict[str, Any]:
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
                 raise StateError(f"{path} is damaged at {damaged}")
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, KeyError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise StateError(f"{path} cannot be read: {str(error).splitlines()[0] if str(error) else error!r}") from error
     if not isinstance(state, dict) or {"step", "weights", "optimizers", "settings"} - set(state):
         raise StateError(f"{path} is no state of a run")
-    return state
+    return dict(state)
 
 
 def save_state(
