@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -54,6 +55,7 @@ def _run(config: RunConfig) -> None:
     out = Path(config.out)
     if is_finished(config):
         print(f"{out} is finished: `mmllm chat {out}`. To train it again, remove it or give another out=FOLDER")
+        shutil.rmtree(out / "state", ignore_errors=True)  # there still, if the run was killed as it ended
         return
     if config.num_threads:
         torch.set_num_threads(config.num_threads)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+import time
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,11 +21,12 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 from pydantic import ValidationError
-from torch import nn
+from torch import Tensor, nn
 
 from mmllm.config import CONFIGS, ConfigError
 
 STATE_FILE = "state.pt"
+STATE_OF_WEIGHTS = 3  # a state is at most so many times the trained weights: AdamW keeps two numbers for each
 
 
 class StateError(ValueError):
@@ -87,6 +89,8 @@ def sync(path: Path) -> None:
 def _write(folder: Path, state: Mapping[str, Any]) -> None:
     """A folder with this state; it has its name once all of it is on disk. Raises OSError, and leaves nothing then."""
     partial = folder.with_name(f"part_{folder.name.removeprefix('step_')}")
+    for left in folder.parent.glob("part_*"):  # by a process that was killed; its room is needed
+        shutil.rmtree(left)
     partial.mkdir(parents=True)
     try:
         with (partial / STATE_FILE).open("wb") as file:  # opened here, so that a full disk is an OSError
@@ -125,12 +129,11 @@ def save_state(
     settings: str,
     global_batch: int,
     position: Mapping[int, Any],
+    best: Mapping[str, Any] | None,
     keep: int,
 ) -> Path:
     """The state after `step` steps. Once it is whole, only it and the `keep - 1` before it stay. Raises OSError."""
     target = out / "state" / f"step_{step:07d}"
-    for left in (out / "state").glob("part_*"):  # by a process that was killed; its room is needed
-        shutil.rmtree(left)
     state = {
         "step": step,
         "weights": {name: parameter.detach() for name, parameter in trained.items()},
@@ -138,6 +141,7 @@ def save_state(
         "settings": settings,
         "global_batch": global_batch,
         "position": dict(position),
+        "best": best,
     }
     _write(target, state)
     kept = [path for path in saved_steps(out) if _step_of(path) <= step][-keep:]
@@ -145,6 +149,42 @@ def save_state(
         if other not in kept:
             shutil.rmtree(other)
     return target
+
+
+def check_room(out: Path, trained: Mapping[str, nn.Parameter], num_states: int) -> None:
+    """Raises StateError where so many states, and one more while it is written, find no room beside those there."""
+    size = STATE_OF_WEIGHTS * sum(parameter.nbytes for parameter in trained.values())
+    needed = size * max(1, num_states + 1 - len(saved_steps(out)))
+    if (free := shutil.disk_usage(out).free) < needed:
+        raise StateError(
+            f"a saved state takes up to {size / 1e9:.3g} GB, and {needed / 1e9:.3g} GB are needed for them in {out}, "
+            f"but {free / 1e9:.3g} GB are free: make room, lower log.keep_checkpoints, or give another out=FOLDER"
+        )
+
+
+def rehearse(out: Path, trained: Mapping[str, nn.Parameter], settings: str) -> str:
+    """Saves the weights as a state is saved, reads them back, compares and removes them; says what it took.
+
+    Raises StateError where they come back as others, OSError where they cannot be written.
+    """
+    folder, begun = out / "state" / "rehearsal", time.monotonic()
+    weights = {name: parameter.detach() for name, parameter in trained.items()}
+    _write(folder, {"step": 0, "weights": weights, "optimizers": [], "settings": settings})
+    size = (folder / STATE_FILE).stat().st_size
+    try:
+        back = _read(folder)["weights"]
+    finally:
+        shutil.rmtree(folder)
+    if wrong := [name for name, value in weights.items() if not same_bits(back.get(name), value)]:
+        raise StateError(f"{out} does not give back what was saved there, first {wrong[0]}: is the disk sound?")
+    return f"rehearsed saving: {size / 1e6:.1f} MB written, read back and compared in {time.monotonic() - begun:.1f} s"
+
+
+def same_bits(one: Tensor | None, other: Tensor) -> bool:
+    """Whether two tensors are the same, where they are not numbers too."""
+    if one is None or one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return torch.equal(*(value.cpu().contiguous().flatten().view(torch.uint8) for value in (one, other)))
 
 
 def check_same_run(out: Path, there: str, here: str) -> None:
