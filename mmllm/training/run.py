@@ -29,6 +29,18 @@ def is_finished(config: RunConfig) -> bool:
     return False
 
 
+def _tidy(out: Path) -> None:
+    """Removes what a finished run needs no more, and has still where it was killed as it ended."""
+    from mmllm.model.checkpoint import MANIFEST, read_manifest
+    from mmllm.training.loop import BEST
+
+    shutil.rmtree(out / "state", ignore_errors=True)
+    if (out / BEST / MANIFEST).is_file():
+        best, last = (read_manifest(folder).get("figures", {}).get("val_loss") for folder in (out / BEST, out))
+        if best is not None and last is not None and last <= best:
+            shutil.rmtree(out / BEST)
+
+
 def is_first_process() -> bool:
     """Before anything is loaded: whether a launcher started this process as the first of several, or nobody did."""
     return os.environ.get("RANK", "0") == "0"
@@ -55,7 +67,8 @@ def _run(config: RunConfig) -> None:
     out = Path(config.out)
     if is_finished(config):
         print(f"{out} is finished: `mmllm chat {out}`. To train it again, remove it or give another out=FOLDER")
-        shutil.rmtree(out / "state", ignore_errors=True)  # there still, if the run was killed as it ended
+        if is_first_process():
+            _tidy(out)
         return
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
