@@ -23,7 +23,7 @@ from mmllm.model.checkpoint import load_checkpoint, verify_files
 from mmllm.training import loop
 from mmllm.training.loop import InterruptedRunError
 from mmllm.training.run import main
-from mmllm.training.state import saved_steps
+from mmllm.training.state import StateError, saved_steps
 
 ROOT = Path(__file__).parent.parent
 LORA = ("lora.rank=4", "lora.dropout=0.3")
@@ -309,6 +309,61 @@ def test_a_full_disk_is_told_and_what_was_saved_before_is_whole(
     train_in_process(config, out, every)
     assert verify_files(out) == []
     assert_same_run(out, train_in_process(config, tmp_path / "unbroken", every))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [(), ("log.every_steps=50", "log.validate_every_steps=3")],
+    ids=["while the log is written", "while samples are written"],
+)
+def test_a_disk_that_is_too_full_for_small_things_is_told_as_well(
+    tiny_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, more: tuple[str, ...]
+) -> None:
+    config, out = tiny_runs / "stage2.yaml", tmp_path / "out"
+    overrides = ("log.save_every_steps=2", f"data.val=[{{path: {tiny_runs}/data/val.json}}]", *more)
+    disk = contextlib.ExitStack()
+    with monkeypatch.context() as patch, disk, pytest.raises(SystemExit) as ended:  # noqa: PT012
+        before_step(patch, 2, lambda: disk.enter_context(largest_file(100)))
+        main("stage2", [str(config), f"out={out}", *overrides])
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.startswith("error: the disk is full, or a limit on what may be written is reached.")
+    assert [path.name for path in saved_steps(out)] == ["step_0000002"]
+    train_in_process(config, out, *overrides)
+    assert_same_run(out, train_in_process(config, tmp_path / "unbroken", *overrides))
+
+
+def test_a_run_does_not_begin_where_its_states_have_no_room(
+    tiny_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_500_000))
+    config, every = tiny_runs / "stage2.yaml", "log.save_every_steps=2"
+    fits = train_in_process(config, tmp_path / "fits", every, "log.keep_checkpoints=1")
+    assert len(losses_of(fits)) == 6
+    with pytest.raises(StateError) as caught:
+        train_in_process(config, tmp_path / "out", every, "log.keep_checkpoints=2")
+    assert str(caught.value) == (
+        f"a saved state takes up to 0.00062 GB, and 0.00186 GB are needed for them in {tmp_path / 'out'}, but "
+        "0.0015 GB are free: make room, lower log.keep_checkpoints, or give another out=FOLDER"
+    )
+    assert losses_of(fits) == losses_of(train_in_process(config, tmp_path / "never saved"))
+    assert not (tmp_path / "out" / "log.jsonl").read_text()
+
+
+def test_a_disk_that_gives_back_other_weights_is_found_before_the_first_step(
+    tiny_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = torch.save
+
+    def save_otherwise(state: Any, file: Any) -> None:
+        first = next(iter(state["weights"]))
+        save({**state, "weights": {**state["weights"], first: state["weights"][first] + 1e-6}}, file)
+
+    monkeypatch.setattr(torch, "save", save_otherwise)
+    with pytest.raises(StateError, match=r"out does not give back what was saved there, first model\."):
+        train_in_process(tiny_runs / "stage2.yaml", tmp_path / "out")
+    assert losses_of(tmp_path / "out") == []
+    assert list((tmp_path / "out" / "state").iterdir()) == []
 
 
 def test_a_cache_that_does_not_fit_on_the_disk_leaves_no_file(tiny_runs: Path, tmp_path: Path) -> None:
