@@ -81,6 +81,7 @@ class Batch:
     image_features: Tensor | None = None  # [N, P, Dv], in place of pixels where the frozen tower's output is cached
     position_ids: Tensor | None = None  # [B, T], of packed rows
     example_ids: Sequence[str] = field(default_factory=list)
+    images_per_example: Sequence[int] = field(default_factory=list, init=False)  # set by a stage, for who tells of it
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on a device."""

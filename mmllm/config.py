@@ -230,7 +230,9 @@ class LogConfig(_Section):
     every_steps: PositiveInt = 10
     validate_every_steps: Annotated[int, Field(ge=0)] = 0
     save_every_steps: Annotated[int, Field(ge=0)] = 0
-    keep_checkpoints: PositiveInt = 1
+    keep_checkpoints: PositiveInt = 2  # saved states: the newest, and those before it should it be damaged
+    keep_best: bool = True  # the model of the lowest val_loss so far, in `best/`
+    stall_seconds: NonNegative = 300  # without progress, until each process says what it waits for; 0 is never
     num_samples: Annotated[int, Field(ge=0)] = 4  # answers shown at each validation, with their pictures
     max_val_examples: PositiveInt = 200
     tensorboard: bool = False

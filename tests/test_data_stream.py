@@ -128,6 +128,14 @@ def test_a_stream_resumed_at_a_step_shows_what_an_unbroken_one_shows(
     assert steps(order(folder, seed=1, replay=replay), 0, 40) != unbroken
 
 
+def test_a_stream_of_one_shard_goes_on_behind_its_last_row(tmp_path: Path) -> None:
+    (tmp_path / "0.jsonl").write_text("\n".join(json.dumps(talk(str(row))) for row in range(8)))
+    unbroken, begun, resumed = (order(tmp_path) for _ in range(3))
+    steps(begun, 0, 2)
+    resumed.go_to(begun.position())
+    assert steps(resumed, 2, 4) == steps(unbroken, 0, 4)[2:]
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_share_a_stream_without_gap_or_overlap(folder: Path, world: int) -> None:
     whole = steps(order(folder, batch_size=8, replay=(11, 0.25)), 0, 12)

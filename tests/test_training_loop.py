@@ -116,13 +116,13 @@ def test_fewer_processes_than_launched_are_refused(tiny_runs: Path, tmp_path: Pa
         build_accelerator(settings_of(tiny_runs / "stage2.yaml", tmp_path))
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_before_the_update(stage: ConversationStage) -> None:
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(stage: ConversationStage) -> None:
     before = {name: p.detach().clone() for name, p in stage.model.language_model.named_parameters()}
     with torch.no_grad():
         next(stage.model.projector.parameters()).fill_(float("nan"))
     text = stopped(stage)
     first = Order(16, 4, 3, stage.lengths).batch(0)
-    assert text.startswith("step 1: the gradient is not finite (nan), the update was not made. Examples of this step: ")
+    assert text.startswith("step 1: the loss is not finite (nan), the update was not made. Examples: ")
     assert ", ".join(stage.examples[index].id for index in first) in text
     assert "Lower optim.learning_rates, or look at these examples with `mmllm check`" in text
     assert all(torch.equal(p, before[name]) for name, p in stage.model.language_model.named_parameters())

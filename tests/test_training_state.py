@@ -23,7 +23,7 @@ from mmllm.model.checkpoint import load_checkpoint, verify_files
 from mmllm.training import loop
 from mmllm.training.loop import InterruptedRunError
 from mmllm.training.run import main
-from mmllm.training.state import saved_steps
+from mmllm.training.state import StateError, saved_steps
 
 ROOT = Path(__file__).parent.parent
 LORA = ("lora.rank=4", "lora.dropout=0.3")
@@ -79,7 +79,7 @@ def test_a_killed_run_with_dropout_ends_in_the_same_weights(tiny_runs: Path, tmp
     overrides = [*LORA, "log.save_every_steps=2", "log.validate_every_steps=3", val]
     killed = start(config, out, *overrides, step=5, signal_name="SIGKILL")
     assert killed.returncode == -signal.SIGKILL
-    assert [path.name for path in saved_steps(out)] == ["step_0000004"]
+    assert [path.name for path in saved_steps(out)] == ["step_0000002", "step_0000004"]
     assert not (out / "manifest.json").exists()
     train_in_process(config, out, *overrides)
     assert_same_run(out, train_in_process(config, tmp_path / "unbroken", *overrides))
@@ -148,6 +148,76 @@ def test_only_as_many_states_are_kept_as_asked_for_and_half_written_ones_are_non
         (tmp_path / "state" / name).mkdir()
     (tmp_path / "state" / "part_0000006" / "state.pt").write_bytes(b"half of it")
     assert [path.name for path in saved_steps(tmp_path)] == ["step_0000004", "step_0000005"]
+
+
+def flip_a_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.fixture
+def with_three_states(tiny_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    with monkeypatch.context() as patch:
+        before_step(patch, 4, interrupt)
+        with pytest.raises(InterruptedRunError):
+            train_in_process(tiny_runs / "stage2.yaml", tmp_path / "out", "log.save_every_steps=2", *THREE)
+    assert [path.name for path in saved_steps(tmp_path / "out")] == ["step_0000002", "step_0000004", "step_0000005"]
+    return tmp_path / "out"
+
+
+THREE = ("log.keep_checkpoints=3",)
+
+
+@pytest.mark.parametrize("damage", [flip_a_byte, cut_short, empty])
+def test_a_damaged_state_gives_way_to_the_one_before_it(
+    tiny_runs: Path, with_three_states: Path, capsys: Any, damage: Any, tmp_path: Path
+) -> None:
+    config, out = tiny_runs / "stage2.yaml", with_three_states
+    damage(out / "state" / "step_0000005" / "state.pt")
+    train_in_process(config, out, "log.save_every_steps=3", *THREE)
+    told = capsys.readouterr().out
+    assert f"passed over: {out / 'state' / 'step_0000005' / 'state.pt'} " in told
+    assert "goes on from step 4" in told
+    assert_same_run(out, train_in_process(config, tmp_path / "unbroken"))
+
+
+def test_a_new_state_takes_the_place_of_damaged_ones_and_never_of_the_last_good_one(
+    tiny_runs: Path, with_three_states: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, out, one = tiny_runs / "stage2.yaml", with_three_states, "log.keep_checkpoints=1"
+    for step in (4, 5):
+        flip_a_byte(out / "state" / f"step_000000{step}" / "state.pt")
+    before_step(monkeypatch, 2, interrupt)
+    with pytest.raises(InterruptedRunError, match="stopped after step 3 of 6"):
+        train_in_process(config, out, one)
+    assert [path.name for path in (out / "state").iterdir()] == ["step_0000003"]
+
+
+def test_a_run_whose_states_are_all_damaged_does_not_begin_anew(
+    tiny_runs: Path, with_three_states: Path, capsys: Any
+) -> None:
+    config, out = tiny_runs / "stage2.yaml", with_three_states
+    rows = log_of(out)
+    for folder, damage in zip(saved_steps(out), (flip_a_byte, cut_short, empty), strict=True):
+        damage(folder / "state.pt")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main("stage2", [str(config), f"out={out}"])
+    assert ended.value.code == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: no saved state of {out} can be used:\n  {saved_steps(out)[2] / 'state.pt'} cannot")
+    assert len(error.splitlines()) == 5
+    assert error.endswith(f"put a copy of one back, or remove {out / 'state'} to begin anew from step 1\n")
+    assert (log_of(out), len(saved_steps(out))) == (rows, 3)
 
 
 @pytest.fixture
@@ -239,6 +309,61 @@ def test_a_full_disk_is_told_and_what_was_saved_before_is_whole(
     train_in_process(config, out, every)
     assert verify_files(out) == []
     assert_same_run(out, train_in_process(config, tmp_path / "unbroken", every))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [(), ("log.every_steps=50", "log.validate_every_steps=3")],
+    ids=["while the log is written", "while samples are written"],
+)
+def test_a_disk_that_is_too_full_for_small_things_is_told_as_well(
+    tiny_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, more: tuple[str, ...]
+) -> None:
+    config, out = tiny_runs / "stage2.yaml", tmp_path / "out"
+    overrides = ("log.save_every_steps=2", f"data.val=[{{path: {tiny_runs}/data/val.json}}]", *more)
+    disk = contextlib.ExitStack()
+    with monkeypatch.context() as patch, disk, pytest.raises(SystemExit) as ended:  # noqa: PT012
+        before_step(patch, 2, lambda: disk.enter_context(largest_file(100)))
+        main("stage2", [str(config), f"out={out}", *overrides])
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.startswith("error: the disk is full, or a limit on what may be written is reached.")
+    assert [path.name for path in saved_steps(out)] == ["step_0000002"]
+    train_in_process(config, out, *overrides)
+    assert_same_run(out, train_in_process(config, tmp_path / "unbroken", *overrides))
+
+
+def test_a_run_does_not_begin_where_its_states_have_no_room(
+    tiny_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_500_000))
+    config, every = tiny_runs / "stage2.yaml", "log.save_every_steps=2"
+    fits = train_in_process(config, tmp_path / "fits", every, "log.keep_checkpoints=1")
+    assert len(losses_of(fits)) == 6
+    with pytest.raises(StateError) as caught:
+        train_in_process(config, tmp_path / "out", every, "log.keep_checkpoints=2")
+    assert str(caught.value) == (
+        f"a saved state takes up to 0.00062 GB, and 0.00186 GB are needed for them in {tmp_path / 'out'}, but "
+        "0.0015 GB are free: make room, lower log.keep_checkpoints, or give another out=FOLDER"
+    )
+    assert losses_of(fits) == losses_of(train_in_process(config, tmp_path / "never saved"))
+    assert not (tmp_path / "out" / "log.jsonl").read_text()
+
+
+def test_a_disk_that_gives_back_other_weights_is_found_before_the_first_step(
+    tiny_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = torch.save
+
+    def save_otherwise(state: Any, file: Any) -> None:
+        first = next(iter(state["weights"]))
+        save({**state, "weights": {**state["weights"], first: state["weights"][first] + 1e-6}}, file)
+
+    monkeypatch.setattr(torch, "save", save_otherwise)
+    with pytest.raises(StateError, match=r"out does not give back what was saved there, first model\."):
+        train_in_process(tiny_runs / "stage2.yaml", tmp_path / "out")
+    assert losses_of(tmp_path / "out") == []
+    assert list((tmp_path / "out" / "state").iterdir()) == []
 
 
 def test_a_cache_that_does_not_fit_on_the_disk_leaves_no_file(tiny_runs: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,29 @@ def train_in_process(path: Path, out: Path, *overrides: str) -> Path:
     AcceleratorState._reset_state(reset_partial_state=True)
     run(settings_of(path, out, *overrides))
     return out
+
+
+def _train_and_die(code: str, path: Path, out: Path, overrides: tuple[str, ...]) -> None:
+    """In a process of its own: runs this code, which sets when the process kills itself, and then the training."""
+    multiprocessing.set_start_method("fork", force=True)  # for workers, as in a process that a command starts
+    exec(code, {"out": out})
+    train_in_process(path, out, *overrides)
+
+
+def start_in_own_process(code: str, path: Path, out: Path, *overrides: str) -> Any:
+    """A process that runs some code and then trains; forked from a server that has imported what is slow to import."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mmllm.training.stages", "accelerate", "peft"])
+    process = context.Process(target=_train_and_die, args=(code, path, out, overrides))
+    process.start()
+    return process
+
+
+def train_in_own_process(code: str, path: Path, out: Path, *overrides: str) -> int:
+    """How such a process ended: 0, 1 with an error, or the negative number of the signal that killed it."""
+    process = start_in_own_process(code, path, out, *overrides)
+    process.join()
+    return int(process.exitcode)
 
 
 def weights_of(out: Path) -> dict[str, Tensor]:

@@ -69,7 +69,7 @@ class Lane:
         while num_empty < self._stream.num_shards:
             file, shard = self._stream.shard(self._lane + self._num_lanes * self.position.shards_begun)
             name, inspector = file.shards.names[shard], Inspector(self._stream.rules)
-            num_empty += 1
+            num_empty += self.position.row == 0  # the rest of a shard may well be empty
             for row, read in file.shards.read(shard, self.position.row):
                 example = inspector.look(name, row, read, file.peek)
                 is_bad = example is None

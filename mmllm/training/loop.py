@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,17 +19,15 @@ from torch.utils.data import DataLoader, Dataset
 from mmllm.config import RunConfig
 from mmllm.config_file import dump_config
 from mmllm.training.distributed import all_reduce_sum, build_accelerator, gather_all
-from mmllm.training.optim import Parts, build_optimizers, gradient_norm, rate_factor, set_learning_rates
+from mmllm.training.guards import Guards, TrainingError, lost_peers
+from mmllm.training.heartbeat import Heartbeat
+from mmllm.training.optim import Parts, build_optimizers, rate_factor, set_learning_rates
 from mmllm.training.order import Item, Orders, seed_of
-from mmllm.training.state import load_state, save_state, saved_steps
+from mmllm.training.state import check_room, load_state, read_newest, rehearse, save_state
 from mmllm.training.tracking import Tracker
 
-MAX_IDLE_STEPS = 3  # steps in a row in which a trained part may get no gradient though it should
+BEST = "best"
 SAME_STOP_SECONDS = 2  # launchers pass a Ctrl-C on to their processes, which got it from the terminal already
-
-
-class TrainingError(RuntimeError):
-    """A run that must not go on; the message names the step and the examples."""
 
 
 class InterruptedRunError(RuntimeError):
@@ -78,27 +77,6 @@ def _stop_signal() -> Iterator[list[float]]:
             signal.signal(number, handler)
 
 
-def _check_norms(stage: Stage, norm: float, idle: dict[str, int], step: int, batches: Sequence[Any]) -> None:
-    """Raises TrainingError for a gradient that is not finite, or a part that gets none."""
-    names = [name for batch in batches for name in stage.names(batch)]
-    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    if not math.isfinite(norm):
-        raise TrainingError(
-            f"step {step + 1}: the gradient is not finite ({norm}), the update was not made. Examples of this step: "
-            f"{shown}. Lower optim.learning_rates, or look at these examples with `mmllm check`"
-        )
-    for part, named in stage.parts.items():
-        if float(gradient_norm([parameter for _, parameter in named])) > 0:
-            idle[part] = 0
-        elif any(stage.reaches(part, batch) for batch in batches):
-            idle[part] = idle.get(part, 0) + 1
-        if idle.get(part, 0) >= MAX_IDLE_STEPS:
-            raise TrainingError(
-                f"step {step + 1}: {part} got no gradient in {MAX_IDLE_STEPS} steps, so it learns nothing. Does an "
-                f"answer stand behind the images of these examples? {shown}"
-            )
-
-
 def _ignore_interrupt(worker: int) -> None:
     """A worker process gets the terminal's Ctrl-C too; only the run itself decides when it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -126,18 +104,28 @@ class Run:
         self.global_batch = optim.batch_size * optim.accumulate_steps * accelerator.num_processes
         self.order = stage.order(self.global_batch)
         self.settings = dump_config(config)
-        self.idle: dict[str, int] = {}
+        self.guards = Guards(stage)
+        rank, world = accelerator.process_index, accelerator.num_processes
+        self.heart = Heartbeat(config.log.stall_seconds, rank=rank, world_size=world, names=stage.names)
+        self.best: dict[str, Any] | None = None  # step and val_loss
         self.positions: dict[int, dict[int, Any]] = {}  # of the order behind each step that batches are made for
 
-    def resume(self) -> int:
-        """The step to start from: 0, or that of the newest saved state."""
-        states = saved_steps(self.out)
-        if not states:
-            return 0
-        facts: dict[str, Any] = {"settings": self.settings, "global_batch": self.global_batch}
-        step, position = load_state(states[-1], self.trained, self.optimizers, **facts)
-        self.order.go_to(position)
-        return step
+    def resume(self, say: Callable[[str], None]) -> int:
+        """The step to start from: 0, or that of the newest saved state that can be read. Raises StateError."""
+        state = read_newest(self.out, say)
+        step = state["step"] if state else 0
+        world = self.accelerator.num_processes
+        if (total := all_reduce_sum(self.accelerator, step)) != step * world:
+            raise TrainingError(
+                f"this process would go on from step {step} of {self.out}, and the mean of all {world} is "
+                f"{total / world:.1f}: all machines must see the same folder"
+            )
+        if state:
+            facts: dict[str, Any] = {"settings": self.settings, "global_batch": self.global_batch}
+            load_state(self.out, state, self.trained, self.optimizers, **facts)
+            self.order.go_to(state.get("position", {}))
+            self.best = state.get("best")
+        return int(step)
 
     def _micro_batches(self, first_step: int) -> Iterator[Sequence[Item]]:
         """This rank's micro-batches, from a step to the end of the run."""
@@ -165,46 +153,102 @@ class Run:
         )
         return iter(loader)
 
-    def step(self, step: int, data: Iterator[Any]) -> tuple[float, float, int]:
-        """One optimizer step: (loss per counted item, gradient norm, tokens of all ranks)."""
-        optim, world = self.config.optim, self.accelerator.num_processes
-        torch.manual_seed(seed_of(self.config.seed, step, self.accelerator.process_index))
-        batches = [next(data) for _ in range(optim.accumulate_steps)]
-        if wrong := [batch for batch in batches if isinstance(batch, ValueError)]:
+    def prepare(self, first_step: int, say: Callable[[str], None]) -> None:
+        """Tries, before the first step, whether what it leads to can be saved. Raises StateError or OSError."""
+        if self.accelerator.is_main_process:
+            log = self.config.log
+            check_room(self.out, self.trained, log.keep_checkpoints if log.save_every_steps else 0)
+            if not first_step:
+                say(rehearse(self.out, self.trained, self.settings))
+        self.accelerator.wait_for_everyone()
+
+    def _num_valid(self, step: int, batches: Sequence[Any]) -> float:
+        """What the loss averages over, of all ranks. Raises what is wrong with the data of this one or another."""
+        wrong = [batch for batch in batches if isinstance(batch, ValueError)]
+        mine = math.nan if wrong else sum(self.stage.count(batch) for batch in batches)
+        total = all_reduce_sum(self.accelerator, mine)
+        if wrong:
             raise wrong[0]
-        num_valid = all_reduce_sum(self.accelerator, sum(self.stage.count(batch) for batch in batches))
-        if num_valid == 0:
+        if math.isnan(total):
+            raise TrainingError(f"step {step + 1}: the data of another process cannot be used; it says why")
+        if total == 0:
             names = ", ".join(name for batch in batches for name in self.stage.names(batch))
             raise TrainingError(f"step {step + 1}: nothing to learn, no token of these examples is supervised: {names}")
+        return total
+
+    def step(self, step: int, data: Iterator[Any]) -> tuple[float, float, int]:
+        """One optimizer step: (loss per counted item, gradient norm, tokens of all ranks)."""
+        optim, world, beat = self.config.optim, self.accelerator.num_processes, self.heart.beat
+        torch.manual_seed(seed_of(self.config.seed, step, self.accelerator.process_index))
+        beat(step, "data")
+        batches = [next(data) for _ in range(optim.accumulate_steps)]
+        beat(step, "all processes to have their data", [one for one in batches if not isinstance(one, ValueError)])
+        num_valid = self._num_valid(step, batches)
         set_learning_rates(self.optimizers, rate_factor(step, optim))
-        total = 0.0
+        losses: list[float] = []
         for number, batch in enumerate(batches):
             waits = number < len(batches) - 1
             with self.accelerator.no_sync(self.module) if waits else contextlib.nullcontext():
+                beat(step, "the forward pass", [batch])
                 loss: Tensor = self.module(batch)
+                beat(step, "the backward pass, in which all processes take part", [batch])
                 (loss * world / num_valid).backward()  # DDP averages over ranks: the world size undoes that
-            total += float(loss.detach())
-        parameters = list(self.trained.values())
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, optim.max_grad_norm))
-        _check_norms(self.stage, norm, self.idle, step, batches)
+            losses.append(float(loss.detach()))
+        beat(step, "the update", batches)
+        norm = float(torch.nn.utils.clip_grad_norm_(list(self.trained.values()), optim.max_grad_norm))
+        self.guards.check(step, losses, norm, batches)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        beat(step, "all processes to end the step", batches)
         num_tokens = all_reduce_sum(self.accelerator, sum(self.stage.num_tokens(batch) for batch in batches))
-        return all_reduce_sum(self.accelerator, total) / num_valid, norm, int(num_tokens)
+        return all_reduce_sum(self.accelerator, sum(losses)) / num_valid, norm, int(num_tokens)
+
+    def warn(self, tracker: Tracker) -> None:
+        """What the guards of all ranks warned of goes to the log."""
+        found = gather_all(self.accelerator, {self.accelerator.process_index: self.guards.warnings})
+        for rank in sorted(found):
+            for row in found[rank]:
+                tracker.warn(row)
+        self.guards.warnings = []
 
     def save_state(self, step: int) -> None:
+        self.heart.beat(step, "a state to be saved")
         self.positions = {made: where for made, where in self.positions.items() if made >= step}
         position = gather_all(self.accelerator, self.positions[step])
         if self.accelerator.is_main_process:
             keep = self.config.log.keep_checkpoints
             facts: dict[str, Any] = {"settings": self.settings, "global_batch": self.global_batch, "position": position}
-            save_state(self.out, step, self.trained, self.optimizers, **facts, keep=keep)
+            save_state(self.out, step, self.trained, self.optimizers, **facts, best=self.best, keep=keep)
         self.accelerator.wait_for_everyone()
 
     def validate(self, step: int, tracker: Tracker) -> None:
-        if self.accelerator.is_main_process and (figures := self.stage.validate(step)):
+        """Judges the model, by the first process; one better than all before is kept in `best/`, but for the last."""
+        self.heart.beat(step, "validation, which the first process does")
+        is_main = self.accelerator.is_main_process
+        figures = self.stage.validate(step) if is_main else {}
+        if figures:
             tracker.log(step, figures)
+        loss = all_reduce_sum(self.accelerator, figures.get("val_loss", math.nan) if is_main else 0.0)
+        if loss < (self.best["val_loss"] if self.best else math.inf):
+            self.best = {"step": step, "val_loss": loss}
+            if is_main and self.config.log.keep_best and step < self.config.optim.max_steps:
+                folder = self.out / BEST
+                folder.mkdir(exist_ok=True)
+                self.stage.save(folder, tracker.rows)
+        self.accelerator.wait_for_everyone()
+
+    def finish(self, tracker: Tracker) -> None:
+        """The model of the last step in its place; nothing is left to go on from."""
+        if self.accelerator.is_main_process:
+            self.stage.save(self.out, tracker.rows)
+            os.sync()  # before what the run could go on from is removed
+            shutil.rmtree(self.out / "state", ignore_errors=True)
+            best = self.best
+            if best and best["step"] == self.config.optim.max_steps:
+                shutil.rmtree(self.out / BEST, ignore_errors=True)
+            elif best and self.config.log.keep_best:
+                tracker.say(f"lowest val_loss {best['val_loss']:.4g} at step {best['step']}: {self.out / BEST}")
         self.accelerator.wait_for_everyone()
 
 
@@ -218,7 +262,13 @@ def train(config: RunConfig, stage: Stage, accelerator: Any) -> None:
     Raises TrainingError where going on would be wrong, InterruptedRunError after Ctrl-C once the state is saved.
     """
     run = Run(config, stage, accelerator)
-    first = run.resume()
+    with lost_peers(run.heart.step):
+        _train(run)
+
+
+def _train(run: Run) -> None:
+    config, stage, accelerator = run.config, run.stage, run.accelerator
+    first = run.resume(print if accelerator.is_main_process else lambda text: None)
     log, max_steps = config.log, config.optim.max_steps
     tracker = Tracker(
         run.out, max_steps=max_steps, first_step=first, tensorboard=log.tensorboard, is_main=accelerator.is_main_process
@@ -231,12 +281,17 @@ def train(config: RunConfig, stage: Stage, accelerator: Any) -> None:
     )
     if first:
         tracker.say(f"goes on from step {first}")
+    elif tracker.num_dropped:
+        tracker.say(
+            f"begins at step 1: the run before this one saved no state ({tracker.num_dropped} rows of its log go)"
+        )
+    run.prepare(first, tracker.say)
     losses: list[float] = []
     tokens, since = 0, time.monotonic()
     begun = since
     try:
         data = run.batches(first)
-        with _stop_signal() as stopped:
+        with _stop_signal() as stopped, run.heart:
             for step in range(first, max_steps):
                 loss, norm, num_tokens = run.step(step, data)
                 losses.append(loss)
@@ -248,13 +303,14 @@ def train(config: RunConfig, stage: Stage, accelerator: Any) -> None:
                     rate = run.optimizers[0].param_groups[0]["lr"]
                     values = {"loss": sum(losses) / len(losses), "learning_rate": rate, "grad_norm": norm}
                     tracker.log(done, {**values, "tokens_per_second": tokens / (now - since)}, seconds_left=left)
+                    run.warn(tracker)
                     losses, tokens, since = [], 0, now
                 if _is_due(done, log.validate_every_steps) or done == max_steps:
                     before = time.monotonic()
                     run.validate(done, tracker)
                     since += time.monotonic() - before
                 stops = done < max_steps and all_reduce_sum(accelerator, len(stopped)) > 0  # on all ranks, or on none
-                if _is_due(done, log.save_every_steps) or stops:
+                if _is_due(done, log.save_every_steps) or stops or (done == max_steps and log.save_every_steps):
                     run.save_state(done)
                 if stops:
                     raise InterruptedRunError(
@@ -262,11 +318,8 @@ def train(config: RunConfig, stage: Stage, accelerator: Any) -> None:
                     )
     finally:
         tracker.close()
-    if accelerator.is_main_process:
-        tracker.finish()
-        stage.save(run.out, tracker.rows)
-        shutil.rmtree(run.out / "state", ignore_errors=True)  # the run is finished: nothing to go on from
-    accelerator.wait_for_everyone()
+    tracker.finish()
+    run.finish(tracker)
 
 
 __all__ = ["InterruptedRunError", "Run", "Stage", "TrainingError", "build_accelerator", "train"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -27,8 +29,35 @@ def is_finished(config: RunConfig) -> bool:
     return False
 
 
+def _tidy(out: Path) -> None:
+    """Removes what a finished run needs no more, and has still where it was killed as it ended."""
+    from mmllm.model.checkpoint import MANIFEST, read_manifest
+    from mmllm.training.loop import BEST
+
+    shutil.rmtree(out / "state", ignore_errors=True)
+    if (out / BEST / MANIFEST).is_file():
+        best, last = (read_manifest(folder).get("figures", {}).get("val_loss") for folder in (out / BEST, out))
+        if best is not None and last is not None and last <= best:
+            shutil.rmtree(out / BEST)
+
+
+def is_first_process() -> bool:
+    """Before anything is loaded: whether a launcher started this process as the first of several, or nobody did."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def run(config: RunConfig) -> None:
-    """One run from its settings, or from its newest saved state, to its finished checkpoint."""
+    """One run from its settings, or from its newest saved state, to its finished checkpoint.
+
+    Raises LockedError where another one writes into the same folder.
+    """
+    from mmllm.training.lock import only_run
+
+    with only_run(Path(config.out)) if is_first_process() else contextlib.nullcontext():
+        _run(config)
+
+
+def _run(config: RunConfig) -> None:
     import torch
 
     from mmllm.training.distributed import build_accelerator
@@ -38,10 +67,11 @@ def run(config: RunConfig) -> None:
     out = Path(config.out)
     if is_finished(config):
         print(f"{out} is finished: `mmllm chat {out}`. To train it again, remove it or give another out=FOLDER")
+        if is_first_process():
+            _tidy(out)
         return
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
-    out.mkdir(parents=True, exist_ok=True)
     accelerator = build_accelerator(config)
     with accelerator.main_process_first():
         stage = build_stage(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -192,7 +193,9 @@ class ConversationStage:
 
     def batch(self, indices: Sequence[Item]) -> Batch:
         examples = [item if isinstance(item, Example) else self.examples[item] for item in indices]
-        return self._collate(examples, self.features)
+        batch = self._collate(examples, self.features)
+        batch.images_per_example = [len(example.images) for example in examples]
+        return batch
 
     def count(self, batch: Batch) -> int:
         return batch.num_supervised
@@ -239,22 +242,30 @@ class ConversationStage:
         (folder / f"step_{step:07d}.md").write_text("\n".join(lines))
 
     def save(self, out: Path, log: list[dict[str, Any]]) -> None:
-        """The finished checkpoint with its golden answers; of an LLM with LoRA the adapter and not the base's weights.
+        """A checkpoint with its golden answers; of an LLM with LoRA the adapter and not the base's weights.
 
-        Adapters of the tower are merged: the tower is small beside the LLM and saved whole. Those of a quantised LLM
-        are laid on the one in full precision, which is their base from now on and gives the golden answers.
+        Adapters of the tower are merged, in a copy: the tower is small beside the LLM and saved whole. Those of a
+        quantised LLM are laid on the one in full precision, which is their base then and gives the golden answers.
         """
+        tower, language_model = self.model.vision_tower, self.model.language_model
         if self.config.lora and self.config.lora.quantise:
             move_adapters(self.model, _load_model(self.config)[0].language_model, self.config.lora)
         self.model.eval()
         if self.config.vision_lora:
-            self.tower_adapters.merge_and_unload(safe_merge=True)
+            self.model.vision_tower = copy.deepcopy(self.tower_adapters).merge_and_unload(safe_merge=True)
+        try:
+            self._save(out, log)
+        finally:
+            self.model.vision_tower, self.model.language_model = tower, language_model
+            self._set_modes()
+
+    def _save(self, out: Path, log: list[dict[str, Any]]) -> None:
         settings = dump_config(self.config)
         (out / "config.yaml").write_text(settings)
         last = {name: value for row in log for name, value in row.items()}
         facts: dict[str, Any] = {"origin": self.origin, "settings": settings, "figures": last}
         num_examples = "streamed" if self.num_examples is None else self.num_examples
-        made = f"{self.config.stage}, {self.config.optim.max_steps} steps on {num_examples} examples"
+        made = f"{self.config.stage}, {last['step']} steps on {num_examples} examples"
         card = model_card(out, made, self.origin, last, base=self.base, has_settings=True)
         files = make_golden(self.engine)
         save_checkpoint(out, self.model, self.processor, card=card, files=files, base=self.base, **facts)

@@ -1,29 +1,42 @@
 """What a run needs to go on exactly where it stopped: trained weights and optimizers. Written whole or not at all.
 
+A state is written aside, brought to the disk, and then gets its name; each carries checksums, and one that is not what
+was written gives way to the one before it.
+
 No random generator is kept: order, dropout and all else that is random follow from the seed, step and rank. Of streamed
 data the position is.
 """
 
 from __future__ import annotations
 
+import os
+import pickle
 import shutil
-from collections.abc import Mapping, Sequence
+import time
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
 from pydantic import ValidationError
-from torch import nn
+from torch import Tensor, nn
 
 from mmllm.config import CONFIGS, ConfigError
 
 STATE_FILE = "state.pt"
+STATE_OF_WEIGHTS = 3  # a state is at most so many times the trained weights: AdamW keeps two numbers for each
+
+
+class StateError(ValueError):
+    """A saved state that cannot be used; the message says which and what is wrong with it."""
+
 
 # What may change between two starts of one run, since it decides nothing about the weights but their last bits. The
 # global batch may not, but how it is divided into ranks and micro-steps may, and what is recomputed to save memory.
 _FREE = (
-    "out", "num_threads", "log", "data.num_workers", "data.packing", "optim.batch_size", 
+    "out", "num_threads", "log", "data.num_workers", "data.packing", "optim.batch_size",
     "optim.accumulate_steps", "optim.gradient_checkpointing", "optim.loss_chunk_tokens", "optim.compile",
 )  # fmt: skip
 
@@ -62,9 +75,52 @@ def _step_of(folder: Path) -> int:
 
 
 def saved_steps(out: Path) -> list[Path]:
-    """Complete states of a run, oldest first."""
+    """States of a run that were written to their end, oldest first."""
     found = [path for path in (out / "state").glob("step_*") if (path / STATE_FILE).is_file()]
     return sorted((path for path in found if path.name[5:].isdigit()), key=_step_of)
+
+
+def sync(path: Path) -> None:
+    """Has the disk hold what was written to this file or folder, so that a loss of power takes nothing."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write(folder: Path, state: Mapping[str, Any]) -> None:
+    """A folder with this state; it has its name once all of it is on disk. Raises OSError, and leaves nothing then."""
+    partial = folder.with_name(f"part_{folder.name.removeprefix('step_')}")
+    for left in folder.parent.glob("part_*"):  # by a process that was killed; its room is needed
+        shutil.rmtree(left)
+    partial.mkdir(parents=True)
+    try:
+        with (partial / STATE_FILE).open("wb") as file:  # opened here, so that a full disk is an OSError
+            torch.save(dict(state), file)
+        sync(partial / STATE_FILE)
+        sync(partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # what cannot be used shall not fill the disk
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    sync(folder.parent)
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """A saved state. Raises StateError where it is not what was written, by the checksums in torch's zip file."""
+    path = folder / STATE_FILE
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise StateError(f"{path} is damaged at {damaged}")
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, KeyError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        raise StateError(f"{path} cannot be read: {str(error).splitlines()[0] if str(error) else error!r}") from error
+    if not isinstance(state, dict) or {"step", "weights", "optimizers", "settings"} - set(state):
+        raise StateError(f"{path} is no state of a run")
+    return dict(state)
 
 
 def save_state(
@@ -76,13 +132,11 @@ def save_state(
     settings: str,
     global_batch: int,
     position: Mapping[int, Any],
+    best: Mapping[str, Any] | None,
     keep: int,
 ) -> Path:
-    """The state after `step` steps. Older ones go once the new one is complete; `keep` stay. Raises OSError."""
+    """The state after `step` steps. Once it is whole, only it and the `keep - 1` before it stay. Raises OSError."""
     target = out / "state" / f"step_{step:07d}"
-    partial = target.with_name(f"part_{step:07d}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     state = {
         "step": step,
         "weights": {name: parameter.detach() for name, parameter in trained.items()},
@@ -90,18 +144,50 @@ def save_state(
         "settings": settings,
         "global_batch": global_batch,
         "position": dict(position),
+        "best": best,
     }
-    try:
-        with (partial / STATE_FILE).open("wb") as file:  # opened here, so that a full disk is an OSError
-            torch.save(state, file)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)  # what cannot be used shall not fill the disk
-        raise
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
-    for old in saved_steps(out)[:-keep]:
-        shutil.rmtree(old)
+    _write(target, state)
+    kept = [path for path in saved_steps(out) if _step_of(path) <= step][-keep:]
+    for other in (out / "state").iterdir():  # later ones could not be read, or this run would stand behind them
+        if other not in kept:
+            shutil.rmtree(other)
     return target
+
+
+def check_room(out: Path, trained: Mapping[str, nn.Parameter], num_states: int) -> None:
+    """Raises StateError where so many states, and one more while it is written, find no room beside those there."""
+    size = STATE_OF_WEIGHTS * sum(parameter.nbytes for parameter in trained.values())
+    needed = size * max(1, num_states + 1 - len(saved_steps(out)))
+    if (free := shutil.disk_usage(out).free) < needed:
+        raise StateError(
+            f"a saved state takes up to {size / 1e9:.3g} GB, and {needed / 1e9:.3g} GB are needed for them in {out}, "
+            f"but {free / 1e9:.3g} GB are free: make room, lower log.keep_checkpoints, or give another out=FOLDER"
+        )
+
+
+def rehearse(out: Path, trained: Mapping[str, nn.Parameter], settings: str) -> str:
+    """Saves the weights as a state is saved, reads them back, compares and removes them; says what it took.
+
+    Raises StateError where they come back as others, OSError where they cannot be written.
+    """
+    folder, begun = out / "state" / "rehearsal", time.monotonic()
+    weights = {name: parameter.detach() for name, parameter in trained.items()}
+    _write(folder, {"step": 0, "weights": weights, "optimizers": [], "settings": settings})
+    size = (folder / STATE_FILE).stat().st_size
+    try:
+        back = _read(folder)["weights"]
+    finally:
+        shutil.rmtree(folder)
+    if wrong := [name for name, value in weights.items() if not same_bits(back.get(name), value)]:
+        raise StateError(f"{out} does not give back what was saved there, first {wrong[0]}: is the disk sound?")
+    return f"rehearsed saving: {size / 1e6:.1f} MB written, read back and compared in {time.monotonic() - begun:.1f} s"
+
+
+def same_bits(one: Tensor | None, other: Tensor) -> bool:
+    """Whether two tensors are the same, where they are not numbers too."""
+    if one is None or one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return torch.equal(*(value.cpu().contiguous().flatten().view(torch.uint8) for value in (one, other)))
 
 
 def check_same_run(out: Path, there: str, here: str) -> None:
@@ -114,27 +200,47 @@ def check_same_run(out: Path, there: str, here: str) -> None:
         )
 
 
+def read_newest(out: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
+    """The newest state that can be read; each one passed over is told. None where none was saved.
+
+    Raises StateError where there are states and none can be read: a run never begins anew by itself.
+    """
+    wrong: list[str] = []
+    for folder in reversed(saved_steps(out)):
+        try:
+            return _read(folder)
+        except StateError as error:
+            say(f"passed over: {error}")
+            wrong.append(str(error))
+    if wrong:
+        listed = "\n".join(f"  {line}" for line in wrong)
+        raise StateError(
+            f"no saved state of {out} can be used:\n{listed}\n"
+            f"put a copy of one back, or remove {out / 'state'} to begin anew from step 1"
+        )
+    return None
+
+
 def load_state(
-    folder: Path,
+    out: Path,
+    state: Mapping[str, Any],
     trained: Mapping[str, nn.Parameter],
     optimizers: Sequence[torch.optim.Optimizer],
     *,
     settings: str,
     global_batch: int,
-) -> tuple[int, dict[int, Any]]:
-    """Puts a saved state back: (its step, the position of its order). Raises ConfigError where it is another run's."""
-    state: dict[str, Any] = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
-    check_same_run(folder.parent.parent, state["settings"], settings)
+) -> None:
+    """Puts a saved state's weights and optimizers back. Raises ConfigError where it is another run's."""
+    check_same_run(out, state["settings"], settings)
     if (saved := state.get("global_batch", global_batch)) != global_batch:
         raise ConfigError(
-            f"{folder} was saved with {saved} examples a step, now there are {global_batch}; processes x "
+            f"{out} was saved with {saved} examples a step, now there are {global_batch}; processes x "
             "optim.batch_size x optim.accumulate_steps must stay the same, so that the same examples follow"
         )
     if set(state["weights"]) != set(trained):
-        raise ConfigError(f"{folder} holds other parameters than this run trains; remove it to begin anew")
+        raise ConfigError(f"{out} holds other parameters than this run trains; remove it to begin anew")
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(state["weights"][name])
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
-    return int(state["step"]), state.get("position", {})

@@ -23,6 +23,8 @@ class Tracker:
         self.out, self.max_steps, self.is_main = out, max_steps, is_main
         self.console = Console(stderr=False, quiet=not is_main)
         self.rows: list[dict[str, Any]] = []
+        self.warnings: list[dict[str, Any]] = []  # rows of the log as well, but no figures
+        self.num_dropped = 0
         self._started = time.monotonic()
         self._board: Any = None
         self._progress: Progress | None = None
@@ -32,7 +34,10 @@ class Tracker:
         self.path = out / LOG_FILE
         if self.path.is_file():
             lines = [json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")]
-            self.rows = [row for row in lines if row["step"] <= first_step]
+            kept = [row for row in lines if row["step"] <= first_step]
+            self.rows = [row for row in kept if "warning" not in row]
+            self.warnings = [row for row in kept if "warning" in row]
+            self.num_dropped = len(lines) - len(kept)
         self._rewrite()
         if tensorboard:
             self._board = _open_tensorboard(out)
@@ -46,12 +51,22 @@ class Tracker:
 
     def _rewrite(self) -> None:
         partial = self.path.with_suffix(".part")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        rows = sorted([*self.rows, *self.warnings], key=lambda row: int(row["step"]))
+        partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
         partial.replace(self.path)
 
     def say(self, text: str) -> None:
         """A line for people, above the progress bar where there is one."""
         self.console.print(text, highlight=False, soft_wrap=True)
+
+    def warn(self, row: Mapping[str, Any]) -> None:
+        """A row with a `warning` and whatever it is about: in the log, and on the terminal."""
+        if not self.is_main:
+            return
+        self.warnings.append(dict(row))
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        self.say(f"warning: {row['warning']}")
 
     def log(self, step: int, values: Mapping[str, float], *, seconds_left: float | None = None) -> None:
         """One row of the log; the same numbers on the terminal."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from collections import defaultdict
@@ -304,6 +305,6 @@ class WarmupLanguage:
 
     def save(self, out: Path, log: list[dict[str, Any]]) -> None:
         """The LM and its tokenizer as transformers writes them, in bf16, with the figures of the last validation."""
-        self.model.to(torch.bfloat16).save_pretrained(out)
+        copy.deepcopy(self.model).to(torch.bfloat16).save_pretrained(out)
         self.tokenizer.save_pretrained(out)
         (out / "figures.json").write_text(json.dumps(log[-1], indent=2) + "\n")
