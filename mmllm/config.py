@@ -207,7 +207,16 @@ class LogConfig(_Section):
     keep_checkpoints: PositiveInt = 1
     num_samples: Annotated[int, Field(ge=0)] = 4  # answers shown at each validation, with their pictures
     max_val_examples: PositiveInt = 200
-    tensorboard: bool = False
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()  # beside log.jsonl, which always is
+
+    @model_validator(mode="before")
+    @classmethod
+    def _older_name(cls, values: Any) -> Any:
+        """Runs of before `trackers` say `tensorboard: true` or `false` in their config.yaml; they can still go on."""
+        if isinstance(values, dict) and isinstance(asked := values.get("tensorboard"), bool):
+            rest = {name: value for name, value in values.items() if name != "tensorboard"}
+            return {**({"trackers": ["tensorboard"]} if asked else {}), **rest}
+        return values
 
 
 class RunConfig(_Section):

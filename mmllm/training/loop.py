@@ -220,8 +220,9 @@ def train(config: RunConfig, stage: Stage, accelerator: Any) -> None:
     first = run.resume()
     log, max_steps = config.log, config.optim.max_steps
     tracker = Tracker(
-        run.out, max_steps=max_steps, first_step=first, tensorboard=log.tensorboard, is_main=accelerator.is_main_process
-    )
+        run.out, max_steps=max_steps, first_step=first, is_main=accelerator.is_main_process,
+        trackers=log.trackers, settings=config.model_dump(mode="json"),
+    )  # fmt: skip
     trained = sum(parameter.numel() for parameter in run.trained.values())
     processes = f"{accelerator.num_processes} process(es) on {accelerator.device}"
     tracker.say(

@@ -29,6 +29,9 @@ def is_finished(config: RunConfig) -> bool:
 
 def run(config: RunConfig) -> None:
     """One run from its settings, or from its newest saved state, to its finished checkpoint."""
+    from mmllm.training.trackers import check_trackers
+
+    check_trackers(config.log.trackers)
     import torch
 
     from mmllm.training.distributed import build_accelerator

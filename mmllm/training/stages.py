@@ -28,6 +28,7 @@ from mmllm.training.loop import Stage
 from mmllm.training.lora import add_lora, add_tower_lora
 from mmllm.training.losses import conversation_loss_sum, has_plain_head
 from mmllm.training.order import Item, Orders
+from mmllm.training.tracking import figures_of
 from mmllm.training.warmup_language import WarmupLanguage
 from mmllm.training.warmup_vision import WarmupVision
 
@@ -206,7 +207,7 @@ class ConversationStage:
             self.tower_adapters.merge_and_unload(safe_merge=True)
         settings = dump_config(self.config)
         (out / "config.yaml").write_text(settings)
-        last = {name: value for row in log for name, value in row.items()}
+        last = {name: curve[-1][1] for name, curve in figures_of(log).items()}
         facts: dict[str, Any] = {"origin": self.origin, "settings": settings, "figures": last}
         num_examples = "streamed" if self.num_examples is None else self.num_examples
         made = f"{self.config.stage}, {self.config.optim.max_steps} steps on {num_examples} examples"
