@@ -57,9 +57,10 @@ def train(
         given = [*(overrides or []), *context.args]
         if wrong := [text for text in given if text.startswith("-")]:
             raise ConfigError(f"unknown option {wrong[0]}; settings are given as section.key=value")
+        from mmllm.evaluation.live import LiveTasks
         from mmllm.training.run import main
 
-        main(None, [str(config), *given])
+        main(None, [str(config), *given], tasks=LiveTasks())
 
 
 @app.command()

@@ -207,6 +207,15 @@ class LogConfig(_Section):
     keep_checkpoints: PositiveInt = 1
     num_samples: Annotated[int, Field(ge=0)] = 4  # answers shown at each validation, with their pictures
     max_val_examples: PositiveInt = 200
+    tasks: tuple[str, ...] = ()  # asked at each validation: what `mmllm eval` takes
+    task_questions: PositiveInt = 50
+    min_image_reliance: float = 0.02  # nats per token; see reliance_alarm for the rule
+    reliance_after: Fraction = 0.3  # of the run, in which the projector may still be blind
+    reliance_validations: PositiveInt = 3
+    text_probe: str | None = None  # conversations without pictures; default: those of data.val
+    max_text_examples: PositiveInt = 32
+    forgetting_budget: NonNegative = 0.1  # nats per token that a trained LLM's loss on them may rise
+    fail_on_alarm: bool = False  # a run with an alarm is saved, and ends with status 1
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()  # beside log.jsonl, which always is
 
     @model_validator(mode="before")
@@ -217,6 +226,11 @@ class LogConfig(_Section):
             rest = {name: value for name, value in values.items() if name != "tensorboard"}
             return {**({"trackers": ["tensorboard"]} if asked else {}), **rest}
         return values
+
+    def check_plain(self, stage: str) -> None:
+        """Raises ValueError where a warm-up, which makes no model that can be asked, is to be asked."""
+        if given := [name for name in ("tasks", "text_probe") if getattr(self, name)]:
+            raise ValueError(f"log.{given[0]} is for stage1 and stage2; take it out of this {stage}")
 
 
 class RunConfig(_Section):
@@ -274,6 +288,8 @@ class StageConfig(RunConfig):
             raise ValueError("give vision_lora or vision_last_layers: a tower is adapted, or its last layers trained")
         if (self.vision_lora or self.vision_last_layers) and "vision" not in self.train:
             raise ValueError("vision_lora or vision_last_layers train the tower, but train does not list vision")
+        if self.log.text_probe and "language" not in self.train:
+            raise ValueError("log.text_probe shows what a trained LLM forgets, but train does not list language")
         if self.data.cache_features and "vision" in self.train:
             raise ValueError("data.cache_features keeps the frozen tower's output, but train lists vision")
         if self.model.language:
@@ -293,6 +309,7 @@ class WarmupVisionConfig(RunConfig):
 
     @model_validator(mode="after")
     def _rates(self) -> WarmupVisionConfig:
+        self.log.check_plain(self.stage)
         self.check_rates(["vision"])
         return self
 
@@ -326,6 +343,7 @@ class WarmupLanguageConfig(RunConfig):
 
     @model_validator(mode="after")
     def _rates(self) -> WarmupLanguageConfig:
+        self.log.check_plain(self.stage)
         self.check_rates(["language"] if self.read_out is None else ["language", "read_out"])
         if isinstance(self.language, LanguageConfig):
             _check_precision(self.language, self.optim, is_trained=True)

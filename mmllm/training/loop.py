@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mmllm.config import RunConfig
 from mmllm.config_file import dump_config
+from mmllm.training.alarms import new_alarms
 from mmllm.training.distributed import all_reduce_sum, build_accelerator, gather_all
 from mmllm.training.optim import Parts, build_optimizers, gradient_norm, rate_factor, set_learning_rates
 from mmllm.training.order import Item, Orders, seed_of
@@ -39,6 +40,7 @@ class Stage(Protocol):
     """What a stage brings to the loop. `module(batch)` gives the batch's loss, summed over what `count` counts."""
 
     module: nn.Module
+    notes: list[str]  # what will not be measured, and why
 
     @property
     def num_examples(self) -> int | None: ...  # None where they are streamed
@@ -204,6 +206,8 @@ class Run:
     def validate(self, step: int, tracker: Tracker) -> None:
         if self.accelerator.is_main_process and (figures := self.stage.validate(step)):
             tracker.log(step, figures)
+            for kind, text in new_alarms(tracker.rows, self.config.log, self.config.optim.max_steps):
+                tracker.alarm(step, kind, text)
         self.accelerator.wait_for_everyone()
 
 
@@ -231,6 +235,11 @@ def train(config: RunConfig, stage: Stage, accelerator: Any) -> None:
     )
     if first:
         tracker.say(f"goes on from step {first}")
+    else:
+        for note in stage.notes:
+            tracker.say(note)
+    if not first:
+        run.validate(0, tracker)  # where the curves begin; and what cannot be validated is known now, not at the end
     losses: list[float] = []
     tokens, since = 0, time.monotonic()
     begun = since
@@ -267,6 +276,8 @@ def train(config: RunConfig, stage: Stage, accelerator: Any) -> None:
         stage.save(run.out, tracker.rows)
         shutil.rmtree(run.out / "state", ignore_errors=True)  # the run is finished: nothing to go on from
     accelerator.wait_for_everyone()
+    if log.fail_on_alarm and tracker.alarms:
+        raise TrainingError(f"the run is saved, but it had alarms (log.fail_on_alarm): {tracker.alarms[-1]['text']}")
 
 
 __all__ = ["InterruptedRunError", "Run", "Stage", "TrainingError", "build_accelerator", "train"]

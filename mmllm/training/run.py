@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mmllm.config import ConfigError, RunConfig
 from mmllm.config_file import dump_config, load_config
 from mmllm.errors import report_errors
+
+if TYPE_CHECKING:
+    from mmllm.training.validation import Tasks
 
 SETTINGS = "config.yaml"
 
@@ -27,11 +31,13 @@ def is_finished(config: RunConfig) -> bool:
     return False
 
 
-def run(config: RunConfig) -> None:
+def run(config: RunConfig, tasks: Tasks | None = None) -> None:
     """One run from its settings, or from its newest saved state, to its finished checkpoint."""
     from mmllm.training.trackers import check_trackers
 
     check_trackers(config.log.trackers)
+    if tasks:
+        tasks.check(config.log.tasks)
     import torch
 
     from mmllm.training.distributed import build_accelerator
@@ -47,15 +53,18 @@ def run(config: RunConfig) -> None:
     out.mkdir(parents=True, exist_ok=True)
     accelerator = build_accelerator(config)
     with accelerator.main_process_first():
-        stage = build_stage(config)
+        stage = build_stage(config, tasks)
     if accelerator.is_main_process:
         (out / SETTINGS).write_text(dump_config(config))
     train(config, stage, accelerator)
     accelerator.end_training()
 
 
-def main(stage: str | None = None, arguments: list[str] | None = None) -> None:
-    """`CONFIG [section.key=value ...]`; exits with 2 for wrong usage or settings, 1 for a run that failed."""
+def main(stage: str | None = None, arguments: list[str] | None = None, *, tasks: Tasks | None = None) -> None:
+    """`CONFIG [section.key=value ...]`; exits with 2 for wrong usage or settings, 1 for a run that failed.
+
+    `tasks` scores `log.tasks`.
+    """
     given = sys.argv[1:] if arguments is None else arguments
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with report_errors():
@@ -66,4 +75,4 @@ def main(stage: str | None = None, arguments: list[str] | None = None) -> None:
             raise ConfigError(
                 f"{given[0]} is for {config.stage}, this script runs {stage}: use train/{config.stage}.py"
             )
-        run(config)
+        run(config, tasks)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmllm.batch import Batch, Example, ImageRef
+from mmllm.batch import Batch, Example
 from mmllm.config import ConfigError, RunConfig, StageConfig, WarmupLanguageConfig, WarmupVisionConfig
 from mmllm.config_file import dump_config
 from mmllm.data.chat import ChatError
@@ -29,10 +28,9 @@ from mmllm.training.lora import add_lora, add_tower_lora
 from mmllm.training.losses import conversation_loss_sum, has_plain_head
 from mmllm.training.order import Item, Orders
 from mmllm.training.tracking import figures_of
+from mmllm.training.validation import Tasks, Validation
 from mmllm.training.warmup_language import WarmupLanguage
 from mmllm.training.warmup_vision import WarmupVision
-
-_NO_FILE_NAME = re.compile(r"[^\w.-]")  # characters of an id that a file name better does without
 
 
 class _ConversationLoss(nn.Module):
@@ -51,7 +49,7 @@ class _ConversationLoss(nn.Module):
 class ConversationStage:
     """Stage 1 and stage 2: conversations with pictures; the settings say which parts are trained."""
 
-    def __init__(self, config: StageConfig):
+    def __init__(self, config: StageConfig, tasks: Tasks | None = None):
         self.config = config
         torch.manual_seed(config.seed)
         if config.model.checkpoint:
@@ -71,7 +69,6 @@ class ConversationStage:
         self.engine.settle()
         self.data = TrainingData(config, self.engine.renderer)
         self.examples, self.lengths, self.num_examples = self.data.examples, self.data.lengths, self.data.num_examples
-        self.val_examples = self.data.validation()
         self._freeze()
         self.features: FeatureCache | None = None
         if config.data.cache_features:
@@ -84,6 +81,15 @@ class ConversationStage:
             self.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
         self.parts = self._parts()
         self._set_modes()
+        self.validation = self._validation(tasks)
+        self.notes = self.validation.notes
+
+    def _validation(self, tasks: Tasks | None) -> Validation:
+        examples = self.data.validation()
+        return Validation(
+            self.config, self.engine, examples=examples, text=self.data.text_probe(examples), module=self.module,
+            collate=lambda some: self._collate(some, None), tasks=tasks,
+        )  # fmt: skip
 
     def _freeze(self) -> None:
         """Only the listed parts get gradients. With LoRA, of the LLM or the tower only the adapters do."""
@@ -167,35 +173,11 @@ class ConversationStage:
 
     @torch.no_grad()
     def validate(self, step: int) -> dict[str, float]:
-        """Loss per supervised token on the validation data; sample answers go to `samples/`, with their pictures."""
-        if not self.val_examples:
-            return {}
+        """What `Validation` finds, with the model in eval mode while it looks."""
         self.model.eval()
-        total, count, size = 0.0, 0, self.config.optim.batch_size
-        for start in range(0, len(self.val_examples), size):
-            batch = self._collate(self.val_examples[start : start + size], None)
-            total += float(self.module(batch))
-            count += batch.num_supervised
-        self._write_samples(step)
+        figures = self.validation.figures(step)
         self._set_modes()
-        return {"val_loss": total / max(1, count)}
-
-    def _write_samples(self, step: int) -> None:
-        folder = Path(self.config.out) / "samples"
-        folder.mkdir(parents=True, exist_ok=True)
-        lines = [f"# Answers after step {step}\n"]
-        for example in self.val_examples[: self.config.log.num_samples]:
-            asked = _first_question(example)
-            reply = self.engine.reply(asked)
-            for number, image in enumerate(asked.images):
-                name = f"{_NO_FILE_NAME.sub('_', example.id)[-80:]}-{number}.png"
-                if not (folder / name).is_file():
-                    self.engine.seen(image).save(folder / name)
-                lines.append(f"![what the model saw]({name})\n")
-            question = asked.messages[-1].text.strip()
-            right = example.messages[_first_answer(example)].text
-            lines.append(f"- question: {question}\n- answer: {reply.text}\n- reference: {right}\n")
-        (folder / f"step_{step:07d}.md").write_text("\n".join(lines))
+        return figures
 
     def save(self, out: Path, log: list[dict[str, Any]]) -> None:
         """The finished checkpoint with its golden answers; of an LLM with LoRA the adapter and not the base's weights.
@@ -216,33 +198,22 @@ class ConversationStage:
         save_checkpoint(out, self.model, self.processor, card=card, files=files, base=self.base, **facts)
 
 
-def _first_answer(example: Example) -> int:
-    return next(index for index, message in enumerate(example.messages) if message.role == "assistant")
-
-
-def _first_question(example: Example) -> Example:
-    """The conversation up to its first answer, with the images that stand there."""
-    messages = example.messages[: _first_answer(example)]
-    num_images = sum(isinstance(part, ImageRef) for message in messages for part in message.parts)
-    return Example(example.id, example.source, messages, example.images[:num_images])
-
-
-def _conversation(config: RunConfig) -> Stage:
+def _conversation(config: RunConfig, tasks: Tasks | None) -> Stage:
     assert isinstance(config, StageConfig)
-    return ConversationStage(config)
+    return ConversationStage(config, tasks)
 
 
-def _warmup_language(config: RunConfig) -> Stage:
+def _warmup_language(config: RunConfig, tasks: Tasks | None) -> Stage:
     assert isinstance(config, WarmupLanguageConfig)
     return WarmupLanguage(config)
 
 
-def _warmup_vision(config: RunConfig) -> Stage:
+def _warmup_vision(config: RunConfig, tasks: Tasks | None) -> Stage:
     assert isinstance(config, WarmupVisionConfig)
     return WarmupVision(config)
 
 
-STAGES: dict[str, Callable[[RunConfig], Stage]] = {
+STAGES: dict[str, Callable[[RunConfig, Tasks | None], Stage]] = {
     "warmup_vision": _warmup_vision,
     "warmup_language": _warmup_language,
     "stage1": _conversation,
@@ -250,8 +221,11 @@ STAGES: dict[str, Callable[[RunConfig], Stage]] = {
 }
 
 
-def build_stage(config: RunConfig) -> Stage:
-    """The stage of a run's settings, with everything loaded and checked. Raises ConfigError or DataError."""
+def build_stage(config: RunConfig, tasks: Tasks | None = None) -> Stage:
+    """The stage of a run's settings, with everything loaded and checked; `tasks` scores `log.tasks`.
+
+    Raises ConfigError or DataError.
+    """
     if config.stage not in STAGES:
         raise ConfigError(f"stage: {config.stage!r} is not known; allowed: {', '.join(STAGES)}")
-    return STAGES[config.stage](config)
+    return STAGES[config.stage](config, tasks)

@@ -1,7 +1,6 @@
 """What a run tells: JSON lines, trackers where asked, progress on the terminal, a plot and a table at the end.
 
-A line of the log is `{"step": ..., NAME: figure ...}`, or a record in words: `{"step": ..., "note": TEXT}`, and
-`{"step": ..., "alarm": KIND, "text": ...}`.
+A line of the log is `{"step": ..., NAME: figure ...}`, or an alarm: `{"step": ..., "alarm": KIND, "text": ...}`.
 """
 
 from __future__ import annotations
@@ -110,14 +109,11 @@ class Tracker:
             left = "" if seconds_left is None else f"  left {seconds_left / 60:.1f} min"
             self.say(f"step {step}/{self.max_steps}  {shown}{left}")
 
-    def record(self, step: int, **facts: str) -> None:
-        """A line of the log in words."""
-        if self.is_main:
-            self._write({"step": step, **facts})
-
     def alarm(self, step: int, kind: str, text: str) -> None:
         """What must not be overlooked: a loud line, and a record of the log."""
-        self.record(step, alarm=kind, text=text)
+        if not self.is_main:
+            return
+        self._write({"step": step, "alarm": kind, "text": text})
         self.console.print(
             f"ALARM at step {step}: {text}", style="bold red", highlight=False, markup=False, soft_wrap=True
         )
