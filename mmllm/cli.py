@@ -64,6 +64,17 @@ def train(
 
 
 @app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="The folder of a run, also of one that is not finished.")],
+) -> None:
+    """Write RUN/report.html anew: curves, answers, alarms and settings in one file."""
+    with report_errors(debug=_debug):
+        from mmllm.training.report import write_report
+
+        print(write_report(run))
+
+
+@app.command()
 def check(
     config: Annotated[Path, typer.Argument(help="A YAML file of configs/ with a data section.")],
     overrides: Annotated[Optional[list[str]], typer.Argument(help="section.key=value ...")] = None,  # noqa: UP045

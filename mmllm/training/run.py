@@ -42,7 +42,9 @@ def run(config: RunConfig, tasks: Tasks | None = None) -> None:
 
     from mmllm.training.distributed import build_accelerator
     from mmllm.training.loop import train
+    from mmllm.training.report import write_about, write_report
     from mmllm.training.stages import build_stage
+    from mmllm.training.tracking import LOG_FILE
 
     out = Path(config.out)
     if is_finished(config):
@@ -56,7 +58,12 @@ def run(config: RunConfig, tasks: Tasks | None = None) -> None:
         stage = build_stage(config, tasks)
     if accelerator.is_main_process:
         (out / SETTINGS).write_text(dump_config(config))
-    train(config, stage, accelerator)
+        write_about(out, stage.notes, f"{accelerator.num_processes} process(es) on {accelerator.device}")
+    try:
+        train(config, stage, accelerator)
+    finally:
+        if accelerator.is_main_process and (out / LOG_FILE).is_file():
+            print(f"report: {write_report(out)}")
     accelerator.end_training()
 
 
