@@ -216,6 +216,15 @@ def test_sources_are_named_as_shortly_as_tells_them_apart() -> None:
     assert len(set(short_names(["a/x.json", "a/x.jsonl"]).values())) == 2
 
 
+def test_samples_are_taken_over_all_of_the_validation_data(tiny_runs: Path, pictured: Path, tmp_path: Path) -> None:
+    stage = stage_of(tiny_runs, tmp_path, sources(pictured, "pictured", "text"), "log.num_samples=3")
+    stage.validate(7)
+    samples = json.loads((tmp_path / "samples" / "step_0000007.json").read_text())
+    assert [one["id"] for one in samples] == ["one-0", "one-3", "text-green"]
+    assert [len(one["pictures"]) for one in samples] == [1, 1, 0]
+    assert (tmp_path / "samples" / samples[0]["pictures"][0]).is_file()
+
+
 # What it forgets
 
 

@@ -19,6 +19,7 @@ from mmllm.batch import Batch, Example, ImageRef
 from mmllm.config import ConfigError, StageConfig
 from mmllm.inference.engine import Engine
 from mmllm.training.alarms import RELIANCE, TEXT_LOSS
+from mmllm.training.data import spread
 from mmllm.training.reliance import exchange_pictures
 
 _NO_FILE_NAME = re.compile(r"[^\w.-]")  # characters of an id that a file name better does without
@@ -139,7 +140,7 @@ class Validation:
         """`samples/step_N.md` for people and `step_N.json` for the report, with the pictures as the model saw them."""
         folder = Path(self.config.out) / "samples"
         folder.mkdir(parents=True, exist_ok=True)
-        samples = [self._sample(example, folder) for example in self.examples[: self.config.log.num_samples]]
+        samples = [self._sample(example, folder) for example in spread(self.examples, self.config.log.num_samples)]
         lines = [f"# Answers after step {step}\n"]
         for one in samples:
             lines += [f"![what the model saw]({name})\n" for name in one["pictures"]]
