@@ -57,9 +57,21 @@ def train(
         given = [*(overrides or []), *context.args]
         if wrong := [text for text in given if text.startswith("-")]:
             raise ConfigError(f"unknown option {wrong[0]}; settings are given as section.key=value")
+        from mmllm.evaluation.live import LiveTasks
         from mmllm.training.run import main
 
-        main(None, [str(config), *given])
+        main(None, [str(config), *given], tasks=LiveTasks())
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="The folder of a run, also of one that is not finished.")],
+) -> None:
+    """Write RUN/report.html anew: curves, answers, alarms and settings in one file."""
+    with report_errors(debug=_debug):
+        from mmllm.training.report import write_report
+
+        print(write_report(run))
 
 
 @app.command()

@@ -5,21 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-
-class ConfigError(ValueError):
-    """A setting that cannot be used; the message says which, what was given and what is allowed."""
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, protected_namespaces=())
-
-
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Precision = Literal["fp32", "bf16"]
+from mmllm.config_base import ConfigError as ConfigError
+from mmllm.config_base import Fraction, PositiveInt, Section
+from mmllm.config_training import BITSANDBYTES_KINDS as BITSANDBYTES_KINDS
+from mmllm.config_training import LanguageLoraConfig as LanguageLoraConfig
+from mmllm.config_training import LogConfig as LogConfig
+from mmllm.config_training import LoraConfig as LoraConfig
+from mmllm.config_training import OptimConfig as OptimConfig
 
 
 def _check_layers(value: Any) -> Any:
@@ -29,7 +23,7 @@ def _check_layers(value: Any) -> Any:
     return value
 
 
-class TowerConfig(_Section):
+class TowerConfig(Section):
     """One vision encoder.
 
     `source` is an open_clip model name, `local-dir:FOLDER`, a model config `FILE.json` or `hf-hub:ORG/NAME`;
@@ -69,14 +63,14 @@ class VisionConfig(TowerConfig):
         return self
 
 
-class ProjectorConfig(_Section):
+class ProjectorConfig(Section):
     """One of PROJECTORS and its options."""
 
     kind: str = "mlp"
     options: dict[str, Any] = Field(default_factory=dict)
 
 
-class LanguageConfig(_Section):
+class LanguageConfig(Section):
     """The LLM backbone: a folder or a hub name that AutoModelForCausalLM reads.
 
     `dtype` is that of its weights while they are frozen. What is trained is always kept in fp32; `optim.precision` is
@@ -91,7 +85,7 @@ class LanguageConfig(_Section):
     vocab_multiple: PositiveInt = 1  # the embedding's rows are rounded up to a multiple of this
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """Either `checkpoint` (a model of an earlier stage) or all three parts."""
 
     checkpoint: str | None = None
@@ -110,7 +104,7 @@ class ModelConfig(_Section):
         return self
 
 
-class _DataFile(_Section):
+class _DataFile(Section):
     """A file, a folder, or a pattern such as `{000..123}.tar` or `*.parquet`; local, or an fsspec URL."""
 
     path: str
@@ -146,7 +140,7 @@ class ReplayConfig(_DataFile):
         return SourceConfig(**self.model_dump(exclude={"fraction"}))
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     train: tuple[SourceConfig, ...]
     val: tuple[SourceConfig, ...] = ()
     replay: ReplayConfig | None = None
@@ -174,71 +168,7 @@ class DataConfig(_Section):
         return any(source.streaming for source in self.train)
 
 
-BITSANDBYTES_KINDS = ("adamw8bit", "paged_adamw", "paged_adamw8bit")  # of optimizers
-
-
-def _parts_to_recompute(value: Any) -> Any:
-    """`true` is the LLM, which has nearly all the memory."""
-    return {True: ("language",), False: ()}[value] if isinstance(value, bool) else value
-
-
-class OptimConfig(_Section):
-    """AdamW with cosine decay after a linear warm-up. `learning_rates` has one row for each trained part."""
-
-    kind: Literal["adamw", "muon", "adamw8bit", "paged_adamw", "paged_adamw8bit"] = "adamw"
-    learning_rates: dict[str, Annotated[float, Field(gt=0)]]
-    layer_decay: Annotated[float, Field(gt=0, le=1)] | dict[str, Annotated[float, Field(gt=0, le=1)]] = 1.0
-    rates_of: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)  # pattern of names: rate
-    matrix_learning_rate: Annotated[float, Field(gt=0)] = 0.02  # muon only: that of hidden matrices
-    max_steps: PositiveInt
-    batch_size: PositiveInt  # examples of one rank and micro-step
-    accumulate_steps: PositiveInt = 1
-    warmup_fraction: Fraction = 0.03
-    decay_fraction: Fraction = 1.0  # the last part of the run, over which cosine decay happens
-    weight_decay: NonNegative = 0.0
-    beta2: Fraction = 0.999
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    precision: Precision = "fp32"
-    gradient_checkpointing: Annotated[
-        tuple[Literal["language", "vision"], ...], BeforeValidator(_parts_to_recompute)
-    ] = ()
-    compile: bool = False  # the LLM's layers, by torch.compile
-    liger: bool = False  # Liger's kernels in the LLM, on a GPU
-    loss_chunk_tokens: PositiveInt | None = None  # rows of logits that live at once; default: by the vocabulary
-
-
-class LoraConfig(_Section):
-    """LoRA on linear layers through peft. Paper: https://arxiv.org/abs/2106.09685"""
-
-    rank: PositiveInt = 16
-    alpha: Annotated[float, Field(gt=0)] = 32
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    target_modules: str | tuple[str, ...] = "all-linear"
-    dora: bool = False  # direction and length of the weights apart: https://arxiv.org/abs/2402.09353
-    rslora: bool = False  # scaled by alpha / sqrt(rank) and not alpha / rank: https://arxiv.org/abs/2312.03732
-
-
-class LanguageLoraConfig(LoraConfig):
-    """Of the LLM. `quantise`: what the adapters lie on is held in few bits while they are trained."""
-
-    quantise: Literal["nf4", "int8"] | None = None
-
-
-class LogConfig(_Section):
-    """How often things happen, in optimizer steps. 0 is never; the end of the run always validates and saves."""
-
-    every_steps: PositiveInt = 10
-    validate_every_steps: Annotated[int, Field(ge=0)] = 0
-    save_every_steps: Annotated[int, Field(ge=0)] = 0
-    keep_checkpoints: PositiveInt = 2  # saved states: the newest, and those before it should it be damaged
-    keep_best: bool = True  # the model of the lowest val_loss so far, in `best/`
-    stall_seconds: NonNegative = 300  # without progress, until each process says what it waits for; 0 is never
-    num_samples: Annotated[int, Field(ge=0)] = 4  # answers shown at each validation, with their pictures
-    max_val_examples: PositiveInt = 200
-    tensorboard: bool = False
-
-
-class RunConfig(_Section):
+class RunConfig(Section):
     """What every run has. `stage` says which of CONFIGS this is."""
 
     stage: str
@@ -306,6 +236,8 @@ class StageConfig(RunConfig):
             raise ValueError("vision_lora or vision_last_layers train the tower, but train does not list vision")
         if self.lora and self.lora.quantise and self.optim.liger:
             raise ValueError("lora.quantise ends on the CPU, where optim.liger has no kernels; take one of them out")
+        if self.log.text_probe and "language" not in self.train:
+            raise ValueError("log.text_probe shows what a trained LLM forgets, but train does not list language")
         if self.data.cache_features and "vision" in self.train:
             raise ValueError("data.cache_features keeps the frozen tower's output, but train lists vision")
         if "vision" in self.optim.gradient_checkpointing and "vision" not in self.train:
@@ -330,12 +262,13 @@ class WarmupVisionConfig(RunConfig):
 
     @model_validator(mode="after")
     def _rates(self) -> WarmupVisionConfig:
+        self.log.check_plain(self.stage)
         self.check_rates(["vision"])
         self.check_memory_options()
         return self
 
 
-class GuideConfig(_Section):
+class GuideConfig(Section):
     """Some heads of one layer, and what they are shown to read before an answer: see mmllm/training/lookup.py."""
 
     layer: Annotated[int, Field(ge=0)]
@@ -364,6 +297,7 @@ class WarmupLanguageConfig(RunConfig):
 
     @model_validator(mode="after")
     def _rates(self) -> WarmupLanguageConfig:
+        self.log.check_plain(self.stage)
         self.check_rates(["language"] if self.read_out is None else ["language", "read_out"])
         self.check_memory_options()
         if isinstance(self.language, LanguageConfig):

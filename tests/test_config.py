@@ -242,11 +242,11 @@ def test_numbers_in_yaml_and_overrides_are_numbers(write: Any) -> None:
     assert "1e-3" in text
     path = write(text)
     assert load_config(path).optim.learning_rates["projector"] == 0.001
-    overrides = ["optim.learning_rates.language=2e-5", "log.tensorboard=off", "optim.gradient_checkpointing=true"]
+    overrides = ["optim.learning_rates.language=2e-5", "log.num_samples=0", "optim.gradient_checkpointing=true"]
     config = load_config(path, overrides)
     assert config.optim.learning_rates["language"] == 2e-5
     assert isinstance(config.optim.learning_rates["language"], float)
-    assert config.log.tensorboard is False
+    assert config.log.num_samples == 0
     assert config.optim.gradient_checkpointing == ("language",)
     assert load_config(path, ["out=runs/a=b"]).out == "runs/a=b"
 

@@ -17,6 +17,8 @@ ABOVE_LIBRARY = ("train", "demo", "bench", "tests")
 
 # A room of mmllm imports itself and rooms that stand before it; those of one row do not import each other.
 ROOMS = (
+    ("config_base",),
+    ("config_training",),
     ("batch", "config"),
     ("scenes", "errors", "config_file"),
     ("model", "data"),

@@ -6,13 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from mmllm.training.tracking import LOG_FILE, Tracker
+from mmllm.training.tracking import LOG_FILE, Tracker, figures_of
 
 
-def tracker(out: Path, *, first_step: int = 0, is_main: bool = True, tensorboard: bool = False) -> Tracker:
-    return Tracker(out, max_steps=10, first_step=first_step, tensorboard=tensorboard, is_main=is_main)
+def tracker(out: Path, *, first_step: int = 0, is_main: bool = True) -> Tracker:
+    return Tracker(out, max_steps=10, first_step=first_step, is_main=is_main)
 
 
 def rows(out: Path) -> list[dict[str, Any]]:
@@ -63,10 +61,20 @@ def test_the_end_is_a_plot_and_a_table_of_first_and_last(tmp_path: Path, capsys:
     assert "grad norm" not in told
 
 
-def test_tensorboard_gets_the_same_numbers_where_it_is_asked_for(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    one = tracker(tmp_path, tensorboard=True)
+def test_a_run_that_begins_anew_keeps_no_line_of_an_earlier_one(tmp_path: Path) -> None:
+    tracker(tmp_path).log(0, {"val_loss": 5.0})
+    tracker(tmp_path).log(0, {"val_loss": 4.0})
+    assert rows(tmp_path) == [{"step": 0, "val_loss": 4.0}]
+
+
+def test_an_alarm_is_loud_and_stands_in_the_log_but_in_no_table_of_figures(tmp_path: Path, capsys: Any) -> None:
+    one = tracker(tmp_path)
     one.log(1, {"loss": 4.0})
-    one.close()
-    [file] = (tmp_path / "tensorboard").iterdir()
-    assert b"loss" in file.read_bytes()
+    one.alarm(1, "image_reliance", "it does not look [at] the picture")
+    assert "ALARM at step 1: it does not look [at] the picture" in capsys.readouterr().out
+    assert one.alarms == [{"step": 1, "alarm": "image_reliance", "text": "it does not look [at] the picture"}]
+    assert rows(tmp_path) == one.rows
+    assert figures_of(one.rows) == {"loss": [(1, 4.0)]}
+    one.finish()
+    assert "alarm" not in capsys.readouterr().out
+    assert tracker(tmp_path, first_step=1).alarms == one.alarms, "a run that goes on has had it"

@@ -42,6 +42,8 @@ EXTRAS = {
     "lora": {"peft": "LoRA in stage 2"},
     "tars": {"webdataset": "tar files of examples"},
     "track": {"tensorboard": "curves in TensorBoard"},
+    "trackio": {"trackio": "curves in trackio"},
+    "wandb": {"wandb": "curves in Weights & Biases"},
     "dev": {
         "hypothesis": "property tests",
         "mypy": "type checks",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,17 @@ class TrainingData:
             return len(self.renderer.render_example(item).input_ids), len(item.images)
         return int(self.report.lengths[item]), int(self.report.images[item])
 
+    def text_probe(self, validation: list[Example]) -> list[Example]:
+        """Conversations without pictures that show what a trained LLM forgets; none where it is not trained."""
+        log = self.config.log
+        if "language" not in self.config.train:
+            return []
+        found = self._load([SourceConfig(path=log.text_probe)])[0] if log.text_probe else validation
+        text = [example for example in found if not example.images]
+        if log.text_probe and not text:
+            raise DataError(f"log.text_probe: every conversation of {log.text_probe} has a picture; name text alone")
+        return spread(text, log.max_text_examples)
+
     def order(self, batch_size: int, divide: Division = as_they_come) -> Orders:
         """The order of examples in global batches of this size. Raises DataError where there are too few."""
         data, seed = self.config.data, self.config.seed
@@ -82,7 +94,7 @@ class TrainingData:
         return Order(len(self.examples), batch_size, seed, self.lengths, parts, divide)
 
 
-def spread(examples: Examples, count: int) -> list[Example]:
+def spread(examples: Sequence[Example], count: int) -> list[Example]:
     """At most `count` examples, taken evenly over the whole."""
     if len(examples) <= count:
         return list(examples)

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mmllm.config import RunConfig
 from mmllm.config_file import dump_config
+from mmllm.training.alarms import new_alarms
 from mmllm.training.distributed import all_reduce_sum, build_accelerator, gather_all
 from mmllm.training.guards import Guards, TrainingError, lost_peers
 from mmllm.training.heartbeat import Heartbeat
@@ -38,6 +39,7 @@ class Stage(Protocol):
     """What a stage brings to the loop. `module(batch)` gives the batch's loss, summed over what `count` counts."""
 
     module: nn.Module
+    notes: list[str]  # what will not be measured, and why
 
     @property
     def num_examples(self) -> int | None: ...  # None where they are streamed
@@ -229,8 +231,10 @@ class Run:
         figures = self.stage.validate(step) if is_main else {}
         if figures:
             tracker.log(step, figures)
+            for kind, text in new_alarms(tracker.rows, self.config.log, self.config.optim.max_steps):
+                tracker.alarm(step, kind, text)
         loss = all_reduce_sum(self.accelerator, figures.get("val_loss", math.nan) if is_main else 0.0)
-        if loss < (self.best["val_loss"] if self.best else math.inf):
+        if step and loss < (self.best["val_loss"] if self.best else math.inf):
             self.best = {"step": step, "val_loss": loss}
             if is_main and self.config.log.keep_best and step < self.config.optim.max_steps:
                 folder = self.out / BEST
@@ -271,8 +275,9 @@ def _train(run: Run) -> None:
     first = run.resume(print if accelerator.is_main_process else lambda text: None)
     log, max_steps = config.log, config.optim.max_steps
     tracker = Tracker(
-        run.out, max_steps=max_steps, first_step=first, tensorboard=log.tensorboard, is_main=accelerator.is_main_process
-    )
+        run.out, max_steps=max_steps, first_step=first, is_main=accelerator.is_main_process,
+        trackers=log.trackers, settings=config.model_dump(mode="json"),
+    )  # fmt: skip
     trained = sum(parameter.numel() for parameter in run.trained.values())
     processes = f"{accelerator.num_processes} process(es) on {accelerator.device}"
     tracker.say(
@@ -281,11 +286,15 @@ def _train(run: Run) -> None:
     )
     if first:
         tracker.say(f"goes on from step {first}")
-    elif tracker.num_dropped:
-        tracker.say(
-            f"begins at step 1: the run before this one saved no state ({tracker.num_dropped} rows of its log go)"
-        )
+    else:
+        if tracker.num_dropped:
+            dropped = f"{tracker.num_dropped} rows of its log go"
+            tracker.say(f"begins at step 1: the run before this one saved no state ({dropped})")
+        for note in stage.notes:
+            tracker.say(note)
     run.prepare(first, tracker.say)
+    if not first:
+        run.validate(0, tracker)  # where the curves begin; and what cannot be validated is known now, not at the end
     losses: list[float] = []
     tokens, since = 0, time.monotonic()
     begun = since
@@ -320,6 +329,8 @@ def _train(run: Run) -> None:
         tracker.close()
     tracker.finish()
     run.finish(tracker)
+    if log.fail_on_alarm and tracker.alarms:
+        raise TrainingError(f"the run is saved, but it had alarms (log.fail_on_alarm): {tracker.alarms[-1]['text']}")
 
 
 __all__ = ["InterruptedRunError", "Run", "Stage", "TrainingError", "build_accelerator", "train"]

@@ -7,10 +7,14 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mmllm.config import ConfigError, RunConfig
 from mmllm.config_file import dump_config, load_config
 from mmllm.errors import report_errors
+
+if TYPE_CHECKING:
+    from mmllm.training.validation import Tasks
 
 SETTINGS = "config.yaml"
 
@@ -46,23 +50,29 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def run(config: RunConfig) -> None:
+def run(config: RunConfig, tasks: Tasks | None = None) -> None:
     """One run from its settings, or from its newest saved state, to its finished checkpoint.
 
     Raises LockedError where another one writes into the same folder.
     """
     from mmllm.training.lock import only_run
+    from mmllm.training.trackers import check_trackers
 
+    check_trackers(config.log.trackers)
+    if tasks:
+        tasks.check(config.log.tasks)
     with only_run(Path(config.out)) if is_first_process() else contextlib.nullcontext():
-        _run(config)
+        _run(config, tasks)
 
 
-def _run(config: RunConfig) -> None:
+def _run(config: RunConfig, tasks: Tasks | None) -> None:
     import torch
 
     from mmllm.training.distributed import build_accelerator
     from mmllm.training.loop import train
+    from mmllm.training.report import write_about, write_report
     from mmllm.training.stages import build_stage
+    from mmllm.training.tracking import LOG_FILE
 
     out = Path(config.out)
     if is_finished(config):
@@ -74,15 +84,23 @@ def _run(config: RunConfig) -> None:
         torch.set_num_threads(config.num_threads)
     accelerator = build_accelerator(config)
     with accelerator.main_process_first():
-        stage = build_stage(config)
+        stage = build_stage(config, tasks)
     if accelerator.is_main_process:
         (out / SETTINGS).write_text(dump_config(config))
-    train(config, stage, accelerator)
+        write_about(out, stage.notes, f"{accelerator.num_processes} process(es) on {accelerator.device}")
+    try:
+        train(config, stage, accelerator)
+    finally:
+        if accelerator.is_main_process and (out / LOG_FILE).is_file():
+            print(f"report: {write_report(out)}")
     accelerator.end_training()
 
 
-def main(stage: str | None = None, arguments: list[str] | None = None) -> None:
-    """`CONFIG [section.key=value ...]`; exits with 2 for wrong usage or settings, 1 for a run that failed."""
+def main(stage: str | None = None, arguments: list[str] | None = None, *, tasks: Tasks | None = None) -> None:
+    """`CONFIG [section.key=value ...]`; exits with 2 for wrong usage or settings, 1 for a run that failed.
+
+    `tasks` scores `log.tasks`.
+    """
     given = sys.argv[1:] if arguments is None else arguments
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with report_errors():
@@ -93,4 +111,4 @@ def main(stage: str | None = None, arguments: list[str] | None = None) -> None:
             raise ConfigError(
                 f"{given[0]} is for {config.stage}, this script runs {stage}: use train/{config.stage}.py"
             )
-        run(config)
+        run(config, tasks)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmllm.batch import Batch, Example, ImageRef
+from mmllm.batch import Batch, Example
 from mmllm.config import (
     ConfigError,
     LanguageLoraConfig,
@@ -43,10 +42,10 @@ from mmllm.training.machine import check_machine
 from mmllm.training.optim import match
 from mmllm.training.order import Item, Orders
 from mmllm.training.packed_rows import Packer
+from mmllm.training.tracking import figures_of
+from mmllm.training.validation import Tasks, Validation
 from mmllm.training.warmup_language import WarmupLanguage
 from mmllm.training.warmup_vision import WarmupVision
-
-_NO_FILE_NAME = re.compile(r"[^\w.-]")  # characters of an id that a file name better does without
 
 
 class _ConversationLoss(nn.Module):
@@ -66,7 +65,7 @@ class _ConversationLoss(nn.Module):
 class ConversationStage:
     """Stage 1 and stage 2: conversations with pictures; the settings say which parts are trained."""
 
-    def __init__(self, config: StageConfig):
+    def __init__(self, config: StageConfig, tasks: Tasks | None = None):
         self.config = config
         torch.manual_seed(config.seed)
         self.model, self.processor, self.origin = _load_model(config)
@@ -78,7 +77,6 @@ class ConversationStage:
         self.engine.settle()
         self.data = TrainingData(config, self.engine.renderer)
         self.examples, self.lengths, self.num_examples = self.data.examples, self.data.lengths, self.data.num_examples
-        self.val_examples = self.data.validation()
         self._freeze()
         self.features: FeatureCache | None = None
         if config.data.cache_features:
@@ -93,6 +91,15 @@ class ConversationStage:
         self.parts = self._parts()
         self.depths = depths(self.model) if config.optim.layer_decay != 1.0 else {}
         self._set_modes()
+        self.validation = self._validation(tasks)
+        self.notes = self.validation.notes
+
+    def _validation(self, tasks: Tasks | None) -> Validation:
+        examples = self.data.validation()
+        return Validation(
+            self.config, self.engine, examples=examples, text=self.data.text_probe(examples), module=self.module,
+            collate=lambda some: self._collate(some, None), tasks=tasks,
+        )  # fmt: skip
 
     def _freeze(self) -> None:
         """Only the listed parts get gradients. With LoRA, of the LLM or the tower only the adapters do."""
@@ -211,35 +218,11 @@ class ConversationStage:
 
     @torch.no_grad()
     def validate(self, step: int) -> dict[str, float]:
-        """Loss per supervised token on the validation data; sample answers go to `samples/`, with their pictures."""
-        if not self.val_examples:
-            return {}
+        """What `Validation` finds, with the model in eval mode while it looks."""
         self.model.eval()
-        total, count, size = 0.0, 0, self.config.optim.batch_size
-        for start in range(0, len(self.val_examples), size):
-            batch = self._collate(self.val_examples[start : start + size], None)
-            total += float(self.module(batch))
-            count += batch.num_supervised
-        self._write_samples(step)
+        figures = self.validation.figures(step)
         self._set_modes()
-        return {"val_loss": total / max(1, count)}
-
-    def _write_samples(self, step: int) -> None:
-        folder = Path(self.config.out) / "samples"
-        folder.mkdir(parents=True, exist_ok=True)
-        lines = [f"# Answers after step {step}\n"]
-        for example in self.val_examples[: self.config.log.num_samples]:
-            asked = _first_question(example)
-            reply = self.engine.reply(asked)
-            for number, image in enumerate(asked.images):
-                name = f"{_NO_FILE_NAME.sub('_', example.id)[-80:]}-{number}.png"
-                if not (folder / name).is_file():
-                    self.engine.seen(image).save(folder / name)
-                lines.append(f"![what the model saw]({name})\n")
-            question = asked.messages[-1].text.strip()
-            right = example.messages[_first_answer(example)].text
-            lines.append(f"- question: {question}\n- answer: {reply.text}\n- reference: {right}\n")
-        (folder / f"step_{step:07d}.md").write_text("\n".join(lines))
+        return figures
 
     def save(self, out: Path, log: list[dict[str, Any]]) -> None:
         """A checkpoint with its golden answers; of an LLM with LoRA the adapter and not the base's weights.
@@ -262,7 +245,7 @@ class ConversationStage:
     def _save(self, out: Path, log: list[dict[str, Any]]) -> None:
         settings = dump_config(self.config)
         (out / "config.yaml").write_text(settings)
-        last = {name: value for row in log for name, value in row.items()}
+        last = {name: curve[-1][1] for name, curve in figures_of(log).items()}
         facts: dict[str, Any] = {"origin": self.origin, "settings": settings, "figures": last}
         num_examples = "streamed" if self.num_examples is None else self.num_examples
         made = f"{self.config.stage}, {last['step']} steps on {num_examples} examples"
@@ -283,33 +266,22 @@ def _load_model(config: StageConfig) -> tuple[VisionLanguageModel, VisionLanguag
     return model, processor, {**manifest.get("origin", {}), "started_from": config.model.checkpoint}
 
 
-def _first_answer(example: Example) -> int:
-    return next(index for index, message in enumerate(example.messages) if message.role == "assistant")
-
-
-def _first_question(example: Example) -> Example:
-    """The conversation up to its first answer, with the images that stand there."""
-    messages = example.messages[: _first_answer(example)]
-    num_images = sum(isinstance(part, ImageRef) for message in messages for part in message.parts)
-    return Example(example.id, example.source, messages, example.images[:num_images])
-
-
-def _conversation(config: RunConfig) -> Stage:
+def _conversation(config: RunConfig, tasks: Tasks | None) -> Stage:
     assert isinstance(config, StageConfig)
-    return ConversationStage(config)
+    return ConversationStage(config, tasks)
 
 
-def _warmup_language(config: RunConfig) -> Stage:
+def _warmup_language(config: RunConfig, tasks: Tasks | None) -> Stage:
     assert isinstance(config, WarmupLanguageConfig)
     return WarmupLanguage(config)
 
 
-def _warmup_vision(config: RunConfig) -> Stage:
+def _warmup_vision(config: RunConfig, tasks: Tasks | None) -> Stage:
     assert isinstance(config, WarmupVisionConfig)
     return WarmupVision(config)
 
 
-STAGES: dict[str, Callable[[RunConfig], Stage]] = {
+STAGES: dict[str, Callable[[RunConfig, Tasks | None], Stage]] = {
     "warmup_vision": _warmup_vision,
     "warmup_language": _warmup_language,
     "stage1": _conversation,
@@ -317,9 +289,12 @@ STAGES: dict[str, Callable[[RunConfig], Stage]] = {
 }
 
 
-def build_stage(config: RunConfig) -> Stage:
-    """The stage of a run's settings, with everything loaded and checked. Raises ConfigError or DataError."""
+def build_stage(config: RunConfig, tasks: Tasks | None = None) -> Stage:
+    """The stage of a run's settings, with everything loaded and checked; `tasks` scores `log.tasks`.
+
+    Raises ConfigError or DataError.
+    """
     if config.stage not in STAGES:
         raise ConfigError(f"stage: {config.stage!r} is not known; allowed: {', '.join(STAGES)}")
     check_machine(config)
-    return STAGES[config.stage](config)
+    return STAGES[config.stage](config, tasks)

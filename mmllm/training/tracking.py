@@ -1,11 +1,15 @@
-"""What a run tells: JSON lines, TensorBoard where asked, progress on the terminal, a plot and a table at the end."""
+"""What a run tells: JSON lines, trackers where asked, progress on the terminal, a plot and a table at the end.
+
+A line of the log is `{"step": ..., NAME: figure ...}`, an alarm, `{"step": ..., "alarm": KIND, "text": ...}`, or a
+guard's warning, `{"step": ..., "warning": TEXT ...}`.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,34 +17,65 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from mmllm.training.trackers import close_trackers, open_trackers
+
 LOG_FILE = "log.jsonl"
 
 
-class Tracker:
-    """The voice of a run's main process. Lines behind the step that a resumed run starts from are dropped."""
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log, without one that was cut off. None where there is no log yet."""
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
 
-    def __init__(self, out: Path, *, max_steps: int, first_step: int, tensorboard: bool, is_main: bool):
+
+def figures_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """Every curve of a log: name -> (step, value) ..., in the order in which they first stand there."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        if "warning" in row or "alarm" in row:
+            continue
+        for name, value in row.items():
+            if name != "step" and isinstance(value, int | float):
+                curves.setdefault(name, []).append((row["step"], value))
+    return curves
+
+
+class Tracker:
+    """The voice of a run's main process.
+
+    Lines behind the step that a resumed run starts from are dropped, all of them where it starts anew. Trackers got
+    them already, and so do not get them again.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        *,
+        max_steps: int,
+        first_step: int,
+        is_main: bool,
+        trackers: Sequence[str] = (),
+        settings: Mapping[str, Any] | None = None,
+    ):
         self.out, self.max_steps, self.is_main = out, max_steps, is_main
         self.console = Console(stderr=False, quiet=not is_main)
         self.rows: list[dict[str, Any]] = []
-        self.warnings: list[dict[str, Any]] = []  # rows of the log as well, but no figures
         self.num_dropped = 0
         self._started = time.monotonic()
-        self._board: Any = None
+        self._trackers: list[Any] = []
+        self._sent: set[tuple[int, str]] = set()
         self._progress: Progress | None = None
         if not is_main:
             return
         out.mkdir(parents=True, exist_ok=True)
         self.path = out / LOG_FILE
-        if self.path.is_file():
-            lines = [json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")]
-            kept = [row for row in lines if row["step"] <= first_step]
-            self.rows = [row for row in kept if "warning" not in row]
-            self.warnings = [row for row in kept if "warning" in row]
-            self.num_dropped = len(lines) - len(kept)
+        lines = read_log(self.path)
+        self.rows = [row for row in lines if first_step and row["step"] <= first_step]
+        self.num_dropped = len(lines) - len(self.rows)
+        self._sent = {(row["step"], name) for row in lines if row["step"] > first_step for name in row}
         self._rewrite()
-        if tensorboard:
-            self._board = _open_tensorboard(out)
+        self._trackers = open_trackers(trackers, out, settings=dict(settings or {}), first_step=first_step)
         if sys.stdout.isatty():
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
             self._progress = Progress(
@@ -51,8 +86,7 @@ class Tracker:
 
     def _rewrite(self) -> None:
         partial = self.path.with_suffix(".part")
-        rows = sorted([*self.rows, *self.warnings], key=lambda row: int(row["step"]))
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        partial.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
         partial.replace(self.path)
 
     def say(self, text: str) -> None:
@@ -63,22 +97,19 @@ class Tracker:
         """A row with a `warning` and whatever it is about: in the log, and on the terminal."""
         if not self.is_main:
             return
-        self.warnings.append(dict(row))
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        self._write(dict(row))
         self.say(f"warning: {row['warning']}")
 
     def log(self, step: int, values: Mapping[str, float], *, seconds_left: float | None = None) -> None:
         """One row of the log; the same numbers on the terminal."""
         if not self.is_main:
             return
-        row = {"step": step, **{name: float(f"{value:.6g}") for name, value in values.items()}}
-        self.rows.append(row)
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        if self._board:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+        self._write({"step": step, **{name: float(f"{value:.6g}") for name, value in values.items()}})
+        fresh = {name: float(value) for name, value in values.items() if (step, name) not in self._sent}
+        for tracker in self._trackers:
+            shows_again = tracker.name == "tensorboard"  # it hides what it was told of these steps
+            if told := values if shows_again else fresh:
+                tracker.log(dict(told), step=step)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if name != "grad_norm")
         if self._progress and "loss" in values:
             self._progress.update(
@@ -90,6 +121,24 @@ class Tracker:
             left = "" if seconds_left is None else f"  left {seconds_left / 60:.1f} min"
             self.say(f"step {step}/{self.max_steps}  {shown}{left}")
 
+    def alarm(self, step: int, kind: str, text: str) -> None:
+        """What must not be overlooked: a loud line, and a record of the log."""
+        if not self.is_main:
+            return
+        self._write({"step": step, "alarm": kind, "text": text})
+        self.console.print(
+            f"ALARM at step {step}: {text}", style="bold red", highlight=False, markup=False, soft_wrap=True
+        )
+
+    @property
+    def alarms(self) -> list[dict[str, Any]]:
+        return [row for row in self.rows if "alarm" in row]
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
     def finish(self) -> None:
         """Stops the bar, draws `train_loss.png` and prints the table of what the run reached."""
         self.close()
@@ -100,9 +149,9 @@ class Tracker:
         table.add_column("measure")
         table.add_column("first", justify="right")
         table.add_column("last", justify="right")
-        for name in dict.fromkeys(name for row in self.rows for name in row if name not in ("step", "grad_norm")):
-            values = [row[name] for row in self.rows if name in row]
-            table.add_row(name.replace("_", " "), f"{values[0]:.4g}", f"{values[-1]:.4g}")
+        for name, curve in figures_of(self.rows).items():
+            if name != "grad_norm":
+                table.add_row(name.replace("_", " "), f"{curve[0][1]:.4g}", f"{curve[-1][1]:.4g}")
         table.add_row("steps", "", str(self.rows[-1]["step"]))
         table.add_row("minutes of this start", "", f"{(time.monotonic() - self._started) / 60:.1f}")
         self.console.print(table)
@@ -111,17 +160,8 @@ class Tracker:
         if self._progress:
             self._progress.stop()
             self._progress = None
-        if self._board:
-            self._board.close()
-            self._board = None
-
-
-def _open_tensorboard(out: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ValueError("log.tensorboard needs the extra `track`: pip install 'mmllm[track]'") from error
-    return SummaryWriter(str(out / "tensorboard"))
+        close_trackers(self._trackers)
+        self._trackers = []
 
 
 def plot_losses(rows: list[dict[str, Any]], path: Path) -> None:
@@ -131,8 +171,7 @@ def plot_losses(rows: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for name, style in (("loss", "-"), ("val_loss", "o-")):
-        points = [(row["step"], row[name]) for row in rows if name in row]
-        if points:
+        if points := figures_of(rows).get(name):
             axes.plot(*zip(*points, strict=True), style, label=name.replace("_", " "), linewidth=1, markersize=3)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss per supervised token or pair (nats)")

@@ -204,6 +204,7 @@ class WarmupLanguage:
         self.depths: dict[str, int] = {}
         if self.module.read_out is not None:
             self.parts["read_out"] = list(self.module.read_out.named_parameters("read_out"))
+        self.notes: list[str] = []
         self.num_examples = len(self.rows)
 
     def _new_model(self, language: dict[str, Any]) -> Any:

@@ -109,6 +109,7 @@ class WarmupVision:
         self.module: nn.Module = _ClipLoss(self.model, config.words_weight, len(self.tokenizer), self.side_px)
         self.parts = {"vision": list(self.module.named_parameters())}
         self.depths: dict[str, int] = {}
+        self.notes: list[str] = []
         self.num_examples = config.num_scenes
 
     def _ids(self, texts: list[str], length: int, *, end: bool) -> Tensor:

@@ -1,0 +1,172 @@
+"""`report.html`: what a run did, as one file that needs no network; made of what the run's folder holds.
+
+It is written when a run ends, when it is stopped, and by `mmllm report RUN`.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import yaml
+from PIL import Image
+
+from mmllm.model.checkpoint import MANIFEST, library_versions
+from mmllm.training.alarms import RELIANCE, TEXT_LOSS, forgetting_of
+from mmllm.training.charts import Curve, chart
+from mmllm.training.tracking import LOG_FILE, figures_of, read_log
+
+REPORT, ABOUT, SETTINGS = "report.html", "about.json", "config.yaml"
+MAX_SIDE_PX = 512  # of a picture in the page
+MAX_ANSWERS = 6  # of one sample over the run
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # no script, nothing from anywhere
+
+
+def write_about(out: Path, notes: Sequence[str], machine: str) -> None:
+    """What the log does not say: versions, where it runs, what is not measured. Of the newest start."""
+    versions = {"python": platform.python_version(), **library_versions()}
+    (out / ABOUT).write_text(json.dumps({"versions": versions, "machine": machine, "notes": list(notes)}, indent=2))
+
+
+def write_report(out: Path) -> Path:
+    """Writes `report.html` into a run's folder. Raises ValueError where that holds no run."""
+    if not (out / LOG_FILE).is_file() or not (out / SETTINGS).is_file():
+        raise ValueError(f"no run in {out}: it needs {LOG_FILE} and {SETTINGS}, which `mmllm train` writes")
+    partial = (out / REPORT).with_suffix(".part")
+    partial.write_text(_page(out), encoding="utf-8")
+    return partial.replace(out / REPORT)
+
+
+def _page(out: Path) -> str:
+    rows = read_log(out / LOG_FILE)
+    text = (out / SETTINGS).read_text()
+    settings = yaml.safe_load(text)
+    about = json.loads((out / ABOUT).read_text()) if (out / ABOUT).is_file() else {}
+    style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
+    title = escape(out.resolve().name)
+    body = [
+        _head(out, rows, settings, about), _alarms(rows, about), _charts(rows, settings), _samples(out / "samples"),
+        _table(rows), _settings(text, about),
+    ]  # fmt: skip
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title} - mmllm report</title>\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<meta name="color-scheme" content="light dark">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n<style>\n{style}</style>\n</head>\n'
+        f"<body>\n<main>\n{''.join(body)}</main>\n</body>\n</html>\n"
+    )
+
+
+def _head(out: Path, rows: Sequence[Mapping[str, Any]], settings: Any, about: Mapping[str, Any]) -> str:
+    last, steps = (rows[-1]["step"] if rows else 0), settings["optim"]["max_steps"]
+    state = "finished" if (out / MANIFEST).is_file() or last >= steps else "stopped"
+    machine = f", {escape(about['machine'])}" if about else ""
+    return (
+        f"<header><p class=over>{escape(settings['stage'])}</p><h1>{escape(out.resolve().name)}</h1>"
+        f'<p class=where><b class="{state}">{state}</b> after {last} of {steps} steps{machine}</p></header>\n'
+    )
+
+
+def _alarms(rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> str:
+    alarms = [
+        f"<p class='banner wrong'><b>Step {row['step']}</b> {escape(row['text'])}</p>" for row in rows if "alarm" in row
+    ]
+    notes = [f"<p class='banner note'>{escape(note)}</p>" for note in about.get("notes", [])]
+    return "".join(alarms + notes)
+
+
+def _charts(rows: Sequence[Mapping[str, Any]], settings: Any) -> str:
+    """Losses, reliance, text alone and tasks first; then whatever else the log has, each by itself."""
+    curves, log = figures_of(rows), settings["log"]
+    steps = settings["optim"]["max_steps"]
+
+    def taken(*starts: str) -> dict[str, Curve]:
+        return {
+            name: curves.pop(name)
+            for name in list(curves)
+            if any(name == s or name.startswith(f"{s}/") for s in starts)
+        }
+
+    exact = {name: curves.pop(name) for name in list(curves) if name.split("_")[0] == "exact"}
+    budget = None
+    if text := curves.get(TEXT_LOSS):
+        budget = text[0][1] + log["forgetting_budget"]
+    groups: list[tuple[str, Mapping[str, Curve], float | None, str]] = [
+        ("Loss, nats per token", taken("loss", "val_loss"), None, ""),
+        ("Image reliance, nats per token", taken(RELIANCE), log.get("min_image_reliance"), "flat below"),
+        ("Loss on text alone, nats per token", taken(TEXT_LOSS), budget, "forgetting budget"),
+        ("Tasks, exact match", {name.removeprefix("task/"): curve for name, curve in taken("task").items()}, None, ""),
+        ("Answers, exact match", exact, None, ""),
+    ]
+    groups += [(name.replace("_", " "), {name: curve}, None, "") for name, curve in curves.items()]
+    drawn = [
+        f"<section><h2>{escape(name)}</h2>{chart(some, max_step=steps, line=line, line_name=line_name)}</section>"
+        for name, some, line, line_name in groups
+        if some
+    ]
+    return f"<div class=charts>{''.join(drawn)}</div>\n"
+
+
+def _samples(folder: Path) -> str:
+    """Each sample with its pictures and its answers over the run."""
+    found: dict[str, dict[str, Any]] = {}
+    answers: dict[str, list[tuple[int, str]]] = {}
+    for path in sorted(folder.glob("step_*.json")):
+        for one in json.loads(path.read_text()):
+            found[one["id"]] = one
+            answers.setdefault(one["id"], []).append((int(path.stem.removeprefix("step_")), one["answer"]))
+    if not found:
+        return ""
+    cards = []
+    for name, one in found.items():
+        told = answers[name]
+        shown = [told[index * (len(told) - 1) // max(1, MAX_ANSWERS - 1)] for index in range(MAX_ANSWERS)]
+        lines = "".join(f"<tr><td class=number>{step}<td>{_words(answer)}" for step, answer in dict.fromkeys(shown))
+        pictures = "".join(
+            f'<img src="{_data_uri(folder / file)}" alt="What the model saw">' for file in one["pictures"]
+        )
+        cards.append(
+            f"<article><div class=pictures>{pictures}</div><div><p class=question>{_words(one['question'])}</p>"
+            f"<table class=answers><tr><th>step<th>answer{lines}<tr class=right><td>right<td>{_words(one['reference'])}"
+            f"</table></div></article>"
+        )
+    return f"<section><h2>Answers</h2><div class=samples>{''.join(cards)}</div></section>\n"
+
+
+def _words(text: str) -> str:
+    return escape("".join(c if c.isprintable() or c == "\n" else "�" for c in text)) or "<i>nothing</i>"
+
+
+def _data_uri(path: Path) -> str:
+    with Image.open(path) as picture:
+        shown = picture.convert("RGB")
+    shown.thumbnail((MAX_SIDE_PX, MAX_SIDE_PX))
+    file = io.BytesIO()
+    shown.save(file, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = [
+        f"<tr><td>{escape(name)}<td class=number>{curve[0][1]:.4g}<td class=number>{curve[-1][1]:.4g}"
+        f"<td class=number>{curve[-1][0]}"
+        for name, curve in figures_of(rows).items()
+    ]
+    if (forgetting := forgetting_of(rows)) is not None:
+        lines.append(f"<tr><td>forgetting: text_loss above its first<td><td class=number>{forgetting:.4g}<td>")
+    head = "<tr><th>figure<th class=number>first<th class=number>last<th class=number>at step"
+    return f"<section><h2>Figures</h2><div class=wide><table>{head}{''.join(lines)}</table></div></section>\n"
+
+
+def _settings(text: str, about: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{escape(name)} {escape(number)}" for name, number in about.get("versions", {}).items())
+    return (
+        f"<section><h2>Versions</h2><p class=where>{versions or 'not known'}</p></section>\n"
+        f"<section><details><summary>Settings</summary><pre>{escape(text)}</pre></details></section>\n"
+    )

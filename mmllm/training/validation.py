@@ -1,0 +1,176 @@
+"""How a stage is judged while it trains: its loss on data that it never learns, what it makes of the pictures, what is
+left of its speech, the scores of tasks, and answers for people to read.
+
+Losses are in nats per supervised token. `val_loss/SOURCE` stands beside `val_loss` where there are several sources.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import Any, Protocol
+
+from torch import nn
+
+from mmllm.batch import Batch, Example, ImageRef
+from mmllm.config import ConfigError, StageConfig
+from mmllm.inference.engine import Engine
+from mmllm.training.alarms import RELIANCE, TEXT_LOSS
+from mmllm.training.data import spread
+from mmllm.training.reliance import exchange_pictures
+
+_NO_FILE_NAME = re.compile(r"[^\w.-]")  # characters of an id that a file name better does without
+
+
+class Tasks(Protocol):
+    """What scores a model on tasks while it trains. It stands above training, so whoever starts a run hands it over."""
+
+    def check(self, names: Sequence[str]) -> None: ...  # raises where there is no such task
+    def scores(self, engine: Engine, name: str, num_questions: int) -> dict[str, float]: ...
+
+
+def short_names(paths: Sequence[str]) -> dict[str, str]:
+    """A name for each data file: its own without suffix, with as many of its folders as tell it from the others."""
+    parts = {path: PurePath(path).with_suffix("").parts for path in paths}
+    names: dict[str, str] = {}
+    for path, own in parts.items():
+        others = [other for key, other in parts.items() if key != path]
+        depth = next((d for d in range(1, len(own)) if all(other[-d:] != own[-d:] for other in others)), len(own))
+        names[path] = "/".join(_NO_FILE_NAME.sub("_", part) for part in own[-depth:])
+    if len(set(names.values())) < len(names):  # such as a.json and a.jsonl of one folder
+        return {path: f"{name}-{number}" for number, (path, name) in enumerate(names.items(), start=1)}
+    return names
+
+
+class Validation:
+    """The validation of stage 1 and stage 2. `notes` says what cannot be computed on this data, and why.
+
+    `collate` makes a batch of examples, `module` its summed loss. `text` are conversations without pictures, none
+    where the LLM is not trained.
+    """
+
+    def __init__(
+        self,
+        config: StageConfig,
+        engine: Engine,
+        *,
+        examples: Sequence[Example],
+        text: Sequence[Example],
+        collate: Callable[[Sequence[Example]], Batch],
+        module: nn.Module,
+        tasks: Tasks | None = None,
+    ):
+        if config.log.tasks and tasks is None:
+            raise ConfigError("log.tasks: nothing scores tasks here; start with train/STAGE.py or `mmllm train`")
+        self.config, self.engine, self.tasks = config, engine, tasks
+        self.examples, self.text = examples, text
+        self.collate, self.module = collate, module
+        paths = list(dict.fromkeys(example.source for example in examples))
+        self.names = short_names(paths) if len(paths) > 1 else {}
+        self.task_names = short_names(config.log.tasks)
+        self.exchanged = exchange_pictures(examples, config.seed, self._fits)
+        self.notes = self._notes()
+
+    def _fits(self, example: Example) -> bool:
+        length = len(self.engine.renderer.render_example(example).input_ids)
+        return length <= self.config.data.max_length_tokens
+
+    def _notes(self) -> list[str]:
+        notes = []
+        if self.examples and not self.exchanged:
+            notes.append("image reliance is not computed: data.val has no two examples whose pictures can be exchanged")
+        if "language" in self.config.train and not self.text:
+            notes.append(
+                "what the LLM forgets is not measured: data.val has no conversation without a picture; name some in "
+                "log.text_probe"
+            )
+        return notes
+
+    def _losses(self, examples: Sequence[Example]) -> tuple[float, int]:
+        """(loss summed over supervised tokens, their number)"""
+        total, count, size = 0.0, 0, self.config.optim.batch_size
+        for start in range(0, len(examples), size):
+            batch = self.collate(examples[start : start + size])
+            total += float(self.module(batch))
+            count += batch.num_supervised
+        return total, count
+
+    def figures(self, step: int) -> dict[str, float]:
+        """Every figure after `step` steps; answers go to `samples/`. Needs a model in eval mode, and no gradients."""
+        found = self._validation_losses()
+        if self.text:
+            total, count = self._losses(self.text)
+            found[TEXT_LOSS] = total / max(1, count)
+        for task, name in self.task_names.items():
+            assert self.tasks is not None
+            scores = self.tasks.scores(self.engine, task, self.config.log.task_questions)
+            found |= {f"task/{name}/{measure}": value for measure, value in scores.items()}
+        if self.examples:
+            self._write_samples(step)
+        return found
+
+    def _validation_losses(self) -> dict[str, float]:
+        """The loss, that of each source, and image reliance: the same batches are shown twice, so it costs one pass."""
+        groups: dict[tuple[str, bool], list[int]] = defaultdict(list)
+        for index, example in enumerate(self.examples):
+            groups[example.source, index in self.exchanged].append(index)
+        sums: dict[str, tuple[float, int]] = defaultdict(lambda: (0.0, 0))
+        shuffled = (0.0, 0)
+        right = (0.0, 0)
+        for (source, has_exchange), indices in groups.items():
+            own = self._losses([self.examples[index] for index in indices])
+            sums[source] = (sums[source][0] + own[0], sums[source][1] + own[1])
+            if has_exchange:
+                other = self._losses([self.exchanged[index] for index in indices])
+                right = (right[0] + own[0], right[1] + own[1])
+                shuffled = (shuffled[0] + other[0], shuffled[1] + other[1])
+        if not sums:
+            return {}
+        total, count = (sum(column) for column in zip(*sums.values(), strict=True))
+        found = {"val_loss": total / max(1, count)}
+        found |= {f"val_loss/{name}": sums[path][0] / max(1, sums[path][1]) for path, name in self.names.items()}
+        if shuffled[1]:
+            found[RELIANCE] = shuffled[0] / shuffled[1] - right[0] / max(1, right[1])
+        return found
+
+    def _write_samples(self, step: int) -> None:
+        """`samples/step_N.md` for people and `step_N.json` for the report, with the pictures as the model saw them."""
+        folder = Path(self.config.out) / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        samples = [self._sample(example, folder) for example in spread(self.examples, self.config.log.num_samples)]
+        lines = [f"# Answers after step {step}\n"]
+        for one in samples:
+            lines += [f"![what the model saw]({name})\n" for name in one["pictures"]]
+            lines.append(f"- question: {one['question']}\n- answer: {one['answer']}\n- reference: {one['reference']}\n")
+        (folder / f"step_{step:07d}.md").write_text("\n".join(lines))
+        (folder / f"step_{step:07d}.json").write_text(json.dumps(samples, ensure_ascii=False, indent=1))
+
+    def _sample(self, example: Example, folder: Path) -> Mapping[str, Any]:
+        asked = _first_question(example)
+        pictures = []
+        for number, image in enumerate(asked.images):
+            name = f"{_NO_FILE_NAME.sub('_', example.id)[-80:]}-{number}.png"
+            if not (folder / name).is_file():
+                self.engine.seen(image).save(folder / name)
+            pictures.append(name)
+        return {
+            "id": example.id,
+            "pictures": pictures,
+            "question": asked.messages[-1].text.strip(),
+            "answer": self.engine.reply(asked).text,
+            "reference": example.messages[_first_answer(example)].text,
+        }
+
+
+def _first_answer(example: Example) -> int:
+    return next(index for index, message in enumerate(example.messages) if message.role == "assistant")
+
+
+def _first_question(example: Example) -> Example:
+    """The conversation up to its first answer, with the images that stand there."""
+    messages = example.messages[: _first_answer(example)]
+    num_images = sum(isinstance(part, ImageRef) for message in messages for part in message.parts)
+    return Example(example.id, example.source, messages, example.images[:num_images])
