@@ -142,7 +142,7 @@ class StepFlops:
         attention = self._attention(lengths, windowed=windowed)
         passes = 1 + (2 if self.attends_backward else 0) + (1 if again else 0)
         linear = self.token.both + (self.token.forward if again else 0.0)
-        return linear * sum(lengths) + attention * passes + self.head.both * rows
+        return float(linear * sum(lengths) + attention * passes + self.head.both * rows)
 
     def _num_views(self, batch: Batch) -> float:
         if batch.image_features is not None:
@@ -150,7 +150,7 @@ class StepFlops:
         if batch.pixel_values is None:
             return 0
         if self.layout.kind == "native":  # views of many sizes: as many as their tokens would make
-            return int((batch.input_ids == self.image_token_id).sum()) / self.layout.num_view_tokens
+            return float(int((batch.input_ids == self.image_token_id).sum()) / self.layout.num_view_tokens)
         return len(batch.pixel_values)
 
     def count(self, batch: Batch) -> Flops:

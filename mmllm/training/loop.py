@@ -21,6 +21,7 @@ from mmllm.training.distributed import all_reduce_sum, build_accelerator, gather
 from mmllm.training.optim import Parts, build_optimizers, gradient_norm, rate_factor, set_learning_rates
 from mmllm.training.order import Item, Orders, seed_of
 from mmllm.training.state import load_state, save_state, saved_steps
+from mmllm.training.throughput import Throughput, step_flops
 from mmllm.training.tracking import Tracker
 
 MAX_IDLE_STEPS = 3  # steps in a row in which a trained part may get no gradient though it should
@@ -118,6 +119,7 @@ class Run:
         self.trained = {name: p for named in stage.parts.values() for name, p in named}
         if len(self.trained) != sum(len(named) for named in stage.parts.values()):
             raise ValueError("a parameter stands in two parts of a stage")
+        self.throughput = Throughput(step_flops(stage), accelerator, config.optim.precision)
         self.module = accelerator.prepare(stage.module)
         self.optimizers = build_optimizers(stage.parts, config.optim)
         optim = config.optim
@@ -168,7 +170,8 @@ class Run:
         """One optimizer step: (loss per counted item, gradient norm, tokens of all ranks)."""
         optim, world = self.config.optim, self.accelerator.num_processes
         torch.manual_seed(seed_of(self.config.seed, step, self.accelerator.process_index))
-        batches = [next(data) for _ in range(optim.accumulate_steps)]
+        with self.throughput.waiting():
+            batches = [next(data) for _ in range(optim.accumulate_steps)]
         if wrong := [batch for batch in batches if isinstance(batch, ValueError)]:
             raise wrong[0]
         num_valid = all_reduce_sum(self.accelerator, sum(self.stage.count(batch) for batch in batches))
@@ -189,6 +192,7 @@ class Run:
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        self.throughput.stepped(batches)
         num_tokens = all_reduce_sum(self.accelerator, sum(self.stage.num_tokens(batch) for batch in batches))
         return all_reduce_sum(self.accelerator, total) / num_valid, norm, int(num_tokens)
 
@@ -228,6 +232,8 @@ def train(config: RunConfig, stage: Stage, accelerator: Any) -> None:
         f"{config.stage}: {trained:,} trained parameters in {', '.join(stage.parts)}; "
         f"{'streamed' if stage.num_examples is None else f'{stage.num_examples:,}'} examples; {processes}"
     )
+    if told := run.throughput.describe():
+        tracker.say(told)
     if first:
         tracker.say(f"goes on from step {first}")
     losses: list[float] = []
@@ -246,11 +252,13 @@ def train(config: RunConfig, stage: Stage, accelerator: Any) -> None:
                     left = (now - begun) / (done - first) * (max_steps - done)
                     rate = run.optimizers[0].param_groups[0]["lr"]
                     values = {"loss": sum(losses) / len(losses), "learning_rate": rate, "grad_norm": norm}
-                    tracker.log(done, {**values, "tokens_per_second": tokens / (now - since)}, seconds_left=left)
+                    values["tokens_per_second"] = tokens / (now - since)
+                    tracker.log(done, {**values, **run.throughput.figures()}, seconds_left=left)
                     losses, tokens, since = [], 0, now
                 if _is_due(done, log.validate_every_steps) or done == max_steps:
                     before = time.monotonic()
-                    run.validate(done, tracker)
+                    with run.throughput.paused():
+                        run.validate(done, tracker)
                     since += time.monotonic() - before
                 stops = done < max_steps and all_reduce_sum(accelerator, len(stopped)) > 0  # on all ranks, or on none
                 if _is_due(done, log.save_every_steps) or stops:
