@@ -33,6 +33,7 @@ def run(config: RunConfig) -> None:
 
     from mmllm.training.distributed import build_accelerator
     from mmllm.training.loop import train
+    from mmllm.training.memory import advised
     from mmllm.training.stages import build_stage
 
     out = Path(config.out)
@@ -47,7 +48,8 @@ def run(config: RunConfig) -> None:
         stage = build_stage(config)
     if accelerator.is_main_process:
         (out / SETTINGS).write_text(dump_config(config))
-    train(config, stage, accelerator)
+    with advised(config):
+        train(config, stage, accelerator)
     accelerator.end_training()
 
 
