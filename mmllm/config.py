@@ -154,6 +154,7 @@ class DataConfig(_Section):
     num_workers: Annotated[int, Field(ge=0)] = 0
     group_by_length: bool = True  # not where data are streamed: their lengths are not known before
     cache_features: bool = False  # keep the frozen tower's output of every training image on disk
+    cache_folder: str | None = None  # where; default: `cache` beside `out`, so that runs share it
     max_bad_fraction: Fraction = 0.01  # a run with more unusable examples than this does not start
 
     @model_validator(mode="after")

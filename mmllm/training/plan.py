@@ -174,6 +174,10 @@ def make_plan(config: RunConfig, *, gpus: int = 1, memory: int | None = None) ->
     measured: Memory | None = None
     speed: dict[str, float] = {}
     seconds, batch, notes = None, None, []
+    features = getattr(stage, "features", None)
+    if features is not None and features.num_missing:
+        features.blank = True  # a plan encodes nothing: rows of zeros take as much memory
+        notes.append("the feature cache is not filled yet; its time is not counted")
     try:
         run = Run(config, stage, accelerator)
         batch = longest_batch(stage, config.optim.batch_size, config.data.max_length_tokens)

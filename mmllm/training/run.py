@@ -46,6 +46,9 @@ def run(config: RunConfig) -> None:
     accelerator = build_accelerator(config)
     with accelerator.main_process_first():
         stage = build_stage(config)
+    if features := getattr(stage, "features", None):
+        rank, world_size = accelerator.process_index, accelerator.num_processes
+        features.fill(accelerator.device, rank=rank, world_size=world_size)  # the ranks share the work
     if accelerator.is_main_process:
         (out / SETTINGS).write_text(dump_config(config))
     with advised(config):

@@ -22,7 +22,15 @@ STATE_FILE = "state.pt"
 
 # What may change between two starts of one run, since it decides nothing about the weights. The global batch may not,
 # but how it is divided into ranks and micro-steps may.
-_FREE = ("out", "num_threads", "log", "data.num_workers", "optim.batch_size", "optim.accumulate_steps")
+_FREE = (
+    "out",
+    "num_threads",
+    "log",
+    "data.num_workers",
+    "data.cache_folder",
+    "optim.batch_size",
+    "optim.accumulate_steps",
+)
 
 
 def _leaves(tree: Any, path: str = "") -> dict[str, Any]:
