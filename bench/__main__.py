@@ -43,7 +43,10 @@ def _stage(**changes: Any) -> Any:
     assert isinstance(config, StageConfig)
     if changes:
         config = config.model_copy(update={"data": config.data.model_copy(update=changes)})
-    return ConversationStage(config)
+    stage = ConversationStage(config)
+    if stage.features:
+        stage.features.fill(stage.model.device)
+    return stage
 
 
 def _train_step(stage: Any, batch: Any) -> Work:

@@ -75,6 +75,26 @@ def report(
 
 
 @app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="A YAML file of configs/.")],
+    overrides: Annotated[Optional[list[str]], typer.Argument(help="section.key=value ...")] = None,  # noqa: UP045
+    gpus: Annotated[int, typer.Option(min=1, help="Over how many devices such as this one the run is spread.")] = 1,
+    memory: Annotated[Optional[str], typer.Option(help="Would it fit there? Such as 24GB; default: here.")] = None,  # noqa: UP045
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Run the longest batch once; say what the run needs of memory, time and disk, and what to change to need less."""
+    with report_errors(debug=_debug):
+        from mmllm.config_file import load_config
+        from mmllm.training.plan import make_plan, parse_size, show, to_json
+
+        limit = parse_size(memory) if memory else None
+        made = make_plan(load_config(config, overrides or []), gpus=gpus, memory=limit)
+        print(to_json(made)) if as_json else show(made)
+        if not made.fits:
+            sys.exit(FAILED)
+
+
+@app.command()
 def check(
     config: Annotated[Path, typer.Argument(help="A YAML file of configs/ with a data section.")],
     overrides: Annotated[Optional[list[str]], typer.Argument(help="section.key=value ...")] = None,  # noqa: UP045

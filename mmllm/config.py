@@ -151,6 +151,7 @@ class DataConfig(Section):
         "auto"  # several examples in one row: where it pays, or in every batch
     )
     cache_features: bool = False  # keep the frozen tower's output of every training image on disk
+    cache_folder: str | None = None  # where; default: `cache` beside `out`, so that runs share it
     max_bad_fraction: Fraction = 0.01  # a run with more unusable examples than this does not start
 
     @model_validator(mode="after")

@@ -29,6 +29,13 @@ def is_disk_full(error: BaseException) -> bool:
     return False
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the machine had no memory left; torch says so of the CPU in words alone."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
 def _explain(error: BaseException) -> tuple[str, int] | None:
     """(message, exit status) of an error that has a cause outside the code; None for our own mistakes."""
     from mmllm.config import ConfigError
@@ -46,10 +53,12 @@ def _explain(error: BaseException) -> tuple[str, int] | None:
     name = type(error).__name__
     if isinstance(error, ValueError) or name in ("TrainingError", "InterruptedRunError"):
         return str(error), INTERRUPTED if name == "InterruptedRunError" else FAILED
-    if name == "OutOfMemoryError":
+    if is_out_of_memory(error):
+        first = str(error).splitlines()[0] if str(error) else name
         return (
-            f"out of memory: {error}\nLower optim.batch_size and raise optim.accumulate_steps, set "
-            "optim.gradient_checkpointing=true, or use lora"
+            f"out of memory: {first}\nClose what else uses this memory, lower --batch-size or --max-new-tokens where "
+            "the command has them, give fewer or smaller pictures, or use --device auto (all GPUs and main memory "
+            "together) or --device cpu"
         ), FAILED
     return None
 

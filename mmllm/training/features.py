@@ -1,12 +1,16 @@
-"""A cache of what the frozen tower says about each training image, memory-mapped, so that no step computes it again."""
+"""A cache of what the frozen tower says about each training picture, so that no step computes it again.
+
+Rows are named by the picture's content, in a folder named by tower and transform: data sets, runs and ranks share them.
+What was encoded stays, whoever is killed. mmllm/training/feature_files.py says how rows lie on the disk.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
-import os
-from collections.abc import Iterator, Sequence
+import shutil
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,84 +20,180 @@ from torch import Tensor
 
 from mmllm.batch import Example
 from mmllm.config import ConfigError
+from mmllm.data.sources import DataError
 from mmllm.inference.engine import Engine, load_pixels
+from mmllm.training.feature_files import NUM_FILES, FeatureFile, PictureHashes, file_of, sums
+from mmllm.training.memory import size_text
 
 CHUNK = 128
-_HASHED = "sha256:"
-
-
-def _reserve(path: Path, num_bytes: int) -> None:
-    """A file of this size, its room on disk taken: writing into a memory map on a full disk would kill the process."""
-    try:
-        with path.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, num_bytes)
-    except OSError:
-        path.unlink(missing_ok=True)
-        raise
-
-
-def _name(image: Any) -> str:
-    """A picture's path, or the hash of its bytes where it stands inside a data file."""
-    return f"{_HASHED}{hashlib.sha256(image).hexdigest()}" if isinstance(image, bytes) else str(image)
+VERIFIED_AT_START = 8 * 10**9  # bytes that are read in seconds; every row is compared when it is used, too
 
 
 class FeatureCache:
-    """Patch tokens [images, P, Dv] in bfloat16, in a file named by the hash of tower, transform and image bytes."""
+    """Patch tokens [images, P, Dv] in bfloat16. `fill` encodes what is missing; until then nothing is written."""
 
     def __init__(self, engine: Engine, examples: Sequence[Example], folder: Path):
         if engine.model.layout.has_newline:
             fit = engine.model.layout.kind
             raise ConfigError(f"data.cache_features keeps one view of each picture, but model.vision.fit is {fit}; "
                               "take one of the two out")  # fmt: skip
-        where: dict[str, tuple[int, int]] = {}
-        for number, example in enumerate(examples):
-            for place, image in enumerate(example.images):
-                where.setdefault(_name(image), (number, place))
-        self.names = sorted(where)
-        self.rows = {name: row for row, name in enumerate(self.names)}
         tower = engine.model.vision_tower
-        shape = (len(self.names), tower.num_patches, tower.width)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.file = folder / f"features-{self._key(engine)}.bin"
-        self.was_there = self.file.is_file()
-        if not self.was_there and self.names:
-            self._fill(engine, shape, (examples[n].images[place] for n, place in map(where.__getitem__, self.names)))
-        # bfloat16 is stored as its bits: NumPy has no such type
-        self.values = np.memmap(self.file, np.int16, "r", shape=shape) if self.names else np.zeros(shape, np.int16)
+        self.engine, self.shape = engine, (tower.num_patches, tower.width)
+        self.blank = False  # whether `get` gives zeros, for a plan of the run
+        self.root, self.folder = folder, folder / _key(engine)
+        self.images = list(dict.fromkeys(_image(image) for example in examples for image in example.images))
+        hashes = PictureHashes(folder / "pictures.sqlite" if folder.is_dir() else None)
+        names = hashes.of(self.images)
+        hashes.close()
+        self.name_of = dict(zip(self.images, names, strict=True))
+        self.names = sorted(set(names))
+        self._read()
+        if self.num_bytes <= VERIFIED_AT_START:
+            damaged = sum(file.drop_damaged(mine) for file, mine in zip(self.files, self._by_file(), strict=True))
+            if damaged:
+                print(f"{self.folder}: {damaged} rows are damaged and will be encoded anew")
 
-    def _key(self, engine: Engine) -> str:
-        digest = hashlib.sha256()
-        for name, value in engine.model.vision_tower.state_dict().items():
-            digest.update(name.encode())
-            digest.update(value.cpu().float().numpy().tobytes())
-        transform: Any = engine.processor.image_processor
-        digest.update(json.dumps(transform.to_dict(), sort_keys=True, default=str).encode())
-        digest.update(json.dumps(engine.model.vision_tower.spec.to_json(), sort_keys=True).encode())
+    def _read(self) -> None:
+        self.files = [FeatureFile(self.folder, number, int(np.prod(self.shape))) for number in range(NUM_FILES)]
+        for file in self.files:
+            file.read()
+
+    def _by_file(self) -> list[list[str]]:
+        found: list[list[str]] = [[] for _ in range(NUM_FILES)]
         for name in self.names:
-            is_hash = name.startswith(_HASHED)
-            digest.update(name.encode() if is_hash else hashlib.sha256(Path(name).read_bytes()).digest())
-        return digest.hexdigest()[:20]
+            found[file_of(name)].append(name)
+        return found
 
-    @torch.inference_mode()
-    def _fill(self, engine: Engine, shape: tuple[int, int, int], images: Iterator[Any]) -> None:
-        partial = self.file.with_name(f"{self.file.name}.{os.getpid()}.part")
-        _reserve(partial, int(np.prod(shape)) * np.dtype(np.int16).itemsize)
-        values = np.memmap(partial, np.int16, "r+", shape=shape)
-        device = engine.model.get_input_embeddings().weight.device
-        tower = engine.model.vision_tower.eval()
-        for start in range(0, shape[0], CHUNK):
-            some = list(itertools.islice(images, CHUNK))
-            features = tower(load_pixels(engine.processor, some)["pixel_values"].to(device))
-            values[start : start + len(some)] = features.cpu().to(torch.bfloat16).view(torch.int16).numpy()
-        values.flush()
-        del values
-        partial.replace(self.file)
+    @property
+    def row_bytes(self) -> int:
+        return 2 * int(np.prod(self.shape))
 
     @property
     def num_bytes(self) -> int:
-        return int(self.values.nbytes)
+        return len(self.names) * self.row_bytes
+
+    @property
+    def num_missing(self) -> int:
+        return sum(name not in self.files[file_of(name)].rows for name in self.names)
+
+    @property
+    def missing_bytes(self) -> int:
+        return self.num_missing * self.row_bytes
+
+    def _check_room(self, *, is_first: bool) -> None:
+        """Says the size before anything is encoded. Raises DataError where the disk has no room for it."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        free, missing = shutil.disk_usage(self.root).free, self.num_missing
+        told = (
+            f"{missing:,} pictures x {size_text(self.row_bytes)} = {size_text(self.missing_bytes)} in bf16; "
+            f"{size_text(free)} free in {self.root}"
+        )
+        if self.missing_bytes > free:
+            raise DataError(f"data.cache_features: {told}. Give data.cache_folder=FOLDER on a larger disk, or take "
+                            "data.cache_features out")  # fmt: skip
+        if is_first:
+            print(f"feature cache: {told}")
+
+    def fill(self, device: torch.device, *, rank: int = 0, world_size: int = 1) -> None:
+        """Encodes what is missing. Processes, of this run or of others, take different files and wait at the end.
+
+        Raises DataError where there is no room, OSError where the disk is full all the same.
+        """
+        if not self.num_missing:
+            return
+        self._check_room(is_first=rank == 0)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        wanted, first = self._by_file(), rank * NUM_FILES // world_size
+        images = {name: image for image, name in self.name_of.items()}
+        tower = self.engine.model.vision_tower
+        home, was_training = next((one.device for one in tower.parameters()), device), tower.training
+        tower.to(device).eval()
+        try:
+            for wait in (False, True):  # first those that nobody works on, then what others may have left
+                for number in ((first + step) % NUM_FILES for step in range(NUM_FILES)):
+                    if wanted[number]:
+                        self._fill_file(number, wanted[number], images, device, wait=wait)
+        finally:
+            tower.to(home).train(was_training)
+        self._remember()
+        if rank == 0 and self.images:
+            print(self._gain(device))
+
+    def _fill_file(self, number: int, names: list[str], images: dict[str, Any], device: torch.device, *,
+                   wait: bool) -> None:  # fmt: skip
+        with self.files[number].locked(wait=wait) as is_mine:
+            if not is_mine:
+                return
+            file = self.files[number] = FeatureFile(self.folder, number, int(np.prod(self.shape)))
+            file.read()  # another process may have added to it
+            if self.num_bytes <= VERIFIED_AT_START:
+                file.drop_damaged(names)
+            missing = [name for name in names if name not in file.rows]
+            for start in range(0, len(missing), CHUNK):
+                some = missing[start : start + CHUNK]
+                file.add(some, self._encode([images[name] for name in some], device))
+            file.read()
+
+    @torch.inference_mode()
+    def _encode(self, images: Sequence[Any], device: torch.device) -> Any:
+        tower = self.engine.model.vision_tower
+        pixels = load_pixels(self.engine.processor, images)["pixel_values"].to(device)
+        dtype = next((one.dtype for one in tower.parameters()), pixels.dtype)
+        return tower(pixels.to(dtype)).cpu().to(torch.bfloat16).view(torch.int16).flatten(1).numpy()
+
+    def _remember(self) -> None:
+        """The hashes of pictures for the next start."""
+        hashes = PictureHashes(self.root / "pictures.sqlite")
+        hashes.of(self.images)
+        hashes.close()
+
+    def _gain(self, device: torch.device) -> str:
+        """What a batch of pictures costs with the cache and without, measured once."""
+        some, tower = self.images[:16], self.engine.model.vision_tower
+        home = next((one.device for one in tower.parameters()), device)
+        tower.to(device)
+        begun = time.perf_counter()
+        self._encode(some, device)
+        encoded = time.perf_counter()
+        self.get(some)
+        read = time.perf_counter()
+        tower.to(home)
+        ratio = (encoded - begun) / max(1e-9, read - encoded)
+        return (
+            f"feature cache: {len(some)} pictures in {1000 * (read - encoded):.3g} ms instead of "
+            f"{1000 * (encoded - begun):.3g} ms to decode and encode them: {ratio:.3g} times as fast"
+        )
 
     def get(self, images: Sequence[Any]) -> Tensor:
-        """Patch tokens of these images, [N, P, Dv] in float32."""
-        rows = [self.rows[_name(image)] for image in images]
-        return torch.from_numpy(self.values[rows]).view(torch.bfloat16).float()
+        """Patch tokens of these images, [N, P, Dv] in float32. Raises DataError where a row has been damaged."""
+        if self.blank:
+            return torch.zeros(len(images), *self.shape)
+        names = [self.name_of[_image(image)] for image in images]
+        places = np.array([file_of(name) for name in names])
+        out = np.empty((len(names), int(np.prod(self.shape))), np.int16)
+        for number in np.unique(places):
+            file, mine = self.files[number], np.flatnonzero(places == number)
+            at = np.array([file.rows[names[one]] for one in mine])
+            out[mine] = rows = file.values[at]
+            if (sums(rows) != file.sums[at]).any():
+                raise DataError(
+                    f"{file.data} has been damaged since it was written; remove {file.data.name} and "
+                    f"{file.index.name} in {self.folder}, and start again: they are encoded anew"
+                )
+        return torch.from_numpy(out).view(torch.bfloat16).view(len(names), *self.shape).float()
+
+
+def _image(image: Any) -> Any:
+    return image if isinstance(image, bytes) else str(image)
+
+
+def _key(engine: Engine) -> str:
+    """The hash of the tower's weights and of what is done to a picture before it."""
+    digest = hashlib.sha256()
+    for name, value in engine.model.vision_tower.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.cpu().float().numpy().tobytes())
+    transform: Any = engine.processor.image_processor
+    digest.update(json.dumps(transform.to_dict(), sort_keys=True, default=str).encode())
+    digest.update(json.dumps(engine.model.vision_tower.spec.to_json(), sort_keys=True).encode())
+    return f"features-{digest.hexdigest()[:20]}"

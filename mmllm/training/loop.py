@@ -25,6 +25,7 @@ from mmllm.training.heartbeat import Heartbeat
 from mmllm.training.optim import Parts, build_optimizers, rate_factor, set_learning_rates
 from mmllm.training.order import Item, Orders, seed_of
 from mmllm.training.state import check_room, load_state, read_newest, rehearse, save_state
+from mmllm.training.throughput import Throughput, step_flops
 from mmllm.training.tracking import Tracker
 
 BEST = "best"
@@ -100,6 +101,7 @@ class Run:
         self.trained = {name: p for named in stage.parts.values() for name, p in named}
         if len(self.trained) != sum(len(named) for named in stage.parts.values()):
             raise ValueError("a parameter stands in two parts of a stage")
+        self.throughput = Throughput(step_flops(stage), accelerator, config.optim.precision)
         self.module = accelerator.prepare(stage.module)
         self.optimizers = build_optimizers(stage.parts, config.optim, depths=stage.depths)
         optim = config.optim
@@ -183,7 +185,8 @@ class Run:
         optim, world, beat = self.config.optim, self.accelerator.num_processes, self.heart.beat
         torch.manual_seed(seed_of(self.config.seed, step, self.accelerator.process_index))
         beat(step, "data")
-        batches = [next(data) for _ in range(optim.accumulate_steps)]
+        with self.throughput.waiting():
+            batches = [next(data) for _ in range(optim.accumulate_steps)]
         beat(step, "all processes to have their data", [one for one in batches if not isinstance(one, ValueError)])
         num_valid = self._num_valid(step, batches)
         set_learning_rates(self.optimizers, rate_factor(step, optim))
@@ -202,6 +205,7 @@ class Run:
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        self.throughput.stepped(batches)
         beat(step, "all processes to end the step", batches)
         num_tokens = all_reduce_sum(self.accelerator, sum(self.stage.num_tokens(batch) for batch in batches))
         return all_reduce_sum(self.accelerator, sum(losses)) / num_valid, norm, int(num_tokens)
@@ -284,6 +288,8 @@ def _train(run: Run) -> None:
         f"{config.stage}: {trained:,} trained parameters in {', '.join(stage.parts)}; "
         f"{'streamed' if stage.num_examples is None else f'{stage.num_examples:,}'} examples; {processes}"
     )
+    if told := run.throughput.describe():
+        tracker.say(told)
     if first:
         tracker.say(f"goes on from step {first}")
     else:
@@ -311,12 +317,14 @@ def _train(run: Run) -> None:
                     left = (now - begun) / (done - first) * (max_steps - done)
                     rate = run.optimizers[0].param_groups[0]["lr"]
                     values = {"loss": sum(losses) / len(losses), "learning_rate": rate, "grad_norm": norm}
-                    tracker.log(done, {**values, "tokens_per_second": tokens / (now - since)}, seconds_left=left)
+                    values["tokens_per_second"] = tokens / (now - since)
+                    tracker.log(done, {**values, **run.throughput.figures()}, seconds_left=left)
                     run.warn(tracker)
                     losses, tokens, since = [], 0, now
                 if _is_due(done, log.validate_every_steps) or done == max_steps:
                     before = time.monotonic()
-                    run.validate(done, tracker)
+                    with run.throughput.paused():
+                        run.validate(done, tracker)
                     since += time.monotonic() - before
                 stops = done < max_steps and all_reduce_sum(accelerator, len(stopped)) > 0  # on all ranks, or on none
                 if _is_due(done, log.save_every_steps) or stops or (done == max_steps and log.save_every_steps):

@@ -70,6 +70,7 @@ def _run(config: RunConfig, tasks: Tasks | None) -> None:
 
     from mmllm.training.distributed import build_accelerator
     from mmllm.training.loop import train
+    from mmllm.training.memory import advised
     from mmllm.training.report import write_about, write_report
     from mmllm.training.stages import build_stage
     from mmllm.training.tracking import LOG_FILE
@@ -85,11 +86,15 @@ def _run(config: RunConfig, tasks: Tasks | None) -> None:
     accelerator = build_accelerator(config)
     with accelerator.main_process_first():
         stage = build_stage(config, tasks)
+    if features := getattr(stage, "features", None):
+        rank, world_size = accelerator.process_index, accelerator.num_processes
+        features.fill(accelerator.device, rank=rank, world_size=world_size)  # the ranks share the work
     if accelerator.is_main_process:
         (out / SETTINGS).write_text(dump_config(config))
         write_about(out, stage.notes, f"{accelerator.num_processes} process(es) on {accelerator.device}")
     try:
-        train(config, stage, accelerator)
+        with advised(config):
+            train(config, stage, accelerator)
     finally:
         if accelerator.is_main_process and (out / LOG_FILE).is_file():
             print(f"report: {write_report(out)}")

@@ -80,7 +80,8 @@ class ConversationStage:
         self._freeze()
         self.features: FeatureCache | None = None
         if config.data.cache_features:
-            self.features = FeatureCache(self.engine, self.examples, Path(config.out).parent / "cache")
+            folder = Path(config.data.cache_folder or Path(config.out).parent / "cache")
+            self.features = FeatureCache(self.engine, self.examples, folder)
         self.module: nn.Module = _ConversationLoss(self.model, config.optim.loss_chunk_tokens)
         self.packer = Packer(self.model.language_model, config.data)
         self._recompute_layers()

@@ -36,8 +36,9 @@ class StateError(ValueError):
 # What may change between two starts of one run, since it decides nothing about the weights but their last bits. The
 # global batch may not, but how it is divided into ranks and micro-steps may, and what is recomputed to save memory.
 _FREE = (
-    "out", "num_threads", "log", "data.num_workers", "data.packing", "optim.batch_size",
-    "optim.accumulate_steps", "optim.gradient_checkpointing", "optim.loss_chunk_tokens", "optim.compile",
+    "out", "num_threads", "log", "data.num_workers", "data.packing", "data.cache_folder",
+    "optim.batch_size", "optim.accumulate_steps", "optim.gradient_checkpointing", "optim.loss_chunk_tokens",
+    "optim.compile",
 )  # fmt: skip
 
 

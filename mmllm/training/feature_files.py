@@ -1,0 +1,128 @@
+"""Files of cached features: rows that are only ever added, found by the hash of a picture, shared by all who read.
+
+A folder belongs to one tower and transform. In it are NUM_FILES pairs by the first byte of the picture's hash: `07.bin`
+has the rows, `07.idx` a record for each: the picture's SHA-256 and the sum of the row's words. A row is written before
+its record, so that what a killed process leaves behind the last record is nobody's. Who adds holds the `flock` of the
+index, which ends with its process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+NUM_FILES = 32
+RECORD = np.dtype([("hash", "S64"), ("sum", "<u8")])  # the hash is in hexadecimal
+
+
+def file_of(name: str) -> int:
+    """Which of the files has the row of this picture, by its hash in hexadecimal."""
+    return int(name[:2], 16) * NUM_FILES // 256
+
+
+def sums(rows: NDArray[np.int16]) -> NDArray[np.uint64]:
+    """Of each row [N, numbers] the sum of its words: it changes with any bit, and is as quick as memory is."""
+    wide = rows.shape[1] % 4 == 0 and rows.flags.c_contiguous
+    words = rows.view(np.uint64) if wide else rows.view(np.uint16)
+    found: NDArray[np.uint64] = words.sum(axis=1, dtype=np.uint64)
+    return found
+
+
+class FeatureFile:
+    """One pair of files with rows of `row_numbers` 16-bit numbers each."""
+
+    def __init__(self, folder: Path, number: int, row_numbers: int):
+        self.data, self.index = folder / f"{number:02x}.bin", folder / f"{number:02x}.idx"
+        self.row_numbers = row_numbers
+        self.rows: dict[str, int] = {}
+        self.sums: NDArray[np.uint64] = np.zeros(0, np.uint64)
+        self.values: NDArray[np.int16] = np.zeros((0, row_numbers), np.int16)
+
+    def read(self) -> None:
+        """Takes in what is there now. Rows that the data file lacks are not there."""
+        size, width = self.row_numbers * 2, RECORD.itemsize
+        if not self.index.is_file() or not self.data.is_file():
+            return
+        records = np.fromfile(self.index, RECORD, count=self.index.stat().st_size // width)
+        records = records[: self.data.stat().st_size // size]
+        self.sums = records["sum"].copy()
+        self.rows = {name.decode(errors="replace"): row for row, name in enumerate(records["hash"])}  # the last counts
+        if len(records):
+            self.values = np.memmap(self.data, np.int16, "r", shape=(len(records), self.row_numbers))
+
+    def drop_damaged(self, names: Sequence[str]) -> int:
+        """Reads the rows of these pictures and forgets those that are not what was written: how many."""
+        there = [name for name in names if name in self.rows]
+        damaged = 0
+        for start in range(0, len(there), 64):
+            some = there[start : start + 64]
+            at = np.array([self.rows[name] for name in some])
+            for name, is_whole in zip(some, sums(self.values[at]) == self.sums[at], strict=True):
+                if not is_whole:
+                    del self.rows[name]
+                    damaged += 1
+        return damaged
+
+    @contextlib.contextmanager
+    def locked(self, *, wait: bool) -> Iterator[bool]:
+        """Whether this process alone may add to the file now."""
+        with self.index.open("ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                yield False
+                return
+            yield True
+
+    def add(self, names: Sequence[str], rows: NDArray[np.int16]) -> None:
+        """Writes rows behind those that have a record. Call it under the lock. Raises OSError on a full disk."""
+        num_records = self.index.stat().st_size // RECORD.itemsize if self.index.is_file() else 0
+        if self.data.is_file():
+            num_records = min(num_records, self.data.stat().st_size // (2 * self.row_numbers))
+        os.truncate(self.index, num_records * RECORD.itemsize)  # a half-written record, or one without its row
+        with self.data.open("ab") as file:
+            file.truncate(num_records * self.row_numbers * 2)
+            file.write(np.ascontiguousarray(rows).data)
+        records = np.zeros(len(names), RECORD)
+        records["hash"], records["sum"] = [name.encode() for name in names], sums(rows)
+        with self.index.open("ab") as file:
+            file.write(records.tobytes())
+
+
+class PictureHashes:
+    """SHA-256 of pictures, those of files kept by size and time, so that a second start reads none of them."""
+
+    def __init__(self, file: Path | None):
+        import sqlite3
+
+        self.base = sqlite3.connect(str(file) if file else ":memory:", timeout=60)
+        self.base.execute("CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY, size INT, time INT, hash TEXT)")
+
+    def of(self, images: Sequence[str | bytes]) -> list[str]:
+        """The hashes of these pictures. Raises OSError where a file cannot be read."""
+        found, new = [], []
+        for image in images:
+            if isinstance(image, bytes):
+                found.append(hashlib.sha256(image).hexdigest())
+                continue
+            path, facts = str(Path(image).absolute()), Path(image).stat()
+            known = self.base.execute("SELECT size, time, hash FROM files WHERE path = ?", (path,)).fetchone()
+            if known is None or known[:2] != (facts.st_size, facts.st_mtime_ns):
+                name = hashlib.sha256(Path(image).read_bytes()).hexdigest()
+                new.append((path, facts.st_size, facts.st_mtime_ns, name))
+            else:
+                name = known[2]
+            found.append(name)
+        with self.base:
+            self.base.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", new)
+        return found
+
+    def close(self) -> None:
+        self.base.close()
