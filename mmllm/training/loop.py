@@ -7,7 +7,7 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,9 +18,10 @@ from torch.utils.data import DataLoader, Dataset
 from mmllm.config import RunConfig
 from mmllm.config_file import dump_config
 from mmllm.training.distributed import all_reduce_sum, build_accelerator, gather_all
-from mmllm.training.optim import Parts, build_optimizers, gradient_norm, rate_factor, set_learning_rates
+from mmllm.training.optim import Parts, rate_factor
 from mmllm.training.order import Item, Orders, seed_of
 from mmllm.training.state import load_state, save_state, saved_steps
+from mmllm.training.strategy import STRATEGIES, launched_strategy, load_weights
 from mmllm.training.tracking import Tracker
 
 MAX_IDLE_STEPS = 3  # steps in a row in which a trained part may get no gradient though it should
@@ -51,7 +52,7 @@ class Stage(Protocol):
     def num_tokens(self, batch: Any) -> int: ...
     def reaches(self, part: str, batch: Any) -> bool: ...  # whether this batch can teach the part anything
     def names(self, batch: Any) -> list[str]: ...
-    def validate(self, step: int) -> dict[str, float]: ...
+    def validate(self, step: int, *, writes: bool = True) -> dict[str, float]: ...
     def save(self, out: Path, log: list[dict[str, Any]]) -> None: ...
 
 
@@ -76,7 +77,7 @@ def _stop_signal() -> Iterator[list[float]]:
             signal.signal(number, handler)
 
 
-def _check_norms(stage: Stage, norm: float, idle: dict[str, int], step: int, batches: Sequence[Any]) -> None:
+def _check_norms(stage: Stage, norm: float, part_norms: dict[str, float], idle: dict[str, int], step: int, batches: Sequence[Any]) -> None:
     """Raises TrainingError for a gradient that is not finite, or a part that gets none."""
     names = [name for batch in batches for name in stage.names(batch)]
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
@@ -85,8 +86,8 @@ def _check_norms(stage: Stage, norm: float, idle: dict[str, int], step: int, bat
             f"step {step + 1}: the gradient is not finite ({norm}), the update was not made. Examples of this step: "
             f"{shown}. Lower optim.learning_rates, or look at these examples with `mmllm check`"
         )
-    for part, named in stage.parts.items():
-        if float(gradient_norm([parameter for _, parameter in named])) > 0:
+    for part, part_norm in part_norms.items():
+        if part_norm > 0:
             idle[part] = 0
         elif any(stage.reaches(part, batch) for batch in batches):
             idle[part] = idle.get(part, 0) + 1
@@ -115,11 +116,10 @@ class Run:
     def __init__(self, config: RunConfig, stage: Stage, accelerator: Any):
         self.config, self.stage, self.accelerator = config, stage, accelerator
         self.out = Path(config.out)
-        self.trained = {name: p for named in stage.parts.values() for name, p in named}
-        if len(self.trained) != sum(len(named) for named in stage.parts.values()):
+        names = [name for named in stage.parts.values() for name, _ in named]
+        if len(set(names)) != len(names):
             raise ValueError("a parameter stands in two parts of a stage")
-        self.module = accelerator.prepare(stage.module)
-        self.optimizers = build_optimizers(stage.parts, config.optim)
+        self.strategy = STRATEGIES[launched_strategy()](accelerator, stage.module, stage.parts, config.optim)
         optim = config.optim
         self.global_batch = optim.batch_size * optim.accumulate_steps * accelerator.num_processes
         self.order = stage.order(self.global_batch)
@@ -133,7 +133,7 @@ class Run:
         if not states:
             return 0
         facts: dict[str, Any] = {"settings": self.settings, "global_batch": self.global_batch}
-        step, position = load_state(states[-1], self.trained, self.optimizers, **facts)
+        step, position = load_state(states[-1], self.strategy, **facts)
         self.order.go_to(position)
         return step
 
@@ -175,35 +175,32 @@ class Run:
         if num_valid == 0:
             names = ", ".join(name for batch in batches for name in self.stage.names(batch))
             raise TrainingError(f"step {step + 1}: nothing to learn, no token of these examples is supervised: {names}")
-        set_learning_rates(self.optimizers, rate_factor(step, optim))
+        self.strategy.set_rates(rate_factor(step, optim))
         total = 0.0
         for number, batch in enumerate(batches):
-            waits = number < len(batches) - 1
-            with self.accelerator.no_sync(self.module) if waits else contextlib.nullcontext():
-                loss: Tensor = self.module(batch)
-                (loss * world / num_valid).backward()  # DDP averages over ranks: the world size undoes that
+            with self.strategy.micro_batch(is_last=number == len(batches) - 1):
+                loss: Tensor = self.strategy.module(batch)
+                self.strategy.backward(loss * world / num_valid)  # ranks are averaged: the world size undoes that
             total += float(loss.detach())
-        parameters = list(self.trained.values())
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, optim.max_grad_norm))
-        _check_norms(self.stage, norm, self.idle, step, batches)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        norm = self.strategy.clip()
+        _check_norms(self.stage, norm, self.strategy.part_norms(), self.idle, step, batches)
+        self.strategy.step()
         num_tokens = all_reduce_sum(self.accelerator, sum(self.stage.num_tokens(batch) for batch in batches))
         return all_reduce_sum(self.accelerator, total) / num_valid, norm, int(num_tokens)
 
     def save_state(self, step: int) -> None:
         self.positions = {made: where for made, where in self.positions.items() if made >= step}
         position = gather_all(self.accelerator, self.positions[step])
-        if self.accelerator.is_main_process:
-            keep = self.config.log.keep_checkpoints
-            facts: dict[str, Any] = {"settings": self.settings, "global_batch": self.global_batch, "position": position}
-            save_state(self.out, step, self.trained, self.optimizers, **facts, keep=keep)
+        facts: dict[str, Any] = {"settings": self.settings, "global_batch": self.global_batch, "position": position}
+        save_state(self.out, step, self.strategy, **facts, keep=self.config.log.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
     def validate(self, step: int, tracker: Tracker) -> None:
-        if self.accelerator.is_main_process and (figures := self.stage.validate(step)):
-            tracker.log(step, figures)
+        if self.accelerator.is_main_process or self.strategy.is_sharded:
+            with self.strategy.gathered():
+                figures = self.stage.validate(step, writes=self.accelerator.is_main_process)
+            if figures:
+                tracker.log(step, figures)
         self.accelerator.wait_for_everyone()
 
 
@@ -211,8 +208,10 @@ def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def train(config: RunConfig, stage: Stage, accelerator: Any) -> None:
+def train(config: RunConfig, stage: Stage, accelerator: Any, rebuild: Callable[[RunConfig], Stage]) -> None:
     """Runs a stage to its end, from its newest saved state where there is one.
+
+    `rebuild` builds the stage anew: a sharded one cannot be saved, so its weights go into one that is whole.
 
     Raises TrainingError where going on would be wrong, InterruptedRunError after Ctrl-C once the state is saved.
     """
@@ -222,7 +221,7 @@ def train(config: RunConfig, stage: Stage, accelerator: Any) -> None:
     tracker = Tracker(
         run.out, max_steps=max_steps, first_step=first, tensorboard=log.tensorboard, is_main=accelerator.is_main_process
     )
-    trained = sum(parameter.numel() for parameter in run.trained.values())
+    trained = sum(parameter.numel() for parameter in run.strategy.trained.values())
     processes = f"{accelerator.num_processes} process(es) on {accelerator.device}"
     tracker.say(
         f"{config.stage}: {trained:,} trained parameters in {', '.join(stage.parts)}; "
@@ -244,7 +243,7 @@ def train(config: RunConfig, stage: Stage, accelerator: Any) -> None:
                 if _is_due(done, log.every_steps) or done == max_steps:
                     now = time.monotonic()
                     left = (now - begun) / (done - first) * (max_steps - done)
-                    rate = run.optimizers[0].param_groups[0]["lr"]
+                    rate = run.strategy.optimizers[0].param_groups[0]["lr"]
                     values = {"loss": sum(losses) / len(losses), "learning_rate": rate, "grad_norm": norm}
                     tracker.log(done, {**values, "tokens_per_second": tokens / (now - since)}, seconds_left=left)
                     losses, tokens, since = [], 0, now
@@ -261,8 +260,12 @@ def train(config: RunConfig, stage: Stage, accelerator: Any) -> None:
                     )
     finally:
         tracker.close()
+    weights = run.strategy.whole_state()["weights"] if run.strategy.is_sharded else None
     if accelerator.is_main_process:
         tracker.finish()
+        if weights is not None:
+            stage = rebuild(config)
+            load_weights(stage.parts, weights)
         stage.save(run.out, tracker.rows)
         shutil.rmtree(run.out / "state", ignore_errors=True)  # the run is finished: nothing to go on from
     accelerator.wait_for_everyone()

@@ -59,7 +59,9 @@ def _has_router_loss(language_model: Any) -> bool:
     return bool(getattr(language_model.config, "output_router_logits", False))
 
 
-def conversation_loss_sum(model: VisionLanguageModel, batch: Batch, *, plain_head: bool) -> Tensor:
+def conversation_loss_sum(
+    model: VisionLanguageModel, batch: Batch, *, plain_head: bool, always_runs_tower: bool = False
+) -> Tensor:
     """The loss of a batch of conversations, summed over its supervised tokens.
 
     About nineteen in twenty rows of image data are not supervised, so the head runs on those that are. A mixture of
@@ -67,7 +69,7 @@ def conversation_loss_sum(model: VisionLanguageModel, batch: Batch, *, plain_hea
     token, so that it keeps its weight when the step divides by their number. That loss is one of the whole batch:
     with it, and only with it, a batch's loss is not the sum of its rows'.
     """
-    embeds = model.embed_batch(batch)
+    embeds = model.embed_batch(batch, always_runs_tower=always_runs_tower)
     language_model = model.language_model
     inputs = {"inputs_embeds": embeds, "attention_mask": batch.attention_mask, "use_cache": False}
     mask, targets = supervised_rows(batch.labels)

@@ -47,7 +47,7 @@ def run(config: RunConfig) -> None:
         stage = build_stage(config)
     if accelerator.is_main_process:
         (out / SETTINGS).write_text(dump_config(config))
-    train(config, stage, accelerator)
+    train(config, stage, accelerator, build_stage)
     accelerator.end_training()
 
 

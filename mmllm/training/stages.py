@@ -35,7 +35,12 @@ _NO_FILE_NAME = re.compile(r"[^\w.-]")  # characters of an id that a file name b
 
 
 class _ConversationLoss(nn.Module):
-    """What DDP wraps: batch -> summed loss, so that every trained part takes part in every forward."""
+    """What DDP wraps: batch -> summed loss, so that every trained part takes part in every forward.
+
+    `always_runs_tower` is set where ranks wait for each other's tower, see Strategy.
+    """
+
+    always_runs_tower = False
 
     def __init__(self, model: Any):
         super().__init__()
@@ -44,7 +49,8 @@ class _ConversationLoss(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         batch = batch.to(self.model.get_input_embeddings().weight.device)
-        return conversation_loss_sum(self.model, batch, plain_head=self.plain_head)
+        runs = {"plain_head": self.plain_head, "always_runs_tower": self.always_runs_tower}
+        return conversation_loss_sum(self.model, batch, **runs)
 
 
 class ConversationStage:
@@ -165,7 +171,7 @@ class ConversationStage:
         return list(batch.example_ids)
 
     @torch.no_grad()
-    def validate(self, step: int) -> dict[str, float]:
+    def validate(self, step: int, *, writes: bool = True) -> dict[str, float]:
         """Loss per supervised token on the validation data; sample answers go to `samples/`, with their pictures."""
         if not self.val_examples:
             return {}
@@ -175,11 +181,11 @@ class ConversationStage:
             batch = self._collate(self.val_examples[start : start + size], None)
             total += float(self.module(batch))
             count += batch.num_supervised
-        self._write_samples(step)
+        self._write_samples(step, writes=writes)
         self._set_modes()
         return {"val_loss": total / max(1, count)}
 
-    def _write_samples(self, step: int) -> None:
+    def _write_samples(self, step: int, *, writes: bool) -> None:
         folder = Path(self.config.out) / "samples"
         folder.mkdir(parents=True, exist_ok=True)
         lines = [f"# Answers after step {step}\n"]
@@ -188,13 +194,14 @@ class ConversationStage:
             reply = self.engine.reply(asked)
             for number, image in enumerate(asked.images):
                 name = f"{_NO_FILE_NAME.sub('_', example.id)[-80:]}-{number}.png"
-                if not (folder / name).is_file():
+                if writes and not (folder / name).is_file():
                     self.engine.seen(image).save(folder / name)
                 lines.append(f"![what the model saw]({name})\n")
             question = asked.messages[-1].text.strip()
             right = example.messages[_first_answer(example)].text
             lines.append(f"- question: {question}\n- answer: {reply.text}\n- reference: {right}\n")
-        (folder / f"step_{step:07d}.md").write_text("\n".join(lines))
+        if writes:
+            (folder / f"step_{step:07d}.md").write_text("\n".join(lines))
 
     def save(self, out: Path, log: list[dict[str, Any]]) -> None:
         """The finished checkpoint with its golden answers; of an LLM with LoRA the adapter and not the base's weights.

@@ -7,18 +7,19 @@ data the position is.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
 from pydantic import ValidationError
-from torch import nn
 
 from mmllm.config import CONFIGS, ConfigError
+from mmllm.training.strategy import Strategy
 
 STATE_FILE = "state.pt"
+SHARDS = "shards"  # of strategies whose ranks hold a part each
 
 # What may change between two starts of one run, since it decides nothing about the weights. The global batch may not,
 # but how it is divided into ranks and micro-steps may.
@@ -67,23 +68,34 @@ def saved_steps(out: Path) -> list[Path]:
 def save_state(
     out: Path,
     step: int,
-    trained: Mapping[str, nn.Parameter],
-    optimizers: Sequence[torch.optim.Optimizer],
+    strategy: Strategy,
     *,
     settings: str,
     global_batch: int,
     position: Mapping[int, Any],
     keep: int,
-) -> Path:
-    """The state after `step` steps. Older ones go once the new one is complete; `keep` stay. Raises OSError."""
+) -> None:
+    """The state after `step` steps, by all ranks. Older ones go once the new one is complete; `keep` stay.
+
+    Raises OSError.
+    """
+    accelerator = strategy.accelerator
     target = out / "state" / f"step_{step:07d}"
     partial = target.with_name(f"part_{step:07d}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    if strategy.has_shards:
+        strategy.save_shards(partial / SHARDS)
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
+        return
     state = {
         "step": step,
-        "weights": {name: parameter.detach() for name, parameter in trained.items()},
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "strategy": strategy.name,
+        "num_ranks": accelerator.num_processes,
+        **({} if strategy.has_shards else strategy.whole_state()),
         "settings": settings,
         "global_batch": global_batch,
         "position": dict(position),
@@ -98,7 +110,6 @@ def save_state(
     partial.rename(target)
     for old in saved_steps(out)[:-keep]:
         shutil.rmtree(old)
-    return target
 
 
 def check_same_run(out: Path, there: str, here: str) -> None:
@@ -113,8 +124,7 @@ def check_same_run(out: Path, there: str, here: str) -> None:
 
 def load_state(
     folder: Path,
-    trained: Mapping[str, nn.Parameter],
-    optimizers: Sequence[torch.optim.Optimizer],
+    strategy: Strategy,
     *,
     settings: str,
     global_batch: int,
@@ -127,11 +137,15 @@ def load_state(
             f"{folder} was saved with {saved} examples a step, now there are {global_batch}; processes x "
             "optim.batch_size x optim.accumulate_steps must stay the same, so that the same examples follow"
         )
-    if set(state["weights"]) != set(trained):
+    if (saved_as := state.get("strategy", strategy.name)) != strategy.name:
+        raise ConfigError(
+            f"{folder} was saved under {saved_as}, this launch is {strategy.name}; launch with the accelerate config "
+            f"of {saved_as}, or remove {folder.parent} to begin anew"
+        )
+    if strategy.has_shards:
+        strategy.load_shards(folder / SHARDS, saved_by=state["num_ranks"])
+    elif set(state["weights"]) != set(strategy.trained):
         raise ConfigError(f"{folder} holds other parameters than this run trains; remove it to begin anew")
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(state["weights"][name])
-    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
+    else:
+        strategy.load_whole_state(state)
     return int(state["step"]), state.get("position", {})
