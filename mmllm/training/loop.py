@@ -77,7 +77,9 @@ def _stop_signal() -> Iterator[list[float]]:
             signal.signal(number, handler)
 
 
-def _check_norms(stage: Stage, norm: float, part_norms: dict[str, float], idle: dict[str, int], step: int, batches: Sequence[Any]) -> None:
+def _check_norms(
+    stage: Stage, norm: float, part_norms: dict[str, float], idle: dict[str, int], step: int, batches: Sequence[Any]
+) -> None:
     """Raises TrainingError for a gradient that is not finite, or a part that gets none."""
     names = [name for batch in batches for name in stage.names(batch)]
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

@@ -100,7 +100,6 @@ class Strategy:
     def load_shards(self, folder: Path, *, saved_by: int) -> None:
         """What `save_shards` of `saved_by` ranks wrote."""
 
-
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
         """Around forwards that begin inside the module, as answers do."""

@@ -89,7 +89,9 @@ class ZeRO(Strategy):
         """The trained weights alone: what the finished checkpoint needs."""
         from deepspeed.utils import safe_get_full_fp32_param
 
-        return {"weights": {name: safe_get_full_fp32_param(parameter).cpu() for name, parameter in self.trained.items()}}
+        return {
+            "weights": {name: safe_get_full_fp32_param(parameter).cpu() for name, parameter in self.trained.items()}
+        }
 
     def save_shards(self, folder: Path) -> None:
         self.engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
@@ -105,9 +107,7 @@ class ZeRO(Strategy):
                 make_universal(_universal_arguments(folder))
         self.accelerator.wait_for_everyone()
         self.engine._config.load_universal_checkpoint = is_universal
-        self.engine.load_checkpoint(
-            str(folder), tag=_UNIVERSAL if is_universal else _TAG, load_module_strict=False
-        )
+        self.engine.load_checkpoint(str(folder), tag=_UNIVERSAL if is_universal else _TAG, load_module_strict=False)
         self.engine._config.load_universal_checkpoint = False
 
 
