@@ -148,11 +148,13 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
 
         Shapes are other ones where the layout of the images says so.
         """
-        parameters = list(self.vision_tower.parameters())
-        is_trained = any(parameter.requires_grad for parameter in parameters)
-        dtype = parameters[0].dtype if parameters else pixel_values.dtype  # raw patches have no encoder
-        with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained):
+        dtype = next((one.dtype for one in self.vision_tower.parameters()), pixel_values.dtype)  # raw patches have none
+        with self._tower_gradients():
             return self.layout.encode(self.vision_tower, pixel_values.to(dtype), self._shapes(image_sizes))
+
+    def _tower_gradients(self) -> torch.set_grad_enabled:
+        is_trained = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
+        return torch.set_grad_enabled(torch.is_grad_enabled() and is_trained)
 
     def _shapes(self, image_sizes: Tensor | None) -> list[tuple[int, int]]:
         if image_sizes is None and self.layout.has_newline:
@@ -186,15 +188,26 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         filled: Tensor = embeds.masked_scatter(slots.unsqueeze(-1), image_embeds.to(embeds))
         return filled
 
-    def embed_batch(self, batch: Batch) -> Tensor:
-        """`embed` for a training batch; one without images still runs the projector, on none."""
-        features, sizes = batch.image_features, batch.image_sizes
-        if features is None and batch.pixel_values is not None:
-            features = self.encode_images(batch.pixel_values, sizes)
-        if features is None:
-            tower, sizes = self.vision_tower, batch.input_ids.new_zeros(0, 2)
-            features = torch.zeros(0, tower.num_patches, tower.width, device=batch.input_ids.device)
-        return self.embed(batch.input_ids, features, sizes)
+    def embed_batch(self, batch: Batch, *, always_runs_tower: bool = False) -> Tensor:
+        """`embed` for a training batch; one without images still runs the projector, on none.
+
+        `always_runs_tower`: then the tower runs too, on a blank image, for ranks that wait for its part.
+        """
+        if batch.image_features is not None or batch.pixel_values is not None:
+            features = batch.image_features
+            if features is None and batch.pixel_values is not None:
+                features = self.encode_images(batch.pixel_values, batch.image_sizes)
+            return self.embed(batch.input_ids, features, batch.image_sizes)
+        tower, device = self.vision_tower, batch.input_ids.device
+        features = torch.zeros(0, tower.num_patches, tower.width, device=device)
+        no_sizes = batch.input_ids.new_zeros(0, 2)
+        if not always_runs_tower:
+            return self.embed(batch.input_ids, features, no_sizes)
+        side, dtype = tower.spec.image_size_px, next((one.dtype for one in tower.parameters()), None)
+        with self._tower_gradients():  # before the rest, as where there are images
+            patches = tower(torch.zeros(1, 3, side, side, dtype=dtype, device=device))
+        embeds: Tensor = self.embed(batch.input_ids, features, no_sizes) + 0.0 * patches.sum()
+        return embeds
 
     def forward(
         self,

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from typing import Any
 
 import torch
 
 from mmllm.config import RunConfig
 
+LONGEST_WAIT = timedelta(hours=2)  # of a process for another one, which may validate or save a large model
+
 
 def build_accelerator(config: RunConfig) -> Any:
     """accelerate's Accelerator for this launch. Raises ValueError where fewer processes came up than were asked for."""
-    from accelerate import Accelerator, DataLoaderConfiguration
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs, patch_environment
 
-    accelerator = Accelerator(
-        mixed_precision="bf16" if config.optim.precision == "bf16" else "no",
-        dataloader_config=DataLoaderConfiguration(),
-    )
+    # mmllm/training/strategy.py shards the model itself, on CPU too; accelerate only brings the processes up
+    with patch_environment(ACCELERATE_USE_FSDP="false", ACCELERATE_USE_DEEPSPEED="false"):
+        accelerator = Accelerator(
+            mixed_precision="bf16" if config.optim.precision == "bf16" else "no",
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
+        )
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != asked:
         raise ValueError(f"{asked} processes were launched but accelerate runs {accelerator.num_processes}; "

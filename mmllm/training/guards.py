@@ -10,10 +10,9 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
-import torch
 from torch import nn
 
-from mmllm.training.optim import Parts, gradient_norm
+from mmllm.training.optim import Parts
 
 MAX_IDLE_STEPS = 3  # steps in a row in which a loss may be 0, or a trained module get no gradient though it should
 NUM_REMEMBERED = 256  # micro-batches that a loss is compared with
@@ -23,6 +22,9 @@ _SCALE = 1.4826  # a normal distribution's standard deviation over its median ab
 _LEAST_DEVIATION = 0.05  # of the median, so that losses that are all alike make no outlier of the next one
 _LAYER = re.compile(r"^(.*?\.\d+)\.")
 _LOST_PEER = ("gloo", "nccl", "connection closed by peer", "connection reset by peer")
+
+
+Norms = Callable[[Sequence[Sequence[nn.Parameter]]], list[float] | None]
 
 
 class TrainingError(RuntimeError):
@@ -74,11 +76,14 @@ def lost_peers(step: Callable[[], int]) -> Iterator[None]:
 
 
 class Guards:
-    """Looks at every step before its update. `warnings` collects what it warned of, for whoever writes the log."""
+    """Looks at every step before its update. `warnings` collects what it warned of, for whoever writes the log.
 
-    def __init__(self, stage: Watched):
-        self.stage = stage
-        self.modules = trained_modules(stage.parts)
+    `parts` are the trained parameters as this process holds them, `norms` gives their gradients' norms over all.
+    """
+
+    def __init__(self, stage: Watched, parts: Parts, norms: Norms):
+        self.stage, self.norms = stage, norms
+        self.modules = trained_modules(parts)
         self.idle: dict[tuple[str, str], int] = {}
         self.num_zero = 0
         self.remembered: deque[float] = deque(maxlen=NUM_REMEMBERED)
@@ -118,7 +123,9 @@ class Guards:
             )
 
     def _check_modules(self, step: int, batches: Sequence[Any]) -> None:
-        norms = torch.stack([gradient_norm(parameters) for parameters in self.modules.values()]).tolist()
+        norms = self.norms(list(self.modules.values()))
+        if norms is None:
+            return
         reached = {part: any(self.stage.reaches(part, batch) for batch in batches) for part in self.stage.parts}
         for key, norm in zip(self.modules, norms, strict=True):
             if norm > 0:

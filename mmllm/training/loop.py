@@ -22,9 +22,10 @@ from mmllm.training.alarms import new_alarms
 from mmllm.training.distributed import all_reduce_sum, build_accelerator, gather_all
 from mmllm.training.guards import Guards, TrainingError, lost_peers
 from mmllm.training.heartbeat import Heartbeat
-from mmllm.training.optim import Parts, build_optimizers, rate_factor, set_learning_rates
+from mmllm.training.optim import Parts, rate_factor
 from mmllm.training.order import Item, Orders, seed_of
 from mmllm.training.state import check_room, load_state, read_newest, rehearse, save_state
+from mmllm.training.strategy import STRATEGIES, launched_strategy, load_weights
 from mmllm.training.throughput import Throughput, step_flops
 from mmllm.training.tracking import Tracker
 
@@ -55,7 +56,7 @@ class Stage(Protocol):
     def num_tokens(self, batch: Any) -> int: ...
     def reaches(self, part: str, batch: Any) -> bool: ...  # whether this batch can teach the part anything
     def names(self, batch: Any) -> list[str]: ...
-    def validate(self, step: int) -> dict[str, float]: ...
+    def validate(self, step: int, *, writes: bool = True) -> dict[str, float]: ...
     def save(self, out: Path, log: list[dict[str, Any]]) -> None: ...
 
 
@@ -95,20 +96,23 @@ class _AsGiven(Dataset[Any]):
 class Run:
     """One run: its stage, optimizers, order and place on disk."""
 
-    def __init__(self, config: RunConfig, stage: Stage, accelerator: Any):
-        self.config, self.stage, self.accelerator = config, stage, accelerator
+    def __init__(self, config: RunConfig, stage: Stage, accelerator: Any, rebuild: Callable[[], Stage]):
+        self.config, self.stage, self.accelerator, self.rebuild = config, stage, accelerator, rebuild
         self.out = Path(config.out)
-        self.trained = {name: p for named in stage.parts.values() for name, p in named}
-        if len(self.trained) != sum(len(named) for named in stage.parts.values()):
+        names = [name for named in stage.parts.values() for name, _ in named]
+        if len(set(names)) != len(names):
             raise ValueError("a parameter stands in two parts of a stage")
+        trained = [parameter for named in stage.parts.values() for _, parameter in named]
+        self.num_trained = sum(parameter.numel() for parameter in trained)
+        self.trained_bytes = sum(parameter.nbytes for parameter in trained)
         self.throughput = Throughput(step_flops(stage), accelerator, config.optim.precision)
-        self.module = accelerator.prepare(stage.module)
-        self.optimizers = build_optimizers(stage.parts, config.optim, depths=stage.depths)
+        build = STRATEGIES[launched_strategy()]
+        self.strategy = build(accelerator, stage.module, stage.parts, config.optim, stage.depths)
         optim = config.optim
         self.global_batch = optim.batch_size * optim.accumulate_steps * accelerator.num_processes
         self.order = stage.order(self.global_batch)
         self.settings = dump_config(config)
-        self.guards = Guards(stage)
+        self.guards = Guards(stage, self.strategy.parts, self.strategy.gradient_norms)
         rank, world = accelerator.process_index, accelerator.num_processes
         self.heart = Heartbeat(config.log.stall_seconds, rank=rank, world_size=world, names=stage.names)
         self.best: dict[str, Any] | None = None  # step and val_loss
@@ -126,7 +130,7 @@ class Run:
             )
         if state:
             facts: dict[str, Any] = {"settings": self.settings, "global_batch": self.global_batch}
-            load_state(self.out, state, self.trained, self.optimizers, **facts)
+            load_state(self.out, state, self.strategy, **facts)
             self.order.go_to(state.get("position", {}))
             self.best = state.get("best")
         return int(step)
@@ -161,9 +165,9 @@ class Run:
         """Tries, before the first step, whether what it leads to can be saved. Raises StateError or OSError."""
         if self.accelerator.is_main_process:
             log = self.config.log
-            check_room(self.out, self.trained, log.keep_checkpoints if log.save_every_steps else 0)
-            if not first_step:
-                say(rehearse(self.out, self.trained, self.settings))
+            check_room(self.out, self.trained_bytes, log.keep_checkpoints if log.save_every_steps else 0)
+            if not first_step and not self.strategy.has_shards:
+                say(rehearse(self.out, self.strategy.trained, self.settings))
         self.accelerator.wait_for_everyone()
 
     def _num_valid(self, step: int, batches: Sequence[Any]) -> float:
@@ -189,22 +193,19 @@ class Run:
             batches = [next(data) for _ in range(optim.accumulate_steps)]
         beat(step, "all processes to have their data", [one for one in batches if not isinstance(one, ValueError)])
         num_valid = self._num_valid(step, batches)
-        set_learning_rates(self.optimizers, rate_factor(step, optim))
+        self.strategy.set_rates(rate_factor(step, optim))
         losses: list[float] = []
         for number, batch in enumerate(batches):
-            waits = number < len(batches) - 1
-            with self.accelerator.no_sync(self.module) if waits else contextlib.nullcontext():
+            with self.strategy.micro_batch(is_last=number == len(batches) - 1):
                 beat(step, "the forward pass", [batch])
-                loss: Tensor = self.module(batch)
+                loss: Tensor = self.strategy.module(batch)
                 beat(step, "the backward pass, in which all processes take part", [batch])
-                (loss * world / num_valid).backward()  # DDP averages over ranks: the world size undoes that
+                self.strategy.backward(loss * world / num_valid)  # ranks are averaged: the world size undoes that
             losses.append(float(loss.detach()))
         beat(step, "the update", batches)
-        norm = float(torch.nn.utils.clip_grad_norm_(list(self.trained.values()), optim.max_grad_norm))
+        norm = self.strategy.clip()
         self.guards.check(step, losses, norm, batches)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        self.strategy.step()
         self.throughput.stepped(batches)
         beat(step, "all processes to end the step", batches)
         num_tokens = all_reduce_sum(self.accelerator, sum(self.stage.num_tokens(batch) for batch in batches))
@@ -222,34 +223,47 @@ class Run:
         self.heart.beat(step, "a state to be saved")
         self.positions = {made: where for made, where in self.positions.items() if made >= step}
         position = gather_all(self.accelerator, self.positions[step])
-        if self.accelerator.is_main_process:
-            keep = self.config.log.keep_checkpoints
-            facts: dict[str, Any] = {"settings": self.settings, "global_batch": self.global_batch, "position": position}
-            save_state(self.out, step, self.trained, self.optimizers, **facts, best=self.best, keep=keep)
+        facts: dict[str, Any] = {"settings": self.settings, "global_batch": self.global_batch, "position": position}
+        save_state(self.out, step, self.strategy, **facts, best=self.best, keep=self.config.log.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
     def validate(self, step: int, tracker: Tracker) -> None:
-        """Judges the model, by the first process; one better than all before is kept in `best/`, but for the last."""
+        """Judges the model, by the first process; one better than all before is kept in `best/`, but for the last.
+
+        Where no process has the whole model, all of them judge it, on the same data, and the first one tells of it.
+        """
         self.heart.beat(step, "validation, which the first process does")
         is_main = self.accelerator.is_main_process
-        figures = self.stage.validate(step) if is_main else {}
-        if figures:
+        figures: dict[str, float] = {}
+        if is_main or self.strategy.is_sharded:
+            with self.strategy.gathered():
+                figures = self.stage.validate(step, writes=is_main)
+        if figures and is_main:
             tracker.log(step, figures)
             for kind, text in new_alarms(tracker.rows, self.config.log, self.config.optim.max_steps):
                 tracker.alarm(step, kind, text)
         loss = all_reduce_sum(self.accelerator, figures.get("val_loss", math.nan) if is_main else 0.0)
         if step and loss < (self.best["val_loss"] if self.best else math.inf):
             self.best = {"step": step, "val_loss": loss}
-            if is_main and self.config.log.keep_best and step < self.config.optim.max_steps:
-                folder = self.out / BEST
-                folder.mkdir(exist_ok=True)
-                self.stage.save(folder, tracker.rows)
+            if self.config.log.keep_best and step < self.config.optim.max_steps:
+                self.save_model(self.out / BEST, tracker)
         self.accelerator.wait_for_everyone()
+
+    def save_model(self, folder: Path, tracker: Tracker) -> None:
+        """The model as it is now, by the first process. Weights that are divided go into a stage that is built anew."""
+        weights = self.strategy.whole_state()["weights"] if self.strategy.has_shards else None
+        if self.accelerator.is_main_process:
+            stage = self.stage
+            if weights is not None:
+                stage = self.rebuild()
+                load_weights(stage.parts, weights)
+            folder.mkdir(exist_ok=True)
+            stage.save(folder, tracker.rows)
 
     def finish(self, tracker: Tracker) -> None:
         """The model of the last step in its place; nothing is left to go on from."""
+        self.save_model(self.out, tracker)
         if self.accelerator.is_main_process:
-            self.stage.save(self.out, tracker.rows)
             os.sync()  # before what the run could go on from is removed
             shutil.rmtree(self.out / "state", ignore_errors=True)
             best = self.best
@@ -264,12 +278,14 @@ def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def train(config: RunConfig, stage: Stage, accelerator: Any) -> None:
+def train(config: RunConfig, stage: Stage, accelerator: Any, rebuild: Callable[[], Stage]) -> None:
     """Runs a stage to its end, from its newest saved state where there is one.
+
+    `rebuild` gives the stage as it was before training: weights that are divided are put into it to be saved.
 
     Raises TrainingError where going on would be wrong, InterruptedRunError after Ctrl-C once the state is saved.
     """
-    run = Run(config, stage, accelerator)
+    run = Run(config, stage, accelerator, rebuild)
     with lost_peers(run.heart.step):
         _train(run)
 
@@ -282,10 +298,9 @@ def _train(run: Run) -> None:
         run.out, max_steps=max_steps, first_step=first, is_main=accelerator.is_main_process,
         trackers=log.trackers, settings=config.model_dump(mode="json"),
     )  # fmt: skip
-    trained = sum(parameter.numel() for parameter in run.trained.values())
     processes = f"{accelerator.num_processes} process(es) on {accelerator.device}"
     tracker.say(
-        f"{config.stage}: {trained:,} trained parameters in {', '.join(stage.parts)}; "
+        f"{config.stage}: {run.num_trained:,} trained parameters in {', '.join(stage.parts)}; "
         f"{'streamed' if stage.num_examples is None else f'{stage.num_examples:,}'} examples; {processes}"
     )
     if told := run.throughput.describe():
@@ -315,7 +330,7 @@ def _train(run: Run) -> None:
                 if _is_due(done, log.every_steps) or done == max_steps:
                     now = time.monotonic()
                     left = (now - begun) / (done - first) * (max_steps - done)
-                    rate = run.optimizers[0].param_groups[0]["lr"]
+                    rate = run.strategy.optimizers[0].param_groups[0]["lr"]
                     values = {"loss": sum(losses) / len(losses), "learning_rate": rate, "grad_norm": norm}
                     values["tokens_per_second"] = tokens / (now - since)
                     tracker.log(done, {**values, **run.throughput.figures()}, seconds_left=left)

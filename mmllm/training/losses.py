@@ -90,7 +90,12 @@ def _has_router_loss(language_model: Any) -> bool:
 
 
 def conversation_loss_sum(
-    model: VisionLanguageModel, batch: Batch, *, plain_head: bool, chunk_tokens: int | None = None
+    model: VisionLanguageModel,
+    batch: Batch,
+    *,
+    plain_head: bool,
+    chunk_tokens: int | None = None,
+    always_runs_tower: bool = False,
 ) -> Tensor:
     """The loss of a batch of conversations, summed over its supervised tokens.
 
@@ -100,7 +105,7 @@ def conversation_loss_sum(
     token, so that it keeps its weight when the step divides by their number. That loss is one of the whole batch:
     with it, and only with it, a batch's loss is not the sum of its rows'.
     """
-    embeds = model.embed_batch(batch)
+    embeds = model.embed_batch(batch, always_runs_tower=always_runs_tower)
     language_model = model.language_model
     inputs = {"inputs_embeds": embeds, "use_cache": False}  # with a cache, packed examples would see each other
     if batch.position_ids is None:

@@ -117,8 +117,8 @@ def _measure(run: Any, batch: Any) -> Memory:
     device, module = run.accelerator.device, run.stage.module
     run.step(0, itertools.repeat(batch))
     weights = parameter_bytes(itertools.chain(module.parameters(), module.buffers()))
-    gradients = parameter_bytes(run.trained.values())
-    states = [value for one in run.optimizers for state in one.state.values() for value in state.values()]
+    gradients = parameter_bytes(run.strategy.trained.values())
+    states = [value for one in run.strategy.optimizers for state in one.state.values() for value in state.values()]
     optimizer = parameter_bytes(value for value in states if isinstance(value, Tensor))
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -179,7 +179,7 @@ def make_plan(config: RunConfig, *, gpus: int = 1, memory: int | None = None) ->
         features.blank = True  # a plan encodes nothing: rows of zeros take as much memory
         notes.append("the feature cache is not filled yet; its time is not counted")
     try:
-        run = Run(config, stage, accelerator)
+        run = Run(config, stage, accelerator, lambda: build_stage(config))
         batch = longest_batch(stage, config.optim.batch_size, config.data.max_length_tokens)
         measured = _measure(run, batch)
         run.throughput.figures()

@@ -94,7 +94,7 @@ def _run(config: RunConfig, tasks: Tasks | None) -> None:
         write_about(out, stage.notes, f"{accelerator.num_processes} process(es) on {accelerator.device}")
     try:
         with advised(config):
-            train(config, stage, accelerator)
+            train(config, stage, accelerator, lambda: build_stage(config, tasks))
     finally:
         if accelerator.is_main_process and (out / LOG_FILE).is_file():
             print(f"report: {write_report(out)}")

@@ -49,7 +49,12 @@ from mmllm.training.warmup_vision import WarmupVision
 
 
 class _ConversationLoss(nn.Module):
-    """What DDP wraps: batch -> summed loss, so that every trained part takes part in every forward."""
+    """What DDP wraps: batch -> summed loss, so that every trained part takes part in every forward.
+
+    `always_runs_tower` is set where ranks wait for each other's tower, see Strategy.
+    """
+
+    always_runs_tower = False
 
     def __init__(self, model: Any, chunk_tokens: int | None):
         super().__init__()
@@ -59,7 +64,10 @@ class _ConversationLoss(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         batch = batch.to(self.model.get_input_embeddings().weight.device)
-        return conversation_loss_sum(self.model, batch, plain_head=self.plain_head, chunk_tokens=self.chunk_tokens)
+        return conversation_loss_sum(
+            self.model, batch, plain_head=self.plain_head, chunk_tokens=self.chunk_tokens,
+            always_runs_tower=self.always_runs_tower,
+        )  # fmt: skip
 
 
 class ConversationStage:
@@ -218,10 +226,10 @@ class ConversationStage:
         return list(batch.example_ids)
 
     @torch.no_grad()
-    def validate(self, step: int) -> dict[str, float]:
+    def validate(self, step: int, *, writes: bool = True) -> dict[str, float]:
         """What `Validation` finds, with the model in eval mode while it looks."""
         self.model.eval()
-        figures = self.validation.figures(step)
+        figures = self.validation.figures(step, writes=writes)
         self._set_modes()
         return figures
 

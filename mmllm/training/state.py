@@ -14,7 +14,7 @@ import pickle
 import shutil
 import time
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,11 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from mmllm.config import CONFIGS, ConfigError
+from mmllm.training.strategy import Strategy
 
 STATE_FILE = "state.pt"
 STATE_OF_WEIGHTS = 3  # a state is at most so many times the trained weights: AdamW keeps two numbers for each
+SHARDS = "shards"  # of strategies whose ranks hold a part each
 
 
 class StateError(ValueError):
@@ -90,17 +92,25 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _write(folder: Path, state: Mapping[str, Any]) -> None:
-    """A folder with this state; it has its name once all of it is on disk. Raises OSError, and leaves nothing then."""
-    partial = folder.with_name(f"part_{folder.name.removeprefix('step_')}")
+def _partial(folder: Path) -> Path:
+    return folder.with_name(f"part_{folder.name.removeprefix('step_')}")
+
+
+def _begin(folder: Path) -> None:
+    """An empty folder beside the one that is to be, for its files."""
     for left in folder.parent.glob("part_*"):  # by a process that was killed; its room is needed
         shutil.rmtree(left)
-    partial.mkdir(parents=True)
+    _partial(folder).mkdir(parents=True)
+
+
+def _commit(folder: Path, state: Mapping[str, Any]) -> None:
+    """Writes the state; the folder has its name once all is on disk. Raises OSError, and leaves nothing then."""
+    partial = _partial(folder)
     try:
         with (partial / STATE_FILE).open("wb") as file:  # opened here, so that a full disk is an OSError
             torch.save(dict(state), file)
-        sync(partial / STATE_FILE)
-        sync(partial)
+        for path in (*partial.rglob("*"), partial):
+            sync(path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)  # what cannot be used shall not fill the disk
         raise
@@ -119,7 +129,7 @@ def _read(folder: Path) -> dict[str, Any]:
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, KeyError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise StateError(f"{path} cannot be read: {str(error).splitlines()[0] if str(error) else error!r}") from error
-    if not isinstance(state, dict) or {"step", "weights", "optimizers", "settings"} - set(state):
+    if not isinstance(state, dict) or {"step", "settings"} - set(state):
         raise StateError(f"{path} is no state of a run")
     return dict(state)
 
@@ -127,37 +137,48 @@ def _read(folder: Path) -> dict[str, Any]:
 def save_state(
     out: Path,
     step: int,
-    trained: Mapping[str, nn.Parameter],
-    optimizers: Sequence[torch.optim.Optimizer],
+    strategy: Strategy,
     *,
     settings: str,
     global_batch: int,
     position: Mapping[int, Any],
     best: Mapping[str, Any] | None,
     keep: int,
-) -> Path:
-    """The state after `step` steps. Once it is whole, only it and the `keep - 1` before it stay. Raises OSError."""
+) -> None:
+    """The state after `step` steps, by all ranks. Once it is whole, only it and the `keep - 1` before it stay.
+
+    Raises OSError.
+    """
+    accelerator = strategy.accelerator
     target = out / "state" / f"step_{step:07d}"
+    if accelerator.is_main_process:
+        _begin(target)
+    accelerator.wait_for_everyone()
+    if strategy.has_shards:
+        strategy.save_shards(_partial(target) / SHARDS)
+        accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
+        return
     state = {
         "step": step,
-        "weights": {name: parameter.detach() for name, parameter in trained.items()},
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "strategy": strategy.name,
+        "num_ranks": accelerator.num_processes,
+        **({} if strategy.has_shards else strategy.whole_state()),
         "settings": settings,
         "global_batch": global_batch,
         "position": dict(position),
         "best": best,
     }
-    _write(target, state)
+    _commit(target, state)
     kept = [path for path in saved_steps(out) if _step_of(path) <= step][-keep:]
     for other in (out / "state").iterdir():  # later ones could not be read, or this run would stand behind them
         if other not in kept:
             shutil.rmtree(other)
-    return target
 
 
-def check_room(out: Path, trained: Mapping[str, nn.Parameter], num_states: int) -> None:
+def check_room(out: Path, trained_bytes: int, num_states: int) -> None:
     """Raises StateError where so many states, and one more while it is written, find no room beside those there."""
-    size = STATE_OF_WEIGHTS * sum(parameter.nbytes for parameter in trained.values())
+    size = STATE_OF_WEIGHTS * trained_bytes
     needed = size * max(1, num_states + 1 - len(saved_steps(out)))
     if (free := shutil.disk_usage(out).free) < needed:
         raise StateError(
@@ -173,7 +194,8 @@ def rehearse(out: Path, trained: Mapping[str, nn.Parameter], settings: str) -> s
     """
     folder, begun = out / "state" / "rehearsal", time.monotonic()
     weights = {name: parameter.detach() for name, parameter in trained.items()}
-    _write(folder, {"step": 0, "weights": weights, "optimizers": [], "settings": settings})
+    _begin(folder)
+    _commit(folder, {"step": 0, "weights": weights, "optimizers": [], "settings": settings})
     size = (folder / STATE_FILE).stat().st_size
     try:
         back = _read(folder)["weights"]
@@ -225,8 +247,7 @@ def read_newest(out: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
 def load_state(
     out: Path,
     state: Mapping[str, Any],
-    trained: Mapping[str, nn.Parameter],
-    optimizers: Sequence[torch.optim.Optimizer],
+    strategy: Strategy,
     *,
     settings: str,
     global_batch: int,
@@ -238,10 +259,15 @@ def load_state(
             f"{out} was saved with {saved} examples a step, now there are {global_batch}; processes x "
             "optim.batch_size x optim.accumulate_steps must stay the same, so that the same examples follow"
         )
-    if set(state["weights"]) != set(trained):
+    if (saved_as := state.get("strategy", strategy.name)) != strategy.name:
+        raise ConfigError(
+            f"{out} was saved under {saved_as}, this launch is {strategy.name}; launch it with the accelerate config "
+            f"of {saved_as}, or remove {out / 'state'} to begin anew"
+        )
+    if strategy.has_shards:
+        shards = out / "state" / f"step_{state['step']:07d}" / SHARDS
+        strategy.load_shards(shards, saved_by=state["num_ranks"])
+    elif set(state["weights"]) != set(strategy.trained):
         raise ConfigError(f"{out} holds other parameters than this run trains; remove it to begin anew")
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(state["weights"][name])
-    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
+    else:
+        strategy.load_whole_state(state)

@@ -98,8 +98,11 @@ class Validation:
             count += batch.num_supervised
         return total, count
 
-    def figures(self, step: int) -> dict[str, float]:
-        """Every figure after `step` steps; answers go to `samples/`. Needs a model in eval mode, and no gradients."""
+    def figures(self, step: int, *, writes: bool = True) -> dict[str, float]:
+        """Every figure after `step` steps. Needs a model in eval mode, and no gradients.
+
+        Answers go to `samples/`, where this process `writes`; others only take part in making them.
+        """
         found = self._validation_losses()
         if self.text:
             total, count = self._losses(self.text)
@@ -109,7 +112,7 @@ class Validation:
             scores = self.tasks.scores(self.engine, task, self.config.log.task_questions)
             found |= {f"task/{name}/{measure}": value for measure, value in scores.items()}
         if self.examples:
-            self._write_samples(step)
+            self._write_samples(step, writes=writes)
         return found
 
     def _validation_losses(self) -> dict[str, float]:
@@ -136,11 +139,16 @@ class Validation:
             found[RELIANCE] = shuffled[0] / shuffled[1] - right[0] / max(1, right[1])
         return found
 
-    def _write_samples(self, step: int) -> None:
+    def _write_samples(self, step: int, *, writes: bool) -> None:
         """`samples/step_N.md` for people and `step_N.json` for the report, with the pictures as the model saw them."""
         folder = Path(self.config.out) / "samples"
         folder.mkdir(parents=True, exist_ok=True)
-        samples = [self._sample(example, folder) for example in spread(self.examples, self.config.log.num_samples)]
+        samples = [
+            self._sample(example, folder, writes=writes)
+            for example in spread(self.examples, self.config.log.num_samples)
+        ]
+        if not writes:
+            return
         lines = [f"# Answers after step {step}\n"]
         for one in samples:
             lines += [f"![what the model saw]({name})\n" for name in one["pictures"]]
@@ -148,12 +156,12 @@ class Validation:
         (folder / f"step_{step:07d}.md").write_text("\n".join(lines))
         (folder / f"step_{step:07d}.json").write_text(json.dumps(samples, ensure_ascii=False, indent=1))
 
-    def _sample(self, example: Example, folder: Path) -> Mapping[str, Any]:
+    def _sample(self, example: Example, folder: Path, *, writes: bool) -> Mapping[str, Any]:
         asked = _first_question(example)
         pictures = []
         for number, image in enumerate(asked.images):
             name = f"{_NO_FILE_NAME.sub('_', example.id)[-80:]}-{number}.png"
-            if not (folder / name).is_file():
+            if writes and not (folder / name).is_file():
                 self.engine.seen(image).save(folder / name)
             pictures.append(name)
         return {

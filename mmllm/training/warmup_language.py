@@ -275,7 +275,7 @@ class WarmupLanguage:
         return list(batch.example_ids)
 
     @torch.no_grad()
-    def validate(self, step: int) -> dict[str, float]:
+    def validate(self, step: int, *, writes: bool = True) -> dict[str, float]:
         """Loss on answers, and the share of answers that greedy decoding gets exactly right, per question type.
 
         Asked about descriptions that training never shows.

@@ -168,7 +168,7 @@ class WarmupVision:
         return list(batch["names"])
 
     @torch.no_grad()
-    def validate(self, step: int) -> dict[str, float]:
+    def validate(self, step: int, *, writes: bool = True) -> dict[str, float]:
         """Zero-shot retrieval on scenes that training never shows.
 
         The share of pictures that find their caption among 200, near misses included.
