@@ -187,13 +187,20 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         return filled
 
     def embed_batch(self, batch: Batch) -> Tensor:
-        """`embed` for a training batch; one without images still runs the projector, on none."""
+        """`embed` for a training batch; one without images still runs the projector, on none.
+
+        And a tower that is trained, on a blank picture that goes nowhere (most encoders do not take none): all ranks
+        wait for the gradient of each part, whether they have images or not. A frozen tower does not run.
+        """
         features, sizes = batch.image_features, batch.image_sizes
         if features is None and batch.pixel_values is not None:
             features = self.encode_images(batch.pixel_values, sizes)
         if features is None:
             tower, sizes = self.vision_tower, batch.input_ids.new_zeros(0, 2)
             features = torch.zeros(0, tower.num_patches, tower.width, device=batch.input_ids.device)
+            if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in tower.parameters()):
+                side = tower.spec.image_size_px
+                features = tower(features.new_zeros(1, 3, side, side))[:0]
         return self.embed(batch.input_ids, features, sizes)
 
     def forward(
