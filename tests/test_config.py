@@ -113,7 +113,10 @@ def test_all_problems_are_told_at_once(write: Any) -> None:
             {"model__vision__fit": "crop"},
             "model.vision.fit: Input should be 'stretch', 'pad', 'square', 'tiles' or 'native' (given: 'crop')",
         ),
-        ({"optim__kind": "sgd"}, "optim.kind: Input should be 'adamw' or 'muon' (given: 'sgd')"),
+        (
+            {"optim__kind": "sgd"},
+            "'adamw', 'muon', 'adamw8bit', 'paged_adamw' or 'paged_adamw8bit' (given: 'sgd')",
+        ),
         ({"lora": {"dropout": 1.0}}, "lora.dropout: Input should be less than 1"),
         ({"train": []}, "train: Tuple should have at least 1 item"),
         ({"train": ["projector", "decoder"]}, "train.1: Input should be 'vision', 'projector' or 'language'"),

@@ -20,6 +20,7 @@ from torch._dynamo.utils import counters
 from mmllm.config import ConfigError
 from mmllm.model.tower import TowerSpec
 from mmllm.model.vision import FusedTower, build_tower
+from mmllm.training.optim import build_optimizers
 from mmllm.training.stages import ConversationStage, build_stage
 
 TRAIN_ALL = ("train=[vision,projector,language]",
@@ -156,3 +157,42 @@ def test_kernels_without_a_gpu_are_refused_before_anything_loads(tiny_runs: Path
         build_stage(settings_of(path, tmp_path, "optim.liger=true", nowhere))
     with pytest.raises(ConfigError, match=r"lora.quantise ends on the CPU, where optim.liger has no kernels"):
         settings_of(path, tmp_path, "optim.liger=true", "lora.quantise=nf4")
+
+
+@pytest.mark.parametrize("trained", ["whole", "adapters", "nothing"])
+def test_without_pictures_a_frozen_tower_does_not_run_and_a_trained_one_stays_in_the_graph(
+    trained: str, tiny_runs: Path, tmp_path: Path
+) -> None:
+    options = () if trained == "nothing" else TRAIN_ALL
+    adapters = ("vision_lora={rank: 2}",) if trained == "adapters" else ()
+    stage = ConversationStage(settings_of(tiny_runs / "stage2.yaml", tmp_path, *options, *adapters))
+    runs: list[int] = []
+    stage.model.vision_tower.register_forward_hook(lambda module, args, output: runs.append(len(args[0])))
+    batch = stage.batch([12, 13])
+    assert batch.pixel_values is None
+    loss = stage.module(batch)
+    loss.backward()
+    with torch.no_grad():
+        assert float(stage.module(batch)) == pytest.approx(float(loss.detach()), rel=1e-6)
+    assert runs == ([] if trained == "nothing" else [1])
+    for _, parameter in stage.parts.get("vision", []):
+        assert parameter.grad is not None
+        assert not parameter.grad.any()
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw8bit"])
+def test_bf16_computes_while_trained_weights_and_their_state_stay_fp32(
+    kind: str, tiny_runs: Path, tmp_path: Path
+) -> None:
+    options = ("lora.rank=2", "model.language.dtype=bf16", f"optim.kind={kind}")
+    stage = ConversationStage(settings_of(tiny_runs / "stage2.yaml", tmp_path, *options))
+    [optimizer] = build_optimizers(stage.parts, stage.config.optim, depths=stage.depths)
+    with torch.autocast("cpu", torch.bfloat16):
+        stage.module(stage.batch(range(4))).backward()
+    optimizer.step()
+    for named in stage.parts.values():
+        for _, parameter in named:
+            state = [value for value in optimizer.state[parameter].values() if isinstance(value, Tensor)]
+            dtypes = {value.dtype for value in [parameter, *state]}
+            assert dtypes <= {torch.float32, torch.uint8}
+    assert {p.dtype for p in stage.model.language_model.parameters() if not p.requires_grad} == {torch.bfloat16}

@@ -191,23 +191,22 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
     def embed_batch(self, batch: Batch, *, always_runs_tower: bool = False) -> Tensor:
         """`embed` for a training batch; one without images still runs the projector, on none.
 
-        `always_runs_tower`: then the tower runs too, on a blank image, for ranks that wait for its part.
+        And a tower that is trained, on a blank picture that goes nowhere (most encoders do not take none): all ranks
+        wait for the gradient of each part, whether they have images or not. A frozen tower does not run, unless
+        `always_runs_tower`, for ranks that wait for its weights.
         """
-        if batch.image_features is not None or batch.pixel_values is not None:
-            features = batch.image_features
-            if features is None and batch.pixel_values is not None:
-                features = self.encode_images(batch.pixel_values, batch.image_sizes)
-            return self.embed(batch.input_ids, features, batch.image_sizes)
-        tower, device = self.vision_tower, batch.input_ids.device
-        features = torch.zeros(0, tower.num_patches, tower.width, device=device)
-        no_sizes = batch.input_ids.new_zeros(0, 2)
-        if not always_runs_tower:
-            return self.embed(batch.input_ids, features, no_sizes)
-        side, dtype = tower.spec.image_size_px, next((one.dtype for one in tower.parameters()), None)
-        with self._tower_gradients():  # before the rest, as where there are images
-            patches = tower(torch.zeros(1, 3, side, side, dtype=dtype, device=device))
-        embeds: Tensor = self.embed(batch.input_ids, features, no_sizes) + 0.0 * patches.sum()
-        return embeds
+        features, sizes = batch.image_features, batch.image_sizes
+        if features is None and batch.pixel_values is not None:
+            features = self.encode_images(batch.pixel_values, sizes)
+        if features is None:
+            tower, sizes = self.vision_tower, batch.input_ids.new_zeros(0, 2)
+            features = torch.zeros(0, tower.num_patches, tower.width, device=batch.input_ids.device)
+            dtype = next((one.dtype for one in tower.parameters()), features.dtype)
+            with self._tower_gradients():
+                if torch.is_grad_enabled() or always_runs_tower:
+                    side = tower.spec.image_size_px
+                    features = tower(features.new_zeros(1, 3, side, side, dtype=dtype))[:0]
+        return self.embed(batch.input_ids, features, sizes)
 
     def forward(
         self,

@@ -51,7 +51,7 @@ from mmllm.training.warmup_vision import WarmupVision
 class _ConversationLoss(nn.Module):
     """What DDP wraps: batch -> summed loss, so that every trained part takes part in every forward.
 
-    `always_runs_tower` is set where ranks wait for each other's tower, see Strategy.
+    `always_runs_tower` is set where ranks wait for each other's tower although it is frozen: ZeRO-3.
     """
 
     always_runs_tower = False

@@ -43,13 +43,7 @@ class Strategy:
         self.accelerator, self.config, self.depths = accelerator, config, depths
         self.parts: dict[str, list[tuple[str, nn.Parameter]]] = {part: list(named) for part, named in parts.items()}
         self.optimizers: list[torch.optim.Optimizer] = []
-        conversations: Any = module
-        if hasattr(module, "always_runs_tower"):  # a batch of text alone on one rank must not leave the others waiting
-            conversations.always_runs_tower = accelerator.num_processes > 1 and self._waits_for_tower(module)
         self.module = self._prepare(module)
-
-    def _waits_for_tower(self, module: Any) -> bool:
-        return any(parameter.requires_grad for parameter in module.model.vision_tower.parameters())
 
     def _prepare(self, module: nn.Module) -> nn.Module:
         prepared: nn.Module = self.accelerator.prepare(module)

@@ -27,24 +27,19 @@ class ZeRO(Strategy):
     name = "zero"
     has_shards = True
 
-    def _waits_for_tower(self, module: Any) -> bool:
-        return self._settings()["zero_optimization"]["stage"] == 3 or super()._waits_for_tower(module)
-
-    def _settings(self) -> dict[str, Any]:
-        from accelerate import DeepSpeedPlugin
-
-        settings: dict[str, Any] = DeepSpeedPlugin().deepspeed_config
-        return settings
-
     def _prepare(self, module: nn.Module) -> nn.Module:
         try:
             import deepspeed
         except ImportError as error:
             raise ConfigError("ZeRO needs DeepSpeed: install mmllm[scale]") from error
+        from accelerate import DeepSpeedPlugin
+
         check_one_optimizer("ZeRO", self.config)
-        settings = self._settings()
+        settings = DeepSpeedPlugin().deepspeed_config
         self.stage = int(settings["zero_optimization"]["stage"])
         self.is_sharded = self.stage == 3
+        if self.is_sharded and hasattr(module, "always_runs_tower"):
+            module.always_runs_tower = True  # its weights are divided as well, also where it is frozen
         is_bf16 = self.config.precision == "bf16"
         settings = {
             **settings,
