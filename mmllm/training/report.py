@@ -50,9 +50,10 @@ def _page(out: Path) -> str:
     about = json.loads((out / ABOUT).read_text()) if (out / ABOUT).is_file() else {}
     style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     title = escape(out.resolve().name)
+    curves: dict[str, Curve] = dict(figures_of(rows))
     body = [
-        _head(out, rows, settings, about), _alarms(rows, about), _charts(rows, settings), _samples(out / "samples"),
-        _table(rows), _settings(text, about),
+        _head(out, rows, settings, about), _alarms(rows, about), _charts(curves, settings), _samples(out / "samples"),
+        _table(rows), _other_charts(curves, settings), _settings(text, about),
     ]  # fmt: skip
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title} - mmllm report</title>\n'
@@ -81,36 +82,46 @@ def _alarms(rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> str:
     return "".join(alarms + notes)
 
 
-def _charts(rows: Sequence[Mapping[str, Any]], settings: Any) -> str:
-    """Losses, reliance, text alone and tasks first; then whatever else the log has, each by itself."""
-    curves, log = figures_of(rows), settings["log"]
-    steps = settings["optim"]["max_steps"]
+def _charts(curves: dict[str, Curve], settings: Any) -> str:
+    """What a run is judged by: losses, reliance, text alone and answers. Takes their curves out of `curves`."""
+    log, steps = settings["log"], settings["optim"]["max_steps"]
+    text = curves.get(TEXT_LOSS)
+    budget = text[0][1] + log["forgetting_budget"] if text else None
 
-    def taken(*starts: str) -> dict[str, Curve]:
-        return {
-            name: curves.pop(name)
-            for name in list(curves)
-            if any(name == s or name.startswith(f"{s}/") for s in starts)
-        }
+    def taken(*parts: str) -> dict[str, Curve]:
+        found = [name for part in parts for name in curves if name == part or name.startswith((f"{part}/", f"{part}_"))]
+        return {name: curves.pop(name) for name in dict.fromkeys(found)}
 
-    exact = {name: curves.pop(name) for name in list(curves) if name.split("_")[0] == "exact"}
-    budget = None
-    if text := curves.get(TEXT_LOSS):
-        budget = text[0][1] + log["forgetting_budget"]
-    groups: list[tuple[str, Mapping[str, Curve], float | None, str]] = [
+    groups: list[tuple[str, dict[str, Curve], float | None, str]] = [
         ("Loss, nats per token", taken("loss", "val_loss"), None, ""),
         ("Image reliance, nats per token", taken(RELIANCE), log.get("min_image_reliance"), "flat below"),
         ("Loss on text alone, nats per token", taken(TEXT_LOSS), budget, "forgetting budget"),
-        ("Tasks, exact match", {name.removeprefix("task/"): curve for name, curve in taken("task").items()}, None, ""),
-        ("Answers, exact match", exact, None, ""),
+        ("Tasks", {name.removeprefix("task/"): curve for name, curve in taken("task").items()}, None, ""),
+        ("Answers that are exactly right", taken("exact"), None, ""),
     ]
-    groups += [(name.replace("_", " "), {name: curve}, None, "") for name, curve in curves.items()]
     drawn = [
-        f"<section><h2>{escape(name)}</h2>{chart(some, max_step=steps, line=line, line_name=line_name)}</section>"
-        for name, some, line, line_name in groups
+        _section(name, chart(some, max_step=steps, line=line, line_name=said))
+        for name, some, line, said in groups
         if some
     ]
     return f"<div class=charts>{''.join(drawn)}</div>\n"
+
+
+def _other_charts(curves: Mapping[str, Curve], settings: Any) -> str:
+    """Whatever else the log has, folded away."""
+    steps = settings["optim"]["max_steps"]
+    drawn = [
+        f"<div><h2>{escape(name.replace('_', ' '))}</h2>{chart({name: curve}, max_step=steps)}</div>"
+        for name, curve in curves.items()
+    ]
+    if not drawn:
+        return ""
+    folded = f"<details><summary>More curves</summary><div class=charts>{''.join(drawn)}</div></details>"
+    return f"<section>{folded}</section>\n"
+
+
+def _section(name: str, content: str) -> str:
+    return f"<section><h2>{escape(name)}</h2>{content}</section>\n"
 
 
 def _samples(folder: Path) -> str:
@@ -136,7 +147,7 @@ def _samples(folder: Path) -> str:
             f"<table class=answers><tr><th>step<th>answer{lines}<tr class=right><td>right<td>{_words(one['reference'])}"
             f"</table></div></article>"
         )
-    return f"<section><h2>Answers</h2><div class=samples>{''.join(cards)}</div></section>\n"
+    return _section("Answers", f"<div class=samples>{''.join(cards)}</div>")
 
 
 def _words(text: str) -> str:
@@ -161,12 +172,12 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     if (forgetting := forgetting_of(rows)) is not None:
         lines.append(f"<tr><td>forgetting: text_loss above its first<td><td class=number>{forgetting:.4g}<td>")
     head = "<tr><th>figure<th class=number>first<th class=number>last<th class=number>at step"
-    return f"<section><h2>Figures</h2><div class=wide><table>{head}{''.join(lines)}</table></div></section>\n"
+    return _section("Figures", f"<div class=wide><table>{head}{''.join(lines)}</table></div>")
 
 
 def _settings(text: str, about: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{escape(name)} {escape(number)}" for name, number in about.get("versions", {}).items())
     return (
-        f"<section><h2>Versions</h2><p class=where>{versions or 'not known'}</p></section>\n"
-        f"<section><details><summary>Settings</summary><pre>{escape(text)}</pre></details></section>\n"
+        _section("Versions", f"<p class=where>{versions or 'not known'}</p>") + "<section>"
+        f"<details><summary>Settings</summary><pre>{escape(text)}</pre></details></section>\n"
     )
