@@ -328,8 +328,10 @@ def test_a_disk_that_is_too_full_for_small_things_is_told_as_well(
     assert ended.value.code == 1
     assert capsys.readouterr().err.startswith("error: the disk is full, or a limit on what may be written is reached.")
     assert [path.name for path in saved_steps(out)] == ["step_0000002"]
-    train_in_process(config, out, *overrides)
-    assert_same_run(out, train_in_process(config, tmp_path / "unbroken", *overrides))
+    ours = weights_of(train_in_process(config, out, *overrides))
+    theirs = weights_of(train_in_process(config, tmp_path / "unbroken", *overrides))
+    assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+    assert [row["step"] for row in log_of(out)] == [row["step"] for row in log_of(tmp_path / "unbroken")]
 
 
 def test_a_run_does_not_begin_where_its_states_have_no_room(
@@ -360,7 +362,7 @@ def test_a_disk_that_gives_back_other_weights_is_found_before_the_first_step(
         save({**state, "weights": {**state["weights"], first: state["weights"][first] + 1e-6}}, file)
 
     monkeypatch.setattr(torch, "save", save_otherwise)
-    with pytest.raises(StateError, match=r"out does not give back what was saved there, first model\."):
+    with pytest.raises(StateError, match=r"out does not give back what was saved there, first projector\."):
         train_in_process(tiny_runs / "stage2.yaml", tmp_path / "out")
     assert losses_of(tmp_path / "out") == []
     assert list((tmp_path / "out" / "state").iterdir()) == []
