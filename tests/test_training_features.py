@@ -141,6 +141,7 @@ def test_a_row_that_is_damaged_while_a_run_reads_is_no_feature(opened: Callable[
         cache.get(cache.images)
 
 
+@pytest.mark.timeout(400)
 def test_what_was_encoded_stays_when_the_process_is_killed(
     tiny_checkpoint: Path, pictures: Path, tmp_path: Path, opened: Callable[[], FeatureCache]
 ) -> None:
@@ -157,6 +158,7 @@ def test_what_was_encoded_stays_when_the_process_is_killed(
     assert rows_written(tmp_path / "cache") == NUM_PICTURES, "no row is encoded twice"
 
 
+@pytest.mark.timeout(400)  # two processes that load all libraries
 @pytest.mark.parametrize("ranks", [((0, 2), (1, 2)), ((0, 1), (0, 1))], ids=["two ranks", "two runs"])
 def test_two_at_once_share_the_work(
     tiny_checkpoint: Path, pictures: Path, tmp_path: Path, opened: Callable[[], FeatureCache], ranks: Any

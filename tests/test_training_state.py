@@ -370,7 +370,7 @@ def test_a_disk_that_gives_back_other_weights_is_found_before_the_first_step(
 
 def test_a_cache_that_does_not_fit_on_the_disk_says_so(tiny_runs: Path, tmp_path: Path) -> None:
     overrides = ("data.cache_features=true", "optim.max_steps=1")
-    with largest_file(4096), pytest.raises(OSError, match="File too large") as caught:
+    with largest_file(1000), pytest.raises(OSError, match="File too large") as caught:
         train_in_process(tiny_runs / "stage2.yaml", tmp_path / "out", *overrides)
     assert is_disk_full(caught.value)
     assert not list((tmp_path / "out").glob("state*"))

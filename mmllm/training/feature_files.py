@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import sqlite3
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -100,10 +101,14 @@ class PictureHashes:
     """SHA-256 of pictures, those of files kept by size and time, so that a second start reads none of them."""
 
     def __init__(self, file: Path | None):
-        import sqlite3
-
+        table = "CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY, size INT, time INT, hash TEXT)"
         self.base = sqlite3.connect(str(file) if file else ":memory:", timeout=60)
-        self.base.execute("CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY, size INT, time INT, hash TEXT)")
+        try:
+            self.base.execute(table)
+        except sqlite3.OperationalError as error:  # a full or read-only disk
+            print(f"feature cache: {file} cannot be used, so all pictures are read for their hashes: {error}")
+            self.base = sqlite3.connect(":memory:")
+            self.base.execute(table)
 
     def of(self, images: Sequence[str | bytes]) -> list[str]:
         """The hashes of these pictures. Raises OSError where a file cannot be read."""
@@ -120,8 +125,11 @@ class PictureHashes:
             else:
                 name = known[2]
             found.append(name)
-        with self.base:
-            self.base.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", new)
+        try:
+            with self.base:
+                self.base.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", new)
+        except sqlite3.OperationalError as error:  # a shortcut is lost, and no feature
+            print(f"feature cache: the next start reads {len(new)} pictures again: {error}")
         return found
 
     def close(self) -> None:
