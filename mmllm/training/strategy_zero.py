@@ -39,7 +39,8 @@ class ZeRO(Strategy):
         self.stage = int(settings["zero_optimization"]["stage"])
         self.is_sharded = self.stage == 3
         if self.is_sharded and hasattr(module, "always_runs_tower"):
-            module.always_runs_tower = True  # its weights are divided as well, also where it is frozen
+            conversations: Any = module
+            conversations.always_runs_tower = True  # its weights are divided as well, also where it is frozen
         is_bf16 = self.config.precision == "bf16"
         settings = {
             **settings,
