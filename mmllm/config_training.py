@@ -21,14 +21,14 @@ class OptimConfig(Section):
 
     kind: Literal["adamw", "muon", "adamw8bit", "paged_adamw", "paged_adamw8bit"] = "adamw"
     learning_rates: dict[str, Annotated[float, Field(gt=0)]]
-    layer_decay: Annotated[float, Field(gt=0, le=1)] | dict[str, Annotated[float, Field(gt=0, le=1)]] = 1.0
-    rates_of: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)  # pattern of names: rate
     matrix_learning_rate: Annotated[float, Field(gt=0)] = 0.02  # muon only: that of hidden matrices
     max_steps: PositiveInt
     batch_size: PositiveInt  # examples of one rank and micro-step
     accumulate_steps: PositiveInt = 1
     warmup_fraction: Fraction = 0.03
     decay_fraction: Fraction = 1.0  # the last part of the run, over which cosine decay happens
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | dict[str, Annotated[float, Field(gt=0, le=1)]] = 1.0
+    rates_of: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)  # pattern of names: rate
     weight_decay: NonNegative = 0.0
     beta2: Fraction = 0.999
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0

@@ -35,7 +35,7 @@ def run(stage: ConversationStage) -> None:
 
     AcceleratorState._reset_state(reset_partial_state=True)
     Path(stage.config.out).mkdir()
-    train(stage.config, stage, build_accelerator(stage.config))
+    train(stage.config, stage, build_accelerator(stage.config), lambda: stage)
 
 
 def stopped(stage: ConversationStage) -> str:

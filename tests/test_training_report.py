@@ -88,14 +88,14 @@ def test_a_sample_shows_how_its_answer_changed(done: Path) -> None:
 def test_a_stopped_run_has_its_report_too(tiny_runs: Path, tmp_path: Path) -> None:
     calls: list[Any] = []
 
-    def count(self: ConversationStage, batch: Any) -> int:
+    def num_tokens(self: ConversationStage, batch: Any) -> int:
         calls.append(batch)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return int(batch.num_supervised)
+        return int(batch.attention_mask.sum())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ConversationStage, "count", count)
+        patch.setattr(ConversationStage, "num_tokens", num_tokens)
         with pytest.raises(KeyboardInterrupt):
             train_in_process(tiny_runs / "stage1.yaml", tmp_path / "out")
     assert "stopped after 3 of 6 steps" in page_of(tmp_path / "out").text

@@ -193,9 +193,8 @@ def test_validation_shows_answers_with_the_pictures_that_were_asked_about(stage1
 
 
 def test_a_run_leaves_a_log_a_plot_its_settings_and_a_card(stage1: Path) -> None:
-    assert {"loss", "learning_rate", "grad_norm", "tokens_per_second", "step"} == set(
-        next(row for row in log_of(stage1) if "loss" in row)
-    )
+    row = next(row for row in log_of(stage1) if "loss" in row)
+    assert {"loss", "learning_rate", "grad_norm", "tokens_per_second", "step"} <= set(row)
     with Image.open(stage1 / "train_loss.png") as plot:
         assert plot.size > (400, 200)
     manifest = read_manifest(stage1)

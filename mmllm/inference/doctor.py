@@ -40,6 +40,9 @@ CORE = {
 EXTRAS = {
     "demo": {"gradio": "the chat page"},
     "lora": {"peft": "LoRA in stage 2"},
+    "quant": {"bitsandbytes": "8-bit optimizers, QLoRA"},
+    "scale": {"deepspeed": "ZeRO", "ninja": "DeepSpeed's kernels"},
+    "bench": {"trl": "side-by-side measurements"},
     "tars": {"webdataset": "tar files of examples"},
     "track": {"tensorboard": "curves in TensorBoard"},
     "trackio": {"trackio": "curves in trackio"},

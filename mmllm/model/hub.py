@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from transformers.utils import logging as transformers_logging
 
 from mmllm.config import ConfigError
@@ -19,7 +21,12 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.b
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without transformers' progress bars, which would tear ours, and without its reports: what is wrong we say."""
+    """Without transformers' progress bars, which would tear ours, and without its reports: what is wrong we say.
+
+    Nor does DeepSpeed, which is imported to save a model where it is installed, say on stdout that there is no GPU.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     was_on, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()

@@ -298,7 +298,7 @@ def _train(run: Run) -> None:
         run.out, max_steps=max_steps, first_step=first, is_main=accelerator.is_main_process,
         trackers=log.trackers, settings=config.model_dump(mode="json"),
     )  # fmt: skip
-    processes = f"{accelerator.num_processes} process(es) on {accelerator.device}"
+    processes = f"{accelerator.num_processes} process(es) on {accelerator.device.type}, {run.strategy.name}"
     tracker.say(
         f"{config.stage}: {run.num_trained:,} trained parameters in {', '.join(stage.parts)}; "
         f"{'streamed' if stage.num_examples is None else f'{stage.num_examples:,}'} examples; {processes}"

@@ -42,9 +42,8 @@ def head_loss_sum(head: nn.Module, hidden: Tensor, targets: Tensor, *, chunk_tok
 
 
 def _vocab_size(head: nn.Module) -> int:
-    """Logits of a row. Adapters and quantised weights keep the layer's own width in `out_features`."""
-    layer: Any = getattr(head, "base_layer", head)
-    return int(layer.out_features)
+    """Logits of a row, of a head with adapters or trained rows as well: their first linear layer is the head itself."""
+    return next(int(layer.out_features) for layer in head.modules() if isinstance(layer, nn.Linear))
 
 
 def supervised_rows(labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -121,6 +121,12 @@ def set_learning_rates(optimizers: Sequence[torch.optim.Optimizer], factor: floa
             group["lr"] = group["peak"] * factor
 
 
+def group_norms(groups: Sequence[Sequence[nn.Parameter]]) -> list[float]:
+    """The gradient's norm over each group of parameters, in one go."""
+    norms: list[float] = torch.stack([gradient_norm(parameters) for parameters in groups]).tolist()
+    return norms
+
+
 def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
     """The 2-norm over all gradients that are there; zero where none is."""
     norms = [torch.linalg.vector_norm(p.grad.float()) for p in parameters if p.grad is not None]

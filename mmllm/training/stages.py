@@ -254,7 +254,7 @@ class ConversationStage:
     def _save(self, out: Path, log: list[dict[str, Any]]) -> None:
         settings = dump_config(self.config)
         (out / "config.yaml").write_text(settings)
-        last = {name: curve[-1][1] for name, curve in figures_of(log).items()}
+        last = {"step": log[-1]["step"], **{name: curve[-1][1] for name, curve in figures_of(log).items()}}
         facts: dict[str, Any] = {"origin": self.origin, "settings": settings, "figures": last}
         num_examples = "streamed" if self.num_examples is None else self.num_examples
         made = f"{self.config.stage}, {last['step']} steps on {num_examples} examples"

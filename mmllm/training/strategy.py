@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mmllm.config import ConfigError, OptimConfig
-from mmllm.training.optim import Parts, build_optimizers, gradient_norm, set_learning_rates
+from mmllm.training.optim import Parts, build_optimizers, group_norms, set_learning_rates
 
 
 class Strategy:
@@ -72,8 +72,7 @@ class Strategy:
 
     def gradient_norms(self, groups: Sequence[Sequence[nn.Parameter]]) -> list[float] | None:
         """The gradient's norm over each group of parameters; None where it cannot be known."""
-        norms: list[float] = torch.stack([gradient_norm(parameters) for parameters in groups]).tolist()
-        return norms
+        return group_norms(groups)
 
     def step(self) -> None:
         for optimizer in self.optimizers:

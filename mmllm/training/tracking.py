@@ -41,6 +41,16 @@ def figures_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[tuple[int, f
     return curves
 
 
+_SHOWN = {  # how the terminal shows figures of each log line; what has none here is `name value`
+    "learning_rate": "lr {:.4g}", "tokens_per_second": "{:,.0f} tokens/s", "samples_per_second": "{:.1f} samples/s",
+    "padding": "padding {:.0%}", "data_wait": "waiting {:.0%}", "mfu": "MFU {:.1%}", "hfu": "", "grad_norm": "",
+}  # fmt: skip
+
+
+def shown_figure(name: str, value: float) -> str:
+    return _SHOWN.get(name, f"{name} {{:.4g}}").format(value)
+
+
 class Tracker:
     """The voice of a run's main process.
 
@@ -110,7 +120,7 @@ class Tracker:
             shows_again = tracker.name == "tensorboard"  # it hides what it was told of these steps
             if told := values if shows_again else fresh:
                 tracker.log(dict(told), step=step)
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if name != "grad_norm")
+        shown = "  ".join(filter(None, (shown_figure(name, value) for name, value in values.items())))
         if self._progress and "loss" in values:
             self._progress.update(
                 self._task,

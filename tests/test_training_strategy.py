@@ -1,0 +1,121 @@
+"""Two processes under every strategy are one with twice the batch, and a stopped run goes on with as many or fewer."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_training_loop import UNGROUPED, mixed_seed
+from tiny_runs import log_of, losses_of, train_in_process, weights_of
+
+from mmllm.config import ConfigError
+from mmllm.training.state import saved_steps
+from mmllm.training.strategy import STRATEGIES, launched_strategy
+
+ROOT = Path(__file__).parent.parent
+SETTINGS = ("optim.max_steps=4", "log.save_every_steps=2")
+LAUNCHES = {
+    "ddp": {},
+    "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+    "zero2": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+    "zero3": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+}
+
+# The real command, which all processes leave without a word behind the first state where DIES is set.
+DRIVER = """
+import os, sys
+from mmllm.training import loop, run
+
+save_state = loop.save_state
+def save_and_die(*given, **named):
+    save_state(*given, **named)
+    if "DIES" in os.environ:
+        given[2].accelerator.wait_for_everyone()
+        os._exit(9)
+loop.save_state = save_and_die
+run.main("stage2", sys.argv[1:])
+"""
+
+
+def launch(config: Path, out: Path, num_processes: int, environment: dict[str, str], *overrides: str) -> str:
+    """The whole run under torchrun, four examples a step. Gives what it printed."""
+    driver = out.with_name(f"{out.name}.py")
+    driver.write_text(DRIVER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
+    arguments = [driver, config, f"out={out}", f"optim.batch_size={4 // num_processes}", *overrides]
+    fixed = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, *map(str, arguments)], env={**os.environ, **fixed, **environment}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert (done.returncode != 0) == ("DIES" in environment), done.stderr[-3000:]
+    return done.stdout
+
+
+def shared(tiny_runs: Path) -> tuple[str, ...]:
+    """Batches of which some hold pictures on one rank only, and pictures for validation."""
+    return (*SETTINGS, UNGROUPED, f"seed={mixed_seed()}", f"data.val=[{{path: {tiny_runs}/data/val.json}}]")
+
+
+def assert_same(one: Path, other: Path) -> None:
+    """The same curves and weights, but for the order of sums."""
+    assert losses_of(other) == pytest.approx(losses_of(one), rel=1e-4)
+    for name in ("val_loss", "image_reliance"):
+        ours, theirs = ([row[name] for row in log_of(out) if name in row] for out in (one, other))
+        assert len(ours) == 2, "at the beginning and at the end"
+        assert theirs == pytest.approx(ours, rel=1e-3, abs=1e-4)
+    weights = weights_of(one)
+    assert weights.keys() == weights_of(other).keys()
+    for name, value in weights_of(other).items():
+        torch.testing.assert_close(value, weights[name], rtol=0, atol=2e-3, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.fixture(scope="module", params=[("projector", "language"), ("vision", "projector", "language")], ids="+".join)
+def trained(request: pytest.FixtureRequest, tiny_runs: Path) -> tuple[str, ...]:
+    """Settings that decide what is trained: where the tower is, ranks without pictures have to touch it."""
+    parts = request.param
+    rates = ", ".join(f"{part}: 0.01" for part in parts)
+    return (*shared(tiny_runs), f"train=[{', '.join(parts)}]", f"optim.learning_rates={{{rates}}}")
+
+
+@pytest.fixture(scope="module")
+def alone(trained: tuple[str, ...], tiny_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_in_process(tiny_runs / "stage2.yaml", tmp_path_factory.mktemp("alone") / "out", *trained)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", LAUNCHES)
+def test_two_processes_are_one_with_twice_the_batch(
+    kind: str, trained: tuple[str, ...], alone: Path, tiny_runs: Path, tmp_path: Path
+) -> None:
+    told = launch(tiny_runs / "stage2.yaml", tmp_path / "out", 2, LAUNCHES[kind], *trained)
+    assert f"2 process(es) on cpu, {kind.rstrip('23') if kind != 'fsdp2' else kind}" in told
+    assert_same(alone, tmp_path / "out")
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("num_later", [1, 2])
+@pytest.mark.parametrize("kind", LAUNCHES)
+def test_a_stopped_run_goes_on_with_as_many_processes_or_fewer(
+    kind: str, num_later: int, tiny_runs: Path, tmp_path: Path
+) -> None:
+    config, out, overrides = tiny_runs / "stage2.yaml", tmp_path / "out", shared(tiny_runs)
+    launch(config, out, 2, {**LAUNCHES[kind], "DIES": "1"}, *overrides)
+    assert [path.name for path in saved_steps(out)] == ["step_0000002"]
+    assert "goes on from step 2" in launch(config, out, num_later, LAUNCHES[kind], *overrides)
+    assert_same(train_in_process(config, tmp_path / "alone", *overrides), out)
+
+
+def test_every_strategy_can_be_launched() -> None:
+    assert {kind.rstrip("23") if kind.startswith("zero") else kind for kind in LAUNCHES} == set(STRATEGIES)
+
+
+def test_the_first_kind_of_fsdp_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    with pytest.raises(ConfigError, match="fsdp_version: 1 of accelerate's config is not supported; set fsdp_version"):
+        launched_strategy()
