@@ -127,7 +127,7 @@ def test_compiled_layers_learn_the_same_with_adapters_and_recomputed(tiny_runs: 
             loss.backward()
             losses.append(float(loss.detach()))
         graphs = counters["stats"]["unique_graphs"]
-        stage.val_examples = stage.examples[:1]
+        stage.validation.examples = [stage.examples[number] for number in range(1)]
         val_loss = stage.validate(1)["val_loss"]
         assert counters["stats"]["unique_graphs"] == graphs, "answers compile nothing"
         assert (graphs > 0) == (compiles == "true")

@@ -63,7 +63,10 @@ def test_pictures_stay_with_their_examples(
 
     def build(packing: str) -> ConversationStage:
         config = settings_of(tiny_runs / "stage2.yaml", tmp_path / "out", *given, f"data.packing={packing}")
-        return ConversationStage(config)
+        stage = ConversationStage(config)
+        if stage.features:
+            stage.features.fill(torch.device("cpu"))
+        return stage
 
     if features == "true" and layout != "single":
         with pytest.raises(ConfigError, match="cache_features keeps one view"):

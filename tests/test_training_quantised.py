@@ -57,7 +57,7 @@ def test_every_adapter_gets_its_gradient_after_an_answer_too(
         stage.module(stage.batch(range(4))).backward()
         assert [name for name, p in stage.parts["language"] if p.grad is None or not p.grad.any()] == []
         gradients.append({name: p.grad.clone() for name, p in stage.parts["language"] if p.grad is not None})
-        stage.val_examples = stage.examples[:2]
+        stage.validation.examples = [stage.examples[number] for number in range(2)]
         assert stage.validate(1)["val_loss"] > 0  # a forward in eval mode, and answers
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-5)
 

@@ -207,6 +207,8 @@ def _measured(module: nn.Module, given: Tensor, needs_gradient: bool) -> _Cost:
         weights[name].requires_grad_(parameter.requires_grad)
     trained = any(weight.requires_grad for weight in weights.values())
     given = given.requires_grad_(needs_gradient)
+    modes = {one: one.training for one in module.modules()}
+    module.eval()  # a layer in training may be one that is recomputed, and then without these weights
     # gradients on, for torch's fused inference kernel of a frozen encoder is one that the counter does not know
     with torch.enable_grad(), FlopCounterMode(display=False) as counter:
         probe = given if trained or needs_gradient else given.detach().requires_grad_()
@@ -214,11 +216,13 @@ def _measured(module: nn.Module, given: Tensor, needs_gradient: bool) -> _Cost:
         forward = counter.get_total_flops()
         if (trained or needs_gradient) and output.requires_grad:
             output.sum().backward()
+    for one, was_training in modes.items():
+        one.training = was_training
     return _Cost(float(forward), float(counter.get_total_flops() - forward))
 
 
 # Dense operations a second in bf16 (fp16 where there is no bf16) with sums in fp32, and in fp32 without tensor cores.
-# From the vendors' data sheets and architecture papers: H100, H200, B200, A100, L40S, L4, A10, RTX 6000, T4, V100:
+# As in the vendors' data sheets and architecture papers: H100, H200, B200, A100, L40S, L4, A10, RTX 6000, T4, V100:
 # https://www.nvidia.com/en-us/data-center/ ; GeForce: https://images.nvidia.com/aem-dam/Solutions/geforce/ada/
 # nvidia-ada-gpu-architecture.pdf ; AMD: https://www.amd.com/en/products/accelerators/instinct.html
 # The first name that stands in the device's own counts.
