@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from bench.workload import QUICK, SIZES, STAGES, Size, messages_of
+from mmllm.batch import IGNORE_INDEX
 
 RATE = 1e-3
 NUM_PROBED = 8  # conversations whose loss every contender tells, before and after
-IGNORE = -100
 MIB = 2**20
 
 
@@ -71,7 +71,7 @@ class Recorder:
         self.samples += num_samples
         self.slots += attention_mask.numel()
         self.tokens += int(attention_mask.sum())
-        self.supervised.append(int((labels[:, 1:] != IGNORE).sum()))
+        self.supervised.append(int((labels[:, 1:] != IGNORE_INDEX).sum()))
 
     def step(self, loss: float | None = None) -> None:
         """The end of a step; `loss` is per supervised token."""
@@ -226,7 +226,7 @@ def collator(processor: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]
             processor_kwargs={"padding": True, "padding_side": "right"},
         )  # fmt: skip
         taught = batch.pop("assistant_masks").bool() & batch["attention_mask"].bool()
-        batch["labels"] = batch["input_ids"].masked_fill(~taught, IGNORE)
+        batch["labels"] = batch["input_ids"].masked_fill(~taught, IGNORE_INDEX)
         return dict(batch)
 
     return collate
