@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bench.growth import growth
 from bench.million_rows import million_rows
 from bench.packing import packing
 from bench.training import training
@@ -131,6 +132,7 @@ BENCHES: dict[str, Callable[[], dict[str, float]]] = {
     "million_rows": million_rows,
     "packing": packing,
     "training": training,
+    "growth": growth,
 }
 
 
@@ -140,11 +142,15 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: all of {', '.join(BENCHES)}")
     parser.add_argument("--size", choices=SIZES, action="append", help="training: shapes of the model; may be repeated")
     parser.add_argument("--stage", choices=STAGES, action="append", help="training: default: all")
-    parser.add_argument("--quick", action="store_true", help="training: whether it runs at all, in a minute a stage")
+    parser.add_argument("--quick", action="store_true", help="training, growth: whether they run at all")
     given = parser.parse_args(arguments)
     names = given.names
     sizes = ["quick"] if given.quick else given.size or ["tiny", "large"]
-    benches = {**BENCHES, "training": functools.partial(training, sizes, given.stage or tuple(STAGES))}
+    options = {
+        "training": functools.partial(training, sizes, given.stage or tuple(STAGES)),
+        "growth": functools.partial(growth, is_quick=given.quick),
+    }
+    benches = {**BENCHES, **options}
     if unknown := [name for name in names if name not in BENCHES]:
         print(f"error: no measurement {unknown[0]!r}; there are {', '.join(BENCHES)}", file=sys.stderr)
         return 2

@@ -82,7 +82,8 @@ class Recorder:
         if self.steps % self.block:
             return
         began, began_cpu, waited = self._clock
-        block = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - began_cpu,
+        cpu = 0.0 if torch.cuda.is_available() else time.process_time() - began_cpu
+        block = {"seconds": time.perf_counter() - began, "cpu_seconds": cpu,
                  "waited": self.waited - waited}  # fmt: skip
         self.blocks.append(block)
         if self.steps == self.size.steps:
