@@ -1,10 +1,13 @@
-"""Side-by-side measurements on the embedded default, as ratios within one run: `python -m bench [NAME ...]`.
+"""Side-by-side measurements, as ratios within one run: `python -m bench [NAME ...]`.
 
-Each pair is timed in turn, several rounds, and the median round is told; results also go to bench/results/.
+Those of pairs, on the embedded default, are timed in turn, several rounds, and the median round is told; results also
+go to bench/results/. `training` alone takes `--size`, `--stage` and `--quick`, see bench/training.py.
 """
 
 from __future__ import annotations
 
+import argparse
+import functools
 import json
 import platform
 import statistics
@@ -15,8 +18,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bench.growth import growth
 from bench.million_rows import million_rows
 from bench.packing import packing
+from bench.training import training
+from bench.workload import SIZES, STAGES
 
 ROUNDS = 7
 Work = Callable[[], object]
@@ -125,17 +131,32 @@ BENCHES: dict[str, Callable[[], dict[str, float]]] = {
     "golden_answers": golden_answers,
     "million_rows": million_rows,
     "packing": packing,
+    "training": training,
+    "growth": growth,
 }
 
 
-def main(names: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     """Runs the named measurements, or all; prints one line each."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: all of {', '.join(BENCHES)}")
+    parser.add_argument("--size", choices=SIZES, action="append", help="training: shapes of the model; may be repeated")
+    parser.add_argument("--stage", choices=STAGES, action="append", help="training: default: all")
+    parser.add_argument("--quick", action="store_true", help="training, growth: whether they run at all")
+    given = parser.parse_args(arguments)
+    names = given.names
+    sizes = ["quick"] if given.quick else given.size or ["tiny", "large"]
+    options = {
+        "training": functools.partial(training, sizes, given.stage or tuple(STAGES)),
+        "growth": functools.partial(growth, is_quick=given.quick),
+    }
+    benches = {**BENCHES, **options}
     if unknown := [name for name in names if name not in BENCHES]:
         print(f"error: no measurement {unknown[0]!r}; there are {', '.join(BENCHES)}", file=sys.stderr)
         return 2
     results = {}
-    for name in names or BENCHES:
-        results[name] = BENCHES[name]()
+    for name in names or benches:
+        results[name] = benches[name]()
         shown = "  ".join(
             f"{what} {value:.3f}{'' if 'ratio' in what or what.endswith((' s', ' MiB')) else ' s'}"
             for what, value in results[name].items()

@@ -1,0 +1,155 @@
+"""How training's speed and memory grow: `python -m bench growth`, plots in bench/plots/growth.png.
+
+The real stage and the loop's own step on the tiny shapes of bench/workload.py, stage 2, one thread. Samples a second by
+batch size, length, pictures per example and worker processes; peak memory by the number of rows.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.workload import NUM_PICTURES, QUICK, SIZES, WORDS, write_workload
+
+PLOT = Path("bench/plots/growth.png")
+ROUNDS, WARM_UP = 3, 1  # steps that are timed, and before them
+BATCH, NUM_WORDS = 8, 100
+BATCHES, LENGTHS, PICTURES, WORKERS = (1, 2, 4, 8, 16, 32), (64, 128, 256, 512, 1024, 2048), (0, 1, 2, 4, 8), (0, 1, 2)
+ROWS = (1_000, 10_000, 100_000)
+
+
+def _write_rows(path: Path, count: int, *, num_words: int = NUM_WORDS, pictures: int = 1) -> Path:
+    """Conversations of one turn, all of the same length. A word is a token."""
+    said = " ".join(WORDS[number % len(WORDS)] for number in range(num_words))
+    rows = []
+    for number in range(count):
+        names = [f"{(number + other) % NUM_PICTURES}.jpg" for other in range(pictures)]
+        asked = "<image>\n" * pictures + "what is it?"
+        turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": said}]
+        rows.append({"id": str(number), "conversations": turns} | ({"image": names} if pictures else {}))
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def _run(folder: Path, rows: Path, *, batch: int = BATCH, workers: int = 0, steps: int = WARM_UP + ROUNDS) -> Any:
+    """The loop around a stage on these rows, as `mmllm train` builds it."""
+    from mmllm.config import StageConfig
+    from mmllm.training.distributed import build_accelerator
+    from mmllm.training.loop import Run
+    from mmllm.training.stages import build_stage
+
+    train = ["projector", "language"] if "<image>" in rows.open().read(1000) else ["language"]
+    values = {
+        "stage": "stage2", "out": str(folder / "out"), "train": train,
+        "model": {"checkpoint": str(folder / "checkpoint")},
+        "data": {"train": [{"path": str(rows)}], "num_workers": workers, "max_length_tokens": 4096},
+        "optim": {"learning_rates": dict.fromkeys(train, 1e-4), "max_steps": steps, "batch_size": batch,
+                  "precision": "bf16"},
+    }  # fmt: skip
+    config = StageConfig.model_validate(values)
+    return Run(config, build_stage(config), build_accelerator(config), lambda: build_stage(config))
+
+
+def _speed(
+    folder: Path,
+    *,
+    batch: int = BATCH,
+    workers: int = 0,
+    words: int = NUM_WORDS,
+    pictures: int = 1,
+    by_clock: bool = False,
+) -> float:
+    """Samples a second: by the median CPU second, or by the clock where other processes work too."""
+    rows = _write_rows(folder / "grown.json", batch * 2, num_words=words, pictures=pictures)
+    run = _run(folder, rows, batch=batch, workers=workers)
+    clock = time.perf_counter if by_clock else time.process_time
+    data, taken = run.batches(0), []
+    for step in range(WARM_UP + ROUNDS):
+        begun = clock()
+        run.step(step, data)
+        taken.append(clock() - begun)
+    return batch / statistics.median(taken[WARM_UP:])
+
+
+def _peak(folder: Path, rows: Path) -> float:
+    """MiB above what imports take, in a process of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-m", __name__, str(folder), str(rows)], env=environment, check=True,
+                          capture_output=True, text=True)  # fmt: skip
+    return float(done.stdout.split()[-1])
+
+
+def growth(*, is_quick: bool = False) -> dict[str, float]:
+    """Writes the plots and bench/results/growth.json."""
+    import torch
+
+    torch.set_num_threads(1)
+    cut = 2 if is_quick else None
+    curves: dict[str, dict[int, float]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_workload(folder, QUICK if is_quick else SIZES["tiny"])
+        words = {length: length - 4 for length in LENGTHS[:cut]}
+        curves["samples/s by batch size"] = {one: _speed(folder, batch=one) for one in BATCHES[:cut]}
+        curves["samples/s by tokens, no picture"] = {
+            length: _speed(folder, words=count, pictures=0) for length, count in words.items()
+        }
+        curves["samples/s by pictures"] = {one: _speed(folder, pictures=one) for one in PICTURES[:cut]}
+        curves["samples/s by worker processes"] = {
+            one: _speed(folder, workers=one, by_clock=True) for one in WORKERS[:cut]
+        }
+        peaks = {}
+        for count in ROWS[:cut]:
+            rows = _write_rows(folder / "many.json", count, num_words=30)
+            peaks[count] = _peak(folder, rows)
+        curves["peak MiB by rows"] = peaks
+    if not is_quick:
+        _plot(curves)
+    results = Path("bench/results")
+    results.mkdir(parents=True, exist_ok=True)
+    (results / "growth.json").write_text(json.dumps(curves, indent=1))
+    for what, curve in curves.items():
+        print(f"{what}: " + "  ".join(f"{x}: {y:.1f}" for x, y in curve.items()), flush=True)
+    return {f"{what} {x} s": y for what, curve in curves.items() for x, y in curve.items()}
+
+
+def _plot(curves: dict[str, dict[int, float]]) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 2.6), layout="constrained")
+    axes: Sequence[Any] = figure.subplots(1, len(curves))
+    for axis, (what, curve) in zip(axes, curves.items(), strict=True):
+        value, by = what.split(" by ")
+        axis.plot(list(curve), list(curve.values()), marker="o")
+        axis.set_xlabel(by)
+        axis.set_title(value, fontsize="medium")
+        axis.set_ylim(bottom=0)
+        if 0 not in curve:
+            axis.set_xscale("log", base=10 if "rows" in by else 2)
+    PLOT.parent.mkdir(exist_ok=True)
+    figure.savefig(PLOT, dpi=80)
+
+
+def _main(folder: str, rows: str) -> None:
+    import mmllm.training.loop
+    import mmllm.training.stages  # noqa: F401
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run = _run(Path(folder), Path(rows))
+    data = run.batches(0)
+    for step in range(WARM_UP + ROUNDS):
+        run.step(step, data)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

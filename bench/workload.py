@@ -1,0 +1,205 @@
+"""Models, pictures and conversations that several trainers are measured on, seeded, in a folder of their own.
+
+vision/ language/    random weights: open_clip's CLIP, transformers' Llama with the embedded tokenizer
+checkpoint/          both behind a fresh projector, as `mmllm train` starts from
+llava/               the same weights as transformers' Llava, as `mmllm export hf` writes them, with the layer of the
+                     encoder that nobody reads, as published Llava checkpoints have it
+rows.json, NN.jpg    conversations as LLaVA's; lengths.json: their tokens, image tokens included
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+VOCAB_SIZE = 16384  # the tokenizer uses few of them; the head and its logits have all
+SIDE_PX, PATCH_PX = 64, 8  # 64 image tokens
+NUM_PICTURES = 48
+PICTURE_WIDTH_PX = 640  # COCO's, of which most of LLaVA's pictures are
+WORDS = ("red", "circle", "above", "small", "square", "left", "of", "the", "large", "blue", "ring", "below", "green")
+
+
+@dataclass(frozen=True)
+class Size:
+    """Shapes of LLM and tower, and how much of it is trained on in one measurement."""
+
+    width: int
+    layers: int
+    heads: int
+    tower_width: int
+    tower_layers: int
+    batch_size: int
+    steps: int  # one pass over the data
+    side_px: int = SIDE_PX
+    patch_px: int = PATCH_PX
+    vocab_size: int = VOCAB_SIZE
+    is_small: bool = True  # all contenders fit into memory beside each other
+
+    @property
+    def llm(self) -> dict[str, Any]:
+        return {
+            "hidden_size": self.width, "intermediate_size": round(self.width * 8 / 3 / 64) * 64,
+            "num_hidden_layers": self.layers, "num_attention_heads": self.heads, "tie_word_embeddings": True,
+            "max_position_embeddings": 4096, "vocab_size": self.vocab_size,
+        }  # fmt: skip
+
+    @property
+    def clip(self) -> dict[str, Any]:
+        vision = {"layers": self.tower_layers, "width": self.tower_width, "head_width": 64,
+                  "patch_size": self.patch_px, "image_size": self.side_px}  # fmt: skip
+        text = {"context_length": 8, "vocab_size": 64, "width": 64, "heads": 1, "layers": 1}
+        return {"embed_dim": 64, "vision_cfg": vision, "text_cfg": text}
+
+
+SIZES = {
+    "tiny": Size(width=256, layers=4, heads=4, tower_width=256, tower_layers=6, batch_size=16, steps=18),
+    "large": Size(width=768, layers=12, heads=12, tower_width=512, tower_layers=8, batch_size=8, steps=6,
+                  is_small=False),
+    "7b": Size(width=4096, layers=32, heads=32, tower_width=1024, tower_layers=24, batch_size=16, steps=24,
+               side_px=336, patch_px=14, vocab_size=32064, is_small=False),
+}  # fmt: skip
+QUICK = Size(width=128, layers=2, heads=2, tower_width=128, tower_layers=3, batch_size=4, steps=6)
+
+# What is trained on which lengths, and whether the tower's features are on the disk already (for ours alone).
+STAGES = {
+    "stage2": ("instructions", ["projector", "language"], False),
+    "stage1": ("captions", ["projector"], False),
+    "stage1 cached": ("captions", ["projector"], True),
+}
+
+
+def write_workload(folder: Path, size: Size) -> None:
+    """Everything but the feature cache. Some seconds, most of them imports."""
+    import torch
+
+    torch.manual_seed(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "size.json").write_text(json.dumps({"image_tokens": (size.side_px // size.patch_px) ** 2}))
+    _write_clip(folder / "vision", size)
+    _write_language(folder / "language", size)
+    _write_checkpoint(folder)
+    _write_llava(folder, size)
+    _write_pictures(folder)
+    for mix in {mix for mix, _, _ in STAGES.values()}:
+        rows = list(_rows(mix, size.batch_size * size.steps))
+        (folder / f"{mix}.json").write_text(json.dumps(rows))
+
+
+def _write_clip(folder: Path, size: Size) -> None:
+    """A folder that open_clip's `local-dir:` reads."""
+    from open_clip import model
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    preprocess = {"size": size.side_px, "mode": "RGB", "mean": [0.5] * 3, "std": [0.5] * 3,
+                  "interpolation": "bicubic", "resize_mode": "squash"}  # fmt: skip
+    config = {"model_cfg": size.clip, "preprocess_cfg": preprocess}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    save_file(model.CLIP(**size.clip).state_dict(), str(folder / "open_clip_model.safetensors"))
+
+
+def _write_language(folder: Path, size: Size) -> None:
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained("weights/tiny-language")
+    ids = {"bos_token_id": None, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    LlamaForCausalLM(LlamaConfig(**size.llm, **ids)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _write_checkpoint(folder: Path) -> None:
+    from mmllm.config import ModelConfig
+    from mmllm.inference.engine import Engine
+    from mmllm.inference.golden import make_golden
+    from mmllm.model.build import build_model
+    from mmllm.model.checkpoint import save_checkpoint
+
+    values = {
+        "vision": {"source": f"local-dir:{folder / 'vision'}", "layer": -2, "fit": "stretch"},
+        "projector": {"kind": "mlp"},
+        "language": {"source": str(folder / "language")},
+        "template": "tokenizer",
+    }
+    model, processor, origin = build_model(ModelConfig.model_validate(values))
+    model.eval()
+    files = make_golden(Engine(model, processor, name="bench"))
+    save_checkpoint(folder / "checkpoint", model, processor, card="Random weights.\n", files=files, origin=origin)
+
+
+def _write_llava(folder: Path, size: Size) -> None:
+    """The exported folder, with the encoder's last layer, and a template that marks what the assistant says."""
+    from safetensors.torch import load_file, save_file
+
+    from mmllm.export.hf_llava import export_hf
+
+    out = folder / "llava"
+    export_hf(folder / "checkpoint", out)
+    config = json.loads((out / "config.json").read_text())
+    left = config["vision_config"]["num_hidden_layers"]
+    for path in out.glob("*.safetensors"):
+        weights = load_file(path)
+        marks = f".encoder.layers.{left - 1}.", f".encoder.layers.{left}."
+        weights |= {name.replace(*marks): value.clone() for name, value in weights.items() if marks[0] in name}
+        save_file(weights, path, metadata={"format": "pt"})
+    config["vision_config"]["num_hidden_layers"] = size.tower_layers
+    config["vision_feature_layer"] = -2
+    (out / "config.json").write_text(json.dumps(config))
+    template = out / "chat_template.jinja"
+    head, said, tail = template.read_text().partition("{{ open[m.role] }}{{ content }}{{ close[m.role] }}")
+    assert said, "the exported template is written otherwise now"
+    marked = (
+        "{{ open[m.role] }}{% if m.role == 'assistant' %}{% generation %}{{ content }}{{ close[m.role] }}"
+        "{% endgeneration %}{% else %}{{ content }}{{ close[m.role] }}{% endif %}"
+    )
+    template.write_text(head + marked + tail)
+
+
+def _write_pictures(folder: Path) -> None:
+    from mmllm.scenes.draw import draw
+    from mmllm.scenes.world import sample_scene
+
+    rng = random.Random(0)
+    for number in range(NUM_PICTURES):
+        picture = draw(sample_scene(rng, "train"), rng)
+        height = round(PICTURE_WIDTH_PX * picture.height / picture.width)
+        picture.resize((PICTURE_WIDTH_PX, height)).save(folder / f"{number}.jpg", quality=90)
+
+
+def _rows(mix: str, count: int) -> Iterator[dict[str, Any]]:
+    """Conversations as LLaVA's at a third of their tokens: a sixth without picture, a long tail. A word is a token."""
+    rng = random.Random(mix)
+
+    def turn(num_words: int) -> list[dict[str, str]]:
+        said = " ".join(rng.choices(WORDS, k=num_words))
+        return [{"from": "human", "value": "what is it?"}, {"from": "gpt", "value": said}]
+
+    for number in range(count):
+        is_text = mix == "instructions" and rng.random() < 1 / 6
+        if mix == "captions":
+            turns = turn(rng.randint(8, 14))
+        elif is_text:
+            turns = [one for _ in range(rng.randint(1, 4)) for one in turn(rng.randint(20, 130))]
+        else:
+            turns = [one for _ in range(1 + min(8, int(rng.expovariate(1 / 2)))) for one in turn(rng.randint(3, 45))]
+        row: dict[str, Any] = {"id": str(number), "conversations": turns}
+        if not is_text:
+            row["image"] = f"{number % NUM_PICTURES}.jpg"
+            turns[0]["value"] = f"<image>\n{turns[0]['value']}"
+        yield row
+
+
+def messages_of(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row's conversation as transformers' processors take it, each content a list of parts."""
+    roles = {"human": "user", "gpt": "assistant"}
+    found = []
+    for turn in row["conversations"]:
+        head, tag, text = turn["value"].rpartition("<image>")
+        parts = [{"type": "image", "text": None}] if tag else []
+        parts.append({"type": "text", "text": text})
+        assert not head, "pictures stand in front"
+        found.append({"role": roles[turn["from"]], "content": parts})
+    return found
