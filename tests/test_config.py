@@ -11,9 +11,11 @@ import yaml
 from mmllm.config import CONFIGS, ConfigError, StageConfig
 from mmllm.config_file import dump_config, load_config
 from mmllm.training.state import settings_differences
+from mmllm.training.strategy import launched_strategy
 
 ROOT = Path(__file__).parent.parent
-SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
+SHIPPED = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "accelerate")
+LAUNCHED = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
 
 
 def settings(**changes: Any) -> dict[str, Any]:
@@ -58,11 +60,25 @@ def refused(path: Path, *overrides: str) -> str:
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_shipped_config_is_one_that_a_run_takes(path: Path) -> None:
-    tree = yaml.safe_load(path.read_text())
-    if "stage" not in tree:
-        pytest.skip("not the config of a run")
     config = load_config(path)
     assert isinstance(config, CONFIGS[config.stage])
+
+
+@pytest.mark.parametrize("path", LAUNCHED, ids=lambda path: path.stem)
+def test_every_shipped_launch_asks_for_a_strategy(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    given = launch_command_parser().parse_args(["--config_file", str(path), "train/stage2.py"])
+    launch, *_ = _validate_launch_command(given)
+    if launch.use_fsdp:
+        for name in ("ACCELERATE_USE_FSDP", "FSDP_VERSION"):
+            monkeypatch.setenv(name, prepare_multi_gpu_env(launch)[name])
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", str(launch.use_deepspeed))
+    kind = next((kind for kind in ("fsdp2", "zero") if path.stem.startswith(kind)), "ddp")
+    assert launched_strategy() == kind
+    assert launch.multi_gpu == (path.stem == "ddp")
+    assert str(getattr(launch, "zero_stage", None)) == (path.stem[-1] if kind == "zero" else "None")
 
 
 def test_an_unknown_key_is_named_with_its_path_and_the_allowed_keys(write: Any) -> None:

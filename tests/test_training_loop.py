@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_runs import log_of, losses_of, settings_of, train_in_process, weights_of
+from tiny_runs import log_of, losses_of, settings_of, train_in_process
 
 from mmllm.batch import Example, message
 from mmllm.data.images import ImageError
@@ -81,30 +78,6 @@ def mixed_seed() -> int:
         ):
             return seed
     raise AssertionError("no seed mixes pictures and text in this way")
-
-
-@pytest.mark.timeout(400)
-def test_two_processes_are_one_with_twice_the_batch(tiny_runs: Path, tmp_path: Path) -> None:
-    shared = [UNGROUPED, f"seed={mixed_seed()}", "optim.max_steps=4", f"data.val=[{{path: {tiny_runs}/data/val.json}}]"]
-    one = train_in_process(tiny_runs / "stage2.yaml", tmp_path / "one", *shared)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    two = tmp_path / "two"
-    arguments = [ROOT / "train" / "stage2.py", tiny_runs / "stage2.yaml", f"out={two}", *shared, "optim.batch_size=2"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "2 process(es)" in done.stdout
-    assert losses_of(two) == pytest.approx(losses_of(one), abs=1e-4)
-    assert [row["val_loss"] for row in log_of(two) if "val_loss" in row] == pytest.approx(
-        [row["val_loss"] for row in log_of(one) if "val_loss" in row], abs=1e-4
-    )
-    ours, theirs = weights_of(one), weights_of(two)
-    for name, value in ours.items():
-        torch.testing.assert_close(
-            theirs[name], value, rtol=0, atol=2e-3, msg=lambda text, name=name: f"{name}: {text}"
-        )
 
 
 def test_fewer_processes_than_launched_are_refused(tiny_runs: Path, tmp_path: Path, monkeypatch: Any) -> None:

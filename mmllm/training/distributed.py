@@ -18,6 +18,7 @@ def build_accelerator(config: RunConfig) -> Any:
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs, patch_environment
 
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # transformers would leave weights empty on other ranks
     # mmllm/training/strategy.py shards the model itself, on CPU too; accelerate only brings the processes up
     with patch_environment(ACCELERATE_USE_FSDP="false", ACCELERATE_USE_DEEPSPEED="false"):
         accelerator = Accelerator(

@@ -102,9 +102,17 @@ class ZeRO(Strategy):
             with contextlib.redirect_stdout(io.StringIO()):
                 make_universal(_universal_arguments(folder))
         self.accelerator.wait_for_everyone()
+        (optimizer,) = self.optimizers
+        options = [{key: group[key] for key in group if key != "params"} for group in optimizer.param_groups]
         self.engine._config.load_universal_checkpoint = is_universal
         self.engine.load_checkpoint(str(folder), tag=_UNIVERSAL if is_universal else _TAG, load_module_strict=False)
         self.engine._config.load_universal_checkpoint = False
+        # DeepSpeed 0.19 gives every group the options of the first, and all of them one step counter between them
+        for group, own in zip(optimizer.param_groups, options, strict=True):
+            group.update(own)
+        for state in optimizer.state.values():
+            if isinstance(step := state.get("step"), Tensor):
+                state["step"] = step.clone()
 
 
 def _universal_arguments(folder: Path) -> argparse.Namespace:
