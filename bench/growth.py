@@ -111,6 +111,7 @@ def growth(*, is_quick: bool = False) -> dict[str, float]:
         for count in ROWS[:cut]:
             rows = _write_rows(folder / "many.json", count, num_words=30)
             peaks[count] = _peak(folder, rows)
+            print(f"{count} rows: {peaks[count]:.0f} MiB", flush=True)
         curves["peak MiB by rows"] = peaks
     if not is_quick:
         _plot(curves)

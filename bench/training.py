@@ -27,16 +27,8 @@ OURS = "ours"
 SPEED = "samples per CPU second"  # with one thread that of an idle machine, on a busy one too; on a GPU by the clock
 NUM_BLOCKS = 3
 COLUMNS = (
-    "samples/s",
-    "of a CPU second",
-    "ratio",
-    "peak MiB",
-    "memory",
-    "padding",
-    "data wait",
-    "mean loss",
-    "last loss",
-)
+    "samples/s", "of a CPU second", "ratio", "memory", "peak MiB", "padding", "data wait", "mean loss", "last loss",
+)  # fmt: skip
 
 
 class _Worker:

@@ -56,7 +56,7 @@ class Size:
 
 
 SIZES = {
-    "tiny": Size(width=256, layers=4, heads=4, tower_width=256, tower_layers=6, batch_size=16, steps=18),
+    "tiny": Size(width=256, layers=4, heads=4, tower_width=256, tower_layers=6, batch_size=16, steps=12),
     "large": Size(width=768, layers=12, heads=12, tower_width=512, tower_layers=8, batch_size=8, steps=6,
                   is_small=False),
     "7b": Size(width=4096, layers=32, heads=32, tower_width=1024, tower_layers=24, batch_size=16, steps=24,

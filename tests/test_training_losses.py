@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from test_model_vlm import ANSWERED, batch_of
@@ -17,8 +18,9 @@ from torch.utils._pytree import tree_leaves
 from mmllm.config import LoraConfig
 from mmllm.inference.engine import Engine
 from mmllm.model.build import build_model
+from mmllm.training.head_loss import is_plain_linear
 from mmllm.training.lora import add_lora
-from mmllm.training.losses import conversation_loss_sum, has_plain_head, head_loss_sum
+from mmllm.training.losses import conversation_loss_sum, has_plain_head, head_loss_sum, token_loss_sum
 
 WHOLE = 10**9
 K, D, V = 60, 8, 50
@@ -61,19 +63,24 @@ def assert_equal(one: Tensor, other: Tensor) -> None:
     assert float((one - other).norm() / other.norm()) <= 1e-6
 
 
-def rows() -> tuple[nn.Linear, Tensor, Tensor]:
+def rows(*, bias: bool = False) -> tuple[nn.Linear, Tensor, Tensor]:
+    """With a bias, logits are made again in backward; without, and on a CPU, gradients are found with the logits."""
     torch.manual_seed(0)
-    return nn.Linear(D, V, bias=False), torch.randn(K, D, requires_grad=True), torch.randint(0, V, (K,))
+    return nn.Linear(D, V, bias=bias), torch.randn(K, D, requires_grad=True), torch.randint(0, V, (K,))
 
 
-@pytest.mark.parametrize("chunk_tokens", [1, 7, 20, K - 1])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("chunk_tokens", [1, 7, 20, K - 1, WHOLE])
 @pytest.mark.parametrize("is_trained", [True, False], ids=["head trained", "head frozen"])
-def test_chunks_give_the_loss_and_the_gradients_of_the_whole(chunk_tokens: int, is_trained: bool) -> None:
+def test_chunks_give_the_loss_and_the_gradients_of_the_whole(chunk_tokens: int, is_trained: bool, bias: bool) -> None:
     found = []
-    for size in (WHOLE, chunk_tokens):
-        head, hidden, targets = rows()
+    for is_whole in (True, False):
+        head, hidden, targets = rows(bias=bias)
         head.requires_grad_(is_trained)
-        loss = head_loss_sum(head, hidden, targets, chunk_tokens=size)
+        if is_whole:
+            loss = token_loss_sum(head(hidden), targets)
+        else:
+            loss = head_loss_sum(head, hidden, targets, chunk_tokens=chunk_tokens)
         (loss / 3).backward()
         found.append((loss.detach(), hidden.grad, head.weight.grad))
     (loss_whole, hidden_whole, head_whole), (loss_chunks, hidden_chunks, head_chunks) = found
@@ -88,14 +95,49 @@ def test_chunks_give_the_loss_and_the_gradients_of_the_whole(chunk_tokens: int, 
 def test_all_logits_never_live_at_once_neither_forward_nor_backward() -> None:
     largest = {}
     for size in (WHOLE, 10):
-        head, hidden, targets = rows()
+        head, hidden, targets = rows(bias=True)
         with _Largest() as seen:
             head_loss_sum(head, hidden, targets, chunk_tokens=size).backward()
         largest[size] = seen.numel
     assert largest == {WHOLE: K * V, 10: max(10 * V, K * D)}
-    kept = {size: saved_bytes(lambda size=size: head_loss_sum(*rows(), chunk_tokens=size)) for size in (WHOLE, 10)}
+    kept = {
+        size: saved_bytes(lambda size=size: head_loss_sum(*rows(bias=True), chunk_tokens=size)) for size in (WHOLE, 10)
+    }
     assert kept[WHOLE] >= 4 * K * V
     assert kept[10] < kept[WHOLE] - 3 * K * V
+
+
+def test_a_plain_head_on_a_cpu_keeps_its_gradients_and_no_logits() -> None:
+    head, hidden, targets = rows()
+    with _Largest() as seen:
+        head_loss_sum(head, hidden, targets, chunk_tokens=5).backward()
+    assert seen.numel == max(K * D, V * D, 5 * V) < K * V
+    assert saved_bytes(lambda: head_loss_sum(*rows(), chunk_tokens=5)) <= 4 * (K * D + V * D)
+
+
+@pytest.mark.parametrize("changed", ["bias", "hook", "adapter"])
+def test_a_head_that_is_more_than_its_weight_is_called_as_it_is(changed: str) -> None:
+    head, hidden, targets = rows(bias=changed == "bias")
+    assert not is_plain_linear(head) if changed == "bias" else is_plain_linear(head)
+    if changed == "hook":
+        head.register_forward_hook(lambda module, given, out: 2 * out)
+    elif changed == "adapter":
+        config = peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+        head = peft.get_peft_model(nn.Sequential(head), config).base_model.model[0]
+    assert_equal(head_loss_sum(head, hidden, targets, chunk_tokens=7), token_loss_sum(head(hidden), targets))
+
+
+def test_a_plain_head_takes_part_in_autocast() -> None:
+    found = []
+    for is_whole in (True, False):
+        head, hidden, targets = rows()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = token_loss_sum(head(hidden), targets) if is_whole else head_loss_sum(head, hidden, targets)
+        loss.backward()
+        found.append((loss.detach(), hidden.grad, head.weight.grad))
+        assert loss.dtype == head.weight.grad.dtype == torch.float32
+    for whole, chunks in zip(*found, strict=True):
+        assert float((whole - chunks).norm() / whole.norm()) <= 1e-2
 
 
 def test_a_head_without_a_gradient_to_make_keeps_nothing() -> None:
@@ -127,9 +169,9 @@ def test_every_llm_learns_the_same_in_chunks(kind: str, adapters: str | None, ti
     model.train()
     batch = batch_of(Engine(model, processor, name="tiny"), *ANSWERED)
     found = []
-    for size in (WHOLE, 3):
+    for is_whole in (True, False):
         model.zero_grad()
-        loss = conversation_loss_sum(model, batch, plain_head=is_plain, chunk_tokens=size)
+        loss = conversation_loss_sum(model, batch, plain_head=is_plain and not is_whole, chunk_tokens=3)
         loss.backward()
         found.append((loss.detach(), gradients(model)))
     assert_equal(found[1][0], found[0][0])

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmllm.batch import IGNORE_INDEX, Batch
 from mmllm.model.vlm import VisionLanguageModel
+from mmllm.training.head_loss import is_plain_linear, linear_loss_sum
 
 
 def token_loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
@@ -19,6 +20,7 @@ def token_loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 CHUNK_LOGITS = 2**26  # of one chunk: 256 MB in float32, of which about three copies live at once
+CPU_CHUNK_LOGITS = 2**22  # 16 MB: what the next chunk finds in the cache, and malloc does not give back in between
 MIN_CHUNK_TOKENS = 512  # with fewer a GPU waits for the head's weights, which every chunk reads
 
 
@@ -27,8 +29,13 @@ def head_loss_sum(head: nn.Module, hidden: Tensor, targets: Tensor, *, chunk_tok
 
     The logits [K, V] are the largest tensor of a small LLM with a large vocabulary, so they are made `chunk_tokens`
     rows at a time, forgotten, and made again in backward. By default a chunk has CHUNK_LOGITS logits, and at least
-    MIN_CHUNK_TOKENS rows. The head is called as it is: tied, with adapters, in autocast.
+    MIN_CHUNK_TOKENS rows. The head is called as it is: tied, with adapters, in autocast. On a CPU a head that is only
+    its weight makes them once, see `linear_loss_sum`, in chunks of CPU_CHUNK_LOGITS.
     """
+    if hidden.device.type == "cpu" and is_plain_linear(head):
+        weight: Any = head.weight
+        size = chunk_tokens or max(1, CPU_CHUNK_LOGITS // _vocab_size(head))
+        return linear_loss_sum(hidden, weight, targets, chunk_tokens=size)
     size = chunk_tokens or max(MIN_CHUNK_TOKENS, CHUNK_LOGITS // _vocab_size(head))
     if len(targets) <= size:
         return token_loss_sum(head(hidden), targets)
