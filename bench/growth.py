@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,31 +95,27 @@ def growth(*, is_quick: bool = False) -> dict[str, float]:
     torch.set_num_threads(1)
     cut = 2 if is_quick else None
     curves: dict[str, dict[int, float]] = {}
+
+    def grow(what: str, values: Sequence[int], measure: Callable[[int], float]) -> None:
+        curves[what] = {}
+        for value in values[:cut]:
+            curves[what][value] = measure(value)
+            print(f"{what}, {value}: {curves[what][value]:.1f}", flush=True)
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_workload(folder, QUICK if is_quick else SIZES["tiny"])
-        words = {length: length - 4 for length in LENGTHS[:cut]}
-        curves["samples/s by batch size"] = {one: _speed(folder, batch=one) for one in BATCHES[:cut]}
-        curves["samples/s by tokens, no picture"] = {
-            length: _speed(folder, words=count, pictures=0) for length, count in words.items()
-        }
-        curves["samples/s by pictures"] = {one: _speed(folder, pictures=one) for one in PICTURES[:cut]}
-        curves["samples/s by worker processes"] = {
-            one: _speed(folder, workers=one, by_clock=True) for one in WORKERS[:cut]
-        }
-        peaks = {}
-        for count in ROWS[:cut]:
-            rows = _write_rows(folder / "many.json", count, num_words=30)
-            peaks[count] = _peak(folder, rows)
-            print(f"{count} rows: {peaks[count]:.0f} MiB", flush=True)
-        curves["peak MiB by rows"] = peaks
+        grow("samples/s by batch size", BATCHES, lambda value: _speed(folder, batch=value))
+        grow("samples/s by tokens, no picture", LENGTHS, lambda value: _speed(folder, words=value - 4, pictures=0))
+        grow("samples/s by pictures", PICTURES, lambda value: _speed(folder, pictures=value))
+        grow("samples/s by worker processes", WORKERS, lambda value: _speed(folder, workers=value, by_clock=True))
+        many = folder / "many.json"
+        grow("peak MiB by rows", ROWS, lambda value: _peak(folder, _write_rows(many, value, num_words=30)))
     if not is_quick:
         _plot(curves)
     results = Path("bench/results")
     results.mkdir(parents=True, exist_ok=True)
     (results / "growth.json").write_text(json.dumps(curves, indent=1))
-    for what, curve in curves.items():
-        print(f"{what}: " + "  ".join(f"{x}: {y:.1f}" for x, y in curve.items()), flush=True)
     return {f"{what} {x} s": y for what, curve in curves.items() for x, y in curve.items()}
 
 

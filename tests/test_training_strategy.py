@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from test_training_loop import UNGROUPED, mixed_seed
-from tiny_runs import log_of, losses_of, train_in_process, weights_of
+from tiny_runs import log_of, losses_of, settings_of, train_in_process, weights_of
 
 from mmllm.config import ConfigError
+from mmllm.training.stages import ConversationStage
 from mmllm.training.state import saved_steps
 from mmllm.training.strategy import STRATEGIES, launched_strategy
 
@@ -120,6 +121,21 @@ def test_a_stopped_run_goes_on_with_as_many_processes_or_fewer(
 
 def test_every_strategy_can_be_launched() -> None:
     assert {kind.rstrip("23") if kind.startswith("zero") else kind for kind in LAUNCHES} == set(STRATEGIES)
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [("optim.kind=muon", "optim.kind: muon works on whole tensors, which {} divides; use adamw, or launch with DDP"),
+     ("lora={rank: 2, quantise: int8}", "lora.quantise: {} cannot divide quantised weights; leave it out, or launch")],
+)  # fmt: skip
+@pytest.mark.parametrize(("kind", "name"), [("fsdp2", "FSDP2"), ("zero", "ZeRO")])
+def test_what_works_on_whole_tensors_is_refused(
+    kind: str, name: str, override: str, told: str, tiny_runs: Path, tmp_path: Path
+) -> None:
+    config = settings_of(tiny_runs / "stage2.yaml", tmp_path / "out", override)
+    stage = ConversationStage(config)
+    with pytest.raises(ConfigError, match=told.format(name)):
+        STRATEGIES[kind](None, stage.module, stage.parts, config.optim, stage.depths)
 
 
 def test_the_first_kind_of_fsdp_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
 import warnings
@@ -135,11 +136,20 @@ def save_adapter(model: VisionLanguageModel, folder: Path, base: dict[str, Any])
 
 @contextlib.contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Without peft's warnings: of a name that transformers 6 will not have, and of tensors, which we refuse."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        warnings.simplefilter("ignore", UserWarning)
-        yield
+    """Without peft's warnings: of a name that transformers 6 will not have, and of tensors, which we refuse.
+
+    And without bitsandbytes', which peft imports where it is installed, of a kernel that only its own 4 bits would use.
+    """
+    logger = logging.getLogger("bitsandbytes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", UserWarning)
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def attach_adapter(model: VisionLanguageModel, folder: Path) -> None:

@@ -122,10 +122,15 @@ def launched_strategy() -> str:
     return "ddp"
 
 
-def check_one_optimizer(strategy: str, config: OptimConfig, kinds: Sequence[str] = ("adamw",)) -> None:
-    if config.kind not in kinds:
+def check_divisible(strategy: str, module: nn.Module, config: OptimConfig) -> None:
+    """Raises ConfigError for what works on whole tensors only."""
+    if config.kind != "adamw":
         raise ConfigError(
-            f"optim.kind: {config.kind} works on whole matrices, which {strategy} divides; allowed: {', '.join(kinds)}"
+            f"optim.kind: {config.kind} works on whole tensors, which {strategy} divides; use adamw, or launch with DDP"
+        )
+    if any(not parameter.is_floating_point() for parameter in module.parameters()):
+        raise ConfigError(
+            f"lora.quantise: {strategy} cannot divide quantised weights; leave it out, or launch with DDP"
         )
 
 

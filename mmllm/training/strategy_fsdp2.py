@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from mmllm.model.tower import VisionTower
 from mmllm.training.optim import build_optimizers
-from mmllm.training.strategy import Strategy, check_one_optimizer
+from mmllm.training.strategy import Strategy, check_divisible
 
 
 def _whole(value: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class FSDP2(Strategy):
     def _prepare(self, module: nn.Module) -> nn.Module:
         from accelerate import FullyShardedDataParallelPlugin
 
-        check_one_optimizer("FSDP2", self.config)
+        check_divisible("FSDP2", module, self.config)
         plugin = FullyShardedDataParallelPlugin()
         names = {id(parameter): name for name, parameter in module.named_parameters()}
         device = self.accelerator.device

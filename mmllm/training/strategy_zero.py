@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mmllm.config import ConfigError
 from mmllm.training.optim import build_optimizers
-from mmllm.training.strategy import Strategy, check_one_optimizer
+from mmllm.training.strategy import Strategy, check_divisible
 
 _TAG, _UNIVERSAL = "ranks", "universal"
 
@@ -34,7 +34,7 @@ class ZeRO(Strategy):
             raise ConfigError("ZeRO needs DeepSpeed: install mmllm[scale]") from error
         from accelerate import DeepSpeedPlugin
 
-        check_one_optimizer("ZeRO", self.config)
+        check_divisible("ZeRO", module, self.config)
         settings = DeepSpeedPlugin().deepspeed_config
         self.stage = int(settings["zero_optimization"]["stage"])
         self.is_sharded = self.stage == 3
