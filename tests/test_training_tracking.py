@@ -76,5 +76,5 @@ def test_an_alarm_is_loud_and_stands_in_the_log_but_in_no_table_of_figures(tmp_p
     assert rows(tmp_path) == one.rows
     assert figures_of(one.rows) == {"loss": [(1, 4.0)]}
     one.finish()
-    assert "alarm" not in capsys.readouterr().out
+    assert "│ alarm" not in capsys.readouterr().out
     assert tracker(tmp_path, first_step=1).alarms == one.alarms, "a run that goes on has had it"
