@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -136,16 +135,22 @@ def _plot(curves: dict[str, dict[int, float]]) -> None:
     figure.savefig(PLOT, dpi=80)
 
 
+def _most_resident_kib() -> int:
+    """Of this program: `ru_maxrss` would begin with what the process that started it had."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
+
+
 def _main(folder: str, rows: str) -> None:
     import mmllm.training.loop
     import mmllm.training.stages  # noqa: F401
 
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _most_resident_kib()
     run = _run(Path(folder), Path(rows))
     data = run.batches(0)
     for step in range(WARM_UP + ROUNDS):
         run.step(step, data)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print((_most_resident_kib() - before) / 1024)
 
 
 if __name__ == "__main__":

@@ -119,6 +119,16 @@ def test_a_stopped_run_goes_on_with_as_many_processes_or_fewer(
     assert_same(alone[FROZEN_TOWER], out)
 
 
+@pytest.mark.timeout(600)
+def test_adapters_of_an_llm_in_bf16_learn_under_fsdp2_what_they_learn_under_ddp(
+    tiny_runs: Path, tmp_path: Path
+) -> None:
+    options = ("model.language.dtype=bf16", "lora.rank=4", "optim.precision=bf16", "optim.gradient_checkpointing=true")
+    for kind in ("ddp", "fsdp2"):
+        launch(tiny_runs / "stage2.yaml", tmp_path / kind, 2, LAUNCHES[kind], *shared(tiny_runs), *options)
+    assert_same(tmp_path / "ddp", tmp_path / "fsdp2")
+
+
 def test_every_strategy_can_be_launched() -> None:
     assert {kind.rstrip("23") if kind.startswith("zero") else kind for kind in LAUNCHES} == set(STRATEGIES)
 

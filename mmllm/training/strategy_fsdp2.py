@@ -61,13 +61,11 @@ class FSDP2(Strategy):
         names = {id(parameter): name for name, parameter in module.named_parameters()}
         device = self.accelerator.device
         self.reshards = bool(plugin.reshard_after_forward)
-        is_bf16 = self.config.precision == "bf16"
         options: dict[str, Any] = {
             "mesh": init_device_mesh(device.type, (self.accelerator.num_processes,)),
             "reshard_after_forward": self.reshards,
-            "mp_policy": MixedPrecisionPolicy(
-                param_dtype=torch.bfloat16 if is_bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
-            ),
+            # weights travel as they are held, and autocast computes in bf16, so that numbers are those of DDP
+            "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False),
             "offload_policy": OffloadPolicy() if device.type == "cpu" else plugin.cpu_offload,
         }
         for block in repeated_blocks(module):  # one after the other, so that no GPU ever holds the whole
@@ -85,8 +83,12 @@ class FSDP2(Strategy):
     def micro_batch(self, *, is_last: bool) -> Iterator[None]:
         module: Any = self.module
         module.set_requires_gradient_sync(is_last)
-        with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+        with self._autocast():
             yield
+
+    def _autocast(self) -> torch.autocast:
+        is_bf16 = self.config.precision == "bf16"
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=is_bf16)
 
     def clip(self) -> float:
         norm = torch.nn.utils.clip_grad_norm_(list(self.trained.values()), self.config.max_grad_norm)
@@ -128,7 +130,8 @@ class FSDP2(Strategy):
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
         try:
-            yield
+            with self._autocast():
+                yield
         finally:
             module.reshard()
             module.set_reshard_after_forward(self.reshards, recurse=False)
