@@ -60,6 +60,11 @@ class Strategy:
         with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.module):
             yield
 
+    def autocast(self) -> torch.autocast:
+        """What accelerate lays around a module's forward under DDP: weights as they are held, computed in bf16."""
+        is_bf16 = self.config.precision == "bf16"
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=is_bf16)
+
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 

@@ -83,12 +83,8 @@ class FSDP2(Strategy):
     def micro_batch(self, *, is_last: bool) -> Iterator[None]:
         module: Any = self.module
         module.set_requires_gradient_sync(is_last)
-        with self._autocast():
+        with self.autocast():
             yield
-
-    def _autocast(self) -> torch.autocast:
-        is_bf16 = self.config.precision == "bf16"
-        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=is_bf16)
 
     def clip(self) -> float:
         norm = torch.nn.utils.clip_grad_norm_(list(self.trained.values()), self.config.max_grad_norm)
@@ -130,7 +126,7 @@ class FSDP2(Strategy):
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
         try:
-            with self._autocast():
+            with self.autocast():
                 yield
         finally:
             module.reshard()

@@ -41,14 +41,14 @@ class ZeRO(Strategy):
         if self.is_sharded and hasattr(module, "always_runs_tower"):
             conversations: Any = module
             conversations.always_runs_tower = True  # its weights are divided as well, also where it is frozen
-        is_bf16 = self.config.precision == "bf16"
         settings = {
             **settings,
             "train_micro_batch_size_per_gpu": self.config.batch_size,
             "gradient_accumulation_steps": self.config.accumulate_steps,
             "train_batch_size": self.config.batch_size * self.config.accumulate_steps * self.accelerator.num_processes,
             "gradient_clipping": self.config.max_grad_norm,
-            "bf16": {"enabled": is_bf16},
+            "bf16": {"enabled": False},  # see `autocast`
+            "zero_optimization": {**settings["zero_optimization"], "memory_efficient_linear": False},
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 10**9,
@@ -64,7 +64,13 @@ class ZeRO(Strategy):
     @contextlib.contextmanager
     def micro_batch(self, *, is_last: bool) -> Iterator[None]:
         self.engine.set_gradient_accumulation_boundary(is_last)
-        yield
+        with self.autocast():
+            yield
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        with self.autocast():
+            yield
 
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss, scale_wrt_gas=False)
