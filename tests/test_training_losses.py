@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 from test_model_vlm import ANSWERED, batch_of
-from tiny_backbones import BACKBONES, make_backbone_parts
+from tiny_backbones import BACKBONES, STATE_SPACE, make_backbone_parts
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -20,7 +20,7 @@ from mmllm.inference.engine import Engine
 from mmllm.model.build import build_model
 from mmllm.training.head_loss import is_plain_linear
 from mmllm.training.lora import add_lora
-from mmllm.training.losses import conversation_loss_sum, has_plain_head, head_loss_sum, token_loss_sum
+from mmllm.training.losses import conversation_loss_sum, has_plain_head, head_loss_sum, needs_mask, token_loss_sum
 
 WHOLE = 10**9
 K, D, V = 60, 8, 50
@@ -140,12 +140,73 @@ def test_a_plain_head_takes_part_in_autocast() -> None:
         assert float((whole - chunks).norm() / whole.norm()) <= 1e-2
 
 
+def test_a_head_without_a_row_has_a_gradient_of_zero() -> None:
+    head, hidden, targets = rows()
+    head_loss_sum(head, hidden[:0], targets[:0]).backward()
+    assert torch.equal(head.weight.grad, torch.zeros(V, D))
+
+
 def test_a_head_without_a_gradient_to_make_keeps_nothing() -> None:
     head, hidden, targets = rows()
     with torch.no_grad():
         loss = head_loss_sum(head, hidden, targets, chunk_tokens=10)
     assert_equal(loss, head_loss_sum(head, hidden, targets, chunk_tokens=WHOLE).detach())
     assert not loss.requires_grad
+
+
+@pytest.mark.parametrize("attention", ["eager", None], ids=["eager", "its own"])
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_padding_on_the_right_teaches_the_same_with_and_without_a_mask(
+    kind: str, attention: str | None, tiny_parts: Path, tmp_path: Path
+) -> None:
+    config = make_backbone_parts(tmp_path, kind, tiny_parts)
+    assert config.language
+    if kind not in STATE_SPACE:
+        language = config.language.model_copy(update={"attention": attention})
+        config = config.model_copy(update={"language": language})
+    torch.manual_seed(0)
+    model, processor, _ = build_model(config)
+    assert not needs_mask(model.language_model)
+    batch = batch_of(Engine(model, processor, name="tiny"), *ANSWERED)
+    assert not batch.attention_mask.all(), "rows of different lengths"
+    found = []
+    for with_mask in (True, False):
+        model.zero_grad()
+        loss = conversation_loss_sum(model, batch, plain_head=False, with_mask=with_mask)
+        loss.backward()
+        found.append((loss.detach(), gradients(model)))
+    for one, other in zip(*found, strict=True):
+        assert_equal(one, other)
+
+
+@torch.no_grad()
+def test_an_llm_that_looks_ahead_or_counts_padding_is_given_the_mask(tiny_parts: Path, tmp_path: Path) -> None:
+    def built(kind: str, **changes: Any) -> Any:
+        return build_model(make_backbone_parts(tmp_path / kind, kind, tiny_parts, **changes))[0].language_model
+
+    language_model = built("llama")
+
+    def look_at_all(module: Any, given: Any, output: Any) -> Any:
+        output.last_hidden_state = output.last_hidden_state + output.last_hidden_state.mean(1, keepdim=True)
+        return output
+
+    with language_model.get_decoder().register_forward_hook(look_at_all):
+        assert needs_mask(language_model)
+    assert not needs_mask(language_model)
+    assert needs_mask(built("mixtral", output_router_logits=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_plain_head_judges_targets_that_it_holds_for_impossible(dtype: torch.dtype) -> None:
+    head = nn.Linear(D, V, bias=False)
+    hidden, targets = torch.randn(K, D), torch.randint(0, V, (K,))
+    with torch.no_grad():
+        head.weight.mul_(1000)
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+            logits = head(hidden)
+            loss = head_loss_sum(head, hidden, targets)
+    assert float(logits.softmax(1, torch.float32).gather(1, targets[:, None]).min()) == 0
+    assert_equal(loss, token_loss_sum(logits, targets))
 
 
 @pytest.mark.parametrize("adapters", [None, "all-linear", "lm_head"])

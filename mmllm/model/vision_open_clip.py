@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mmllm.config import ConfigError, TowerConfig
+from mmllm.model.attention import use_self_attention
 from mmllm.model.tower import LayeredTower, TowerSpec, concatenate
 
 LOCAL_DIR = "local-dir:"
@@ -28,6 +29,7 @@ class OpenClipTower(LayeredTower):
         self.encoder: Any = _build_vision_tower(
             config["embed_dim"], config["vision_cfg"], config.get("quick_gelu", False)
         )
+        use_self_attention(self.encoder)
         _set_input_size(self.encoder, spec.image_size_px)
         self._read = self._indices(len(_layers(self.encoder)))
         _prune(self.encoder, max(self._read))

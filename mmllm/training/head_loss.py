@@ -1,7 +1,8 @@
 """Cross entropy behind a linear head whose gradients are found with the logits: none are kept, or made twice.
 
 Rows of hidden states are taken chunk by chunk: logits, loss, and both gradients, in the memory of one chunk. That is
-what Liger's fused kernel does (https://arxiv.org/abs/2410.10989), in torch's own operations.
+what Liger's fused kernel does (https://arxiv.org/abs/2410.10989), in torch's own operations. The softmax of a chunk is
+made a few rows at a time, in its logits' place, so that what it reads again still lies in the processor's cache.
 
 Shapes: `K` supervised rows, `D` LLM width, `V` vocabulary.
 """
@@ -12,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+SOFTMAX_LOGITS = 2**18  # 1 MB in float32
 
 
 def is_plain_linear(head: Any) -> bool:
@@ -36,30 +39,42 @@ class _LinearLoss(torch.autograd.Function):
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         matrix = weight.to(dtype)
         of_hidden = torch.empty_like(hidden) if needs_hidden else None
-        of_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        of_weight: Tensor | None = None
         total = torch.zeros((), device=hidden.device)
         with torch.autocast(device, enabled=False):
             for start in range(0, len(targets), chunk_tokens):
                 rows, wanted = hidden[start : start + chunk_tokens].to(dtype), targets[start : start + chunk_tokens]
-                logits = (rows @ matrix.T).float()
-                norms = logits.logsumexp(1, keepdim=True)
-                total += (norms - logits.gather(1, wanted[:, None])).sum()
-                if not needs_hidden and not needs_weight:
-                    continue
-                slopes = logits.sub_(norms).exp_()  # softmax, less one where the target stands
-                slopes.scatter_add_(1, wanted[:, None], slopes.new_full((len(wanted), 1), -1.0))
-                slopes = slopes.to(dtype)
+                logits = rows @ matrix.T
+                total += _to_slopes(logits, wanted)
                 if of_hidden is not None:
-                    of_hidden[start : start + chunk_tokens] = slopes @ matrix
-                if of_weight is not None:
-                    of_weight += slopes.T @ rows
-        ctx.save_for_backward(of_hidden, of_weight)
-        ctx.dtypes = hidden.dtype, weight.dtype
+                    of_hidden[start : start + chunk_tokens] = logits @ matrix
+                if needs_weight:
+                    more = logits.T @ rows
+                    of_weight = more.float() if of_weight is None else of_weight.add_(more)
+        if needs_weight and of_weight is None:  # no row is supervised; other ranks still wait for this gradient
+            of_weight = torch.zeros_like(weight, dtype=torch.float32)
+        ctx.save_for_backward(of_hidden)
+        ctx.of_weight = of_weight  # nobody else holds it, so that it becomes the weight's gradient without a copy
+        ctx.dtype = weight.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, *scales: Tensor) -> tuple[Tensor | None, ...]:
-        of_hidden, of_weight = ctx.saved_tensors
-        for_hidden = None if of_hidden is None else of_hidden * scales[0].to(of_hidden.dtype)
-        for_weight = None if of_weight is None else of_weight.mul_(scales[0]).to(ctx.dtypes[1])
+        (of_hidden,), of_weight, scale = ctx.saved_tensors, ctx.of_weight, scales[0]
+        ctx.of_weight = None
+        for_hidden = None if of_hidden is None else of_hidden * scale.to(of_hidden.dtype)
+        for_weight = None if of_weight is None else of_weight.mul_(scale).to(ctx.dtype)
         return for_hidden, for_weight, None, None
+
+
+def _to_slopes(logits: Tensor, targets: Tensor) -> Tensor:
+    """The loss [] of logits [K, V], in whose place its slopes are put: softmax, less one where the target stands."""
+    total = torch.zeros((), device=logits.device)
+    size = max(1, SOFTMAX_LOGITS // logits.shape[1])
+    for part, wanted in zip(logits.split(size), targets.split(size), strict=True):
+        at = wanted[:, None]
+        chances = part.softmax(1, dtype=torch.float32)
+        highest = part.amax(1, keepdim=True).float()  # its chance is never 0, as the target's may be
+        total += (highest - part.gather(1, at).float() - chances.amax(1, keepdim=True).log()).sum()
+        part.copy_(chances.scatter_add_(1, at, chances.new_full(at.shape, -1.0)))
+    return total

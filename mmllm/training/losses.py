@@ -20,7 +20,7 @@ def token_loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 CHUNK_LOGITS = 2**26  # of one chunk: 256 MB in float32, of which about three copies live at once
-CPU_CHUNK_LOGITS = 2**22  # 16 MB: what the next chunk finds in the cache, and malloc does not give back in between
+CPU_CHUNK_LOGITS = 2**23  # fewer, and adding up the head's gradient, once a chunk, costs more
 MIN_CHUNK_TOKENS = 512  # with fewer a GPU waits for the head's weights, which every chunk reads
 
 
@@ -95,15 +95,42 @@ def _has_router_loss(language_model: Any) -> bool:
     return bool(getattr(language_model.config, "output_router_logits", False))
 
 
+_LOOK_BACK = 1e-3  # of the largest logit: what is not seen changes nothing, but kernels may add up in another order
+
+
+@torch.no_grad()
+def needs_mask(language_model: Any) -> bool:
+    """Whether an LLM must be told which positions are padding on the right.
+
+    Where each token sees only those before it, padding is seen by none, and attention without a mask skips half of its
+    work. A router's loss counts padding; flash attention does not compute what a mask leaves out. Found by trying.
+    """
+    attention = getattr(language_model.config, "_attn_implementation", None) or ""
+    if _has_router_loss(language_model) or attention.startswith("flash"):
+        return True
+    device = language_model.get_input_embeddings().weight.device
+    ids = torch.arange(8, device=device)[None] % language_model.config.vocab_size
+    was_training = language_model.training
+    language_model.eval()
+    with torch.compiler.set_stance("force_eager"):  # flex attention compiles for minutes
+        one, other = (language_model(input_ids=some, use_cache=False).logits.float()[:, :4]
+                      for some in (ids, torch.cat([ids[:, :4], ids[:, 4:].flip(1)], 1)))  # fmt: skip
+    language_model.train(was_training)
+    return bool((one - other).abs().max() > _LOOK_BACK * one.abs().max())
+
+
 def conversation_loss_sum(
     model: VisionLanguageModel,
     batch: Batch,
     *,
     plain_head: bool,
+    with_mask: bool = True,
     chunk_tokens: int | None = None,
     always_runs_tower: bool = False,
 ) -> Tensor:
     """The loss of a batch of conversations, summed over its supervised tokens.
+
+    `with_mask` says whether the LLM is told of the padding, see `needs_mask`.
 
     About nineteen in twenty rows of image data are not supervised, so the head runs on those that are, chunk by chunk
     (`head_loss_sum`). Without `plain_head` the LLM makes the logits of all rows at once. A mixture of
@@ -114,10 +141,10 @@ def conversation_loss_sum(
     embeds = model.embed_batch(batch, always_runs_tower=always_runs_tower)
     language_model = model.language_model
     inputs = {"inputs_embeds": embeds, "use_cache": False}  # with a cache, packed examples would see each other
-    if batch.position_ids is None:
-        inputs["attention_mask"] = batch.attention_mask
-    else:
+    if batch.position_ids is not None:
         inputs["position_ids"] = batch.position_ids
+    elif with_mask:
+        inputs["attention_mask"] = batch.attention_mask
     mask, targets = supervised_rows(batch.labels)
     if plain_head:
         hidden = language_model.get_decoder()(**inputs).last_hidden_state[:, :-1]

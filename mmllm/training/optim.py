@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -95,9 +96,9 @@ def build_optimizers(
 
 
 def _adamw(kind: str) -> Any:
-    """The class of an optimizer. Of weights under 4096 elements bitsandbytes keeps the state in fp32."""
+    """What makes an optimizer of groups. Of weights under 4096 elements bitsandbytes keeps the state in fp32."""
     if kind not in BITSANDBYTES_KINDS:
-        return torch.optim.AdamW
+        return functools.partial(torch.optim.AdamW, fused=True)  # one pass over the weights
     from bitsandbytes import optim  # mmllm/training/machine.py has looked whether it is there
 
     return {"adamw8bit": optim.AdamW8bit, "paged_adamw": optim.PagedAdamW, "paged_adamw8bit": optim.PagedAdamW8bit}[

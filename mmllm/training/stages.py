@@ -26,6 +26,7 @@ from mmllm.data.sources import DataError
 from mmllm.inference.engine import Engine, load_pixels
 from mmllm.inference.golden import load_verified, make_golden
 from mmllm.model.adapter import describe_base, merge_adapter
+from mmllm.model.attention import use_blocked_attention
 from mmllm.model.build import build_model
 from mmllm.model.checkpoint import save_checkpoint
 from mmllm.model.processor import VisionLanguageProcessor
@@ -37,7 +38,7 @@ from mmllm.training.features import FeatureCache
 from mmllm.training.layers import compile_layers, depths, use_liger
 from mmllm.training.loop import Stage
 from mmllm.training.lora import add_lora, add_tower_lora, move_adapters
-from mmllm.training.losses import conversation_loss_sum, has_plain_head
+from mmllm.training.losses import conversation_loss_sum, has_plain_head, needs_mask
 from mmllm.training.machine import check_machine
 from mmllm.training.optim import match
 from mmllm.training.order import Item, Orders
@@ -61,11 +62,12 @@ class _ConversationLoss(nn.Module):
         self.model = model
         self.chunk_tokens = chunk_tokens
         self.plain_head = has_plain_head(model.language_model)
+        self.with_mask = needs_mask(model.language_model)
 
     def forward(self, batch: Batch) -> Tensor:
         batch = batch.to(self.model.get_input_embeddings().weight.device)
         return conversation_loss_sum(
-            self.model, batch, plain_head=self.plain_head, chunk_tokens=self.chunk_tokens,
+            self.model, batch, plain_head=self.plain_head, with_mask=self.with_mask, chunk_tokens=self.chunk_tokens,
             always_runs_tower=self.always_runs_tower,
         )  # fmt: skip
 
@@ -93,6 +95,8 @@ class ConversationStage:
         self.module: nn.Module = _ConversationLoss(self.model, config.optim.loss_chunk_tokens)
         self.packer = Packer(self.model.language_model, config.data)
         self._recompute_layers()
+        if config.optim.precision == "bf16" and not config.optim.compile and not torch.accelerator.is_available():
+            use_blocked_attention(self.model.language_model)
         if config.optim.liger:
             use_liger(self.model.language_model)
         if config.optim.compile:
