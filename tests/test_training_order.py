@@ -48,6 +48,22 @@ def test_batches_of_like_length_come_in_random_order() -> None:
     assert shortest not in (sorted(shortest), sorted(shortest, reverse=True))
 
 
+@pytest.mark.parametrize("groups", [True, False], ids=["grouped", "any"])
+def test_the_longest_example_comes_in_the_first_step_and_once_an_epoch(groups: bool) -> None:
+    lengths = [*LENGTHS[:70], 1000, *LENGTHS[71:]]
+    order = Order(96, 8, seed=1, lengths=lengths, group_by_length=groups)
+    assert 70 in order.batch(0)
+    for epoch in range(2):
+        drawn = [index for step in range(12) for index in order.batch(12 * epoch + step)]
+        assert sorted(drawn) == list(range(96))
+    assert not all(70 in order.batch(12 * epoch) for epoch in range(1, 5)), "later epochs are in random order"
+
+
+def test_a_batch_of_any_lengths_is_not_grouped_for_knowing_them() -> None:
+    spread = [LENGTHS[index] for index in Order(96, 8, seed=1, lengths=LENGTHS, group_by_length=False).batch(1)]
+    assert max(spread) - min(spread) > 20
+
+
 def test_fewer_examples_than_one_batch_are_refused_with_both_numbers() -> None:
     with pytest.raises(ValueError, match="3 usable examples are fewer than one global batch of 4"):
         Order(3, 4, seed=0)

@@ -39,8 +39,7 @@ class TrainingData:
             rules = Rules(renderer, data.max_length_tokens, quarantine=self.quarantine)
             self.stream = Stream(data.train, rules, seed=config.seed, max_bad_fraction=data.max_bad_fraction)
         self.num_examples = None if self.stream else len(self.examples)
-        groups = data.group_by_length and not self.stream
-        self.lengths: NDArray[np.int64] | None = self.report.lengths if groups else None
+        self.lengths: NDArray[np.int64] | None = None if self.stream else self.report.lengths
 
     def _load(self, sources: list[SourceConfig]) -> tuple[Examples, Report]:
         """Raises DataError where too much cannot be used; where less cannot, says so."""
@@ -91,7 +90,9 @@ class TrainingData:
             return StreamOrder(self.stream, batch_size, seed, replay, divide)
         sizes = self.examples.sizes[: len(data.train)]
         parts = mix(sizes, [source.weight for source in data.train], replay)
-        return Order(len(self.examples), batch_size, seed, self.lengths, parts, divide)
+        return Order(
+            len(self.examples), batch_size, seed, self.lengths, parts, divide, group_by_length=data.group_by_length
+        )
 
 
 def spread(examples: Sequence[Example], count: int) -> list[Example]:

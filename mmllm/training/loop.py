@@ -352,8 +352,10 @@ def _train(run: Run) -> None:
         tracker.close()
     tracker.finish()
     run.finish(tracker)
-    if log.fail_on_alarm and tracker.alarms:
-        raise TrainingError(f"the run is saved, but it had alarms (log.fail_on_alarm): {tracker.alarms[-1]['text']}")
+    num_alarms = all_reduce_sum(accelerator, len(tracker.alarms))  # the first process alone knows them
+    if log.fail_on_alarm and num_alarms:
+        last = tracker.alarms[-1]["text"] if tracker.alarms else "the first process says which"
+        raise TrainingError(f"the run is saved, but it had alarms (log.fail_on_alarm): {last}")
 
 
 __all__ = ["InterruptedRunError", "Run", "Stage", "TrainingError", "build_accelerator", "train"]

@@ -49,8 +49,9 @@ class Orders(Protocol):
 class Order:
     """The global batch of every step. Each epoch is a new permutation; its incomplete last batch is left out.
 
-    With `lengths`, each batch holds examples of like length, so little is padded, and batches come in random order.
-    `parts` says how often an epoch shows the examples of each source, see `mix`; without it, each once.
+    With `lengths`, the batch of the longest example is the very first, so that what does not fit into memory fails at
+    once. With `group_by_length` too, each batch holds examples of like length, so little is padded, and batches come in
+    random order. `parts` says how often an epoch shows the examples of each source, see `mix`; without it, each once.
     Raises ValueError where there are fewer examples than one batch needs.
     """
 
@@ -62,8 +63,11 @@ class Order:
         lengths: Sequence[int] | NDArray[np.int64] | None = None,
         parts: Parts | None = None,
         divide: Division = as_they_come,
+        *,
+        group_by_length: bool = True,
     ):
         self.divide = divide
+        self.groups = group_by_length and lengths is not None
         self.parts = [(num_examples, num_examples)] if parts is None else list(parts)
         num_shown = sum(count for _, count in self.parts)
         if num_shown < batch_size:
@@ -80,14 +84,17 @@ class Order:
     def _epoch_batches(self, epoch: int) -> list[np.ndarray]:
         generator = np.random.default_rng((self.seed, epoch))
         shown = generator.permutation(epoch_items(self.parts, self.seed, epoch))
-        if self.lengths is not None:
+        if self.groups and self.lengths is not None:
             size = self.batch_size * MEGABATCH
             chunks = [shown[start : start + size] for start in range(0, len(shown), size)]
             shown = np.concatenate([chunk[np.argsort(self.lengths[chunk], kind="stable")] for chunk in chunks])
         count = self.batches_per_epoch
         batches = list(shown[: count * self.batch_size].reshape(count, self.batch_size))
-        if self.lengths is not None:
+        if self.groups:
             batches = [batches[i] for i in generator.permutation(count)]
+        if epoch == 0 and self.lengths is not None:
+            longest = int(np.argmax([self.lengths[batch].max() for batch in batches]))
+            batches[0], batches[longest] = batches[longest], batches[0]
         return batches
 
     def batch(self, step: int) -> list[int]:
