@@ -26,10 +26,14 @@ LAUNCHES = {
     "zero3": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
 }
 
-# The real command, which all processes leave without a word behind the first state where DIES is set.
+# The real command, which all processes leave without a word behind the first state where DIES is set. CALLS_HEAD: the
+# LLM's head is called, and its gradient is not found beside it, as where its weight is gathered when it is called.
 DRIVER = """
 import os, sys
-from mmllm.training import loop, run
+from mmllm.training import loop, losses, run
+
+if "CALLS_HEAD" in os.environ:
+    losses.is_plain_linear = lambda head: False
 
 save_state = loop.save_state
 def save_and_die(*given, **named):
@@ -127,6 +131,17 @@ def test_adapters_of_an_llm_in_bf16_learn_under_fsdp2_what_they_learn_under_ddp(
     for kind in ("ddp", "fsdp2"):
         launch(tiny_runs / "stage2.yaml", tmp_path / kind, 2, LAUNCHES[kind], *shared(tiny_runs), *options)
     assert_same(tmp_path / "ddp", tmp_path / "fsdp2")
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("kind", "beside"), [("zero2", {}), ("zero3", {"CALLS_HEAD": "1"})])
+def test_zero_computes_in_bf16_what_ddp_does(
+    kind: str, beside: dict[str, str], tiny_runs: Path, tmp_path: Path
+) -> None:
+    options = (*shared(tiny_runs), *trains(*FROZEN_TOWER), "optim.precision=bf16")
+    for name, environment in (("ddp", beside), (kind, LAUNCHES[kind])):
+        launch(tiny_runs / "stage2.yaml", tmp_path / name, 2, environment, *options)
+    assert_same(tmp_path / "ddp", tmp_path / kind)
 
 
 def test_every_strategy_can_be_launched() -> None:
