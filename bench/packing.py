@@ -1,39 +1,23 @@
 """Training steps with `data.packing` never, always and auto, with and without batches of like lengths, in turn.
 
 `python -m bench packing`: the real stage on drawn data and a fresh LLM (3M parameters, 256 wide) with the embedded
-vision tower, in seconds of CPU time of one thread. Lengths as in LLaVA-665k (a sixth text-only, a long tail) and as of
-captions, at a third of their tokens.
+vision tower (16 image tokens), in seconds of CPU time of one thread. Conversations are those of bench/workload.py.
 """
 
 from __future__ import annotations
 
 import json
-import random
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from bench.workload import NUM_PICTURES, write_rows
+
 ROUNDS, STEPS = 3, 2
 BATCH, ACCUMULATE = 8, 4
-WORDS = (
-    "red",
-    "circle",
-    "above",
-    "small",
-    "square",
-    "left",
-    "of",
-    "the",
-    "large",
-    "blue",
-    "ring",
-    "below",
-    "green",
-    "bar",
-)
+NUM_ROWS = 512
 LLM = {
     "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4,
     "max_position_embeddings": 2048, "tie_word_embeddings": True,
@@ -55,38 +39,15 @@ def _write_language(folder: Path, attention: str) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _rows(mix: str) -> Iterator[dict[str, Any]]:
-    """Conversations as LLaVA's. A word is about a token."""
-    rng = random.Random(mix)
-
-    def turn(num_words: int) -> list[dict[str, str]]:
-        said = " ".join(rng.choices(WORDS, k=num_words))
-        return [{"from": "human", "value": "what is it?"}, {"from": "gpt", "value": said}]
-
-    for number in range(512):
-        is_text = mix == "instructions" and rng.random() < 1 / 6
-        if mix == "captions":
-            turns = turn(rng.randint(8, 14))
-        elif is_text:
-            turns = [one for _ in range(rng.randint(1, 4)) for one in turn(rng.randint(20, 130))]
-        else:
-            turns = [one for _ in range(1 + min(8, int(rng.expovariate(1 / 2)))) for one in turn(rng.randint(3, 45))]
-        row: dict[str, Any] = {"id": str(number), "conversations": turns}
-        if not is_text:
-            row["image"] = f"{number % 16}.png"
-            turns[0]["value"] = f"<image>\n{turns[0]['value']}"
-        yield row
-
-
 def _write_data(folder: Path) -> None:
     import numpy as np
     from PIL import Image
 
     generator = np.random.default_rng(0)
-    for number in range(16):
-        Image.fromarray(generator.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    for number in range(NUM_PICTURES):
+        Image.fromarray(generator.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(folder / f"{number}.jpg")
     for mix in MIXES:
-        (folder / f"{mix}.json").write_text(json.dumps(list(_rows(mix))))
+        (folder / f"{mix}.json").write_text(json.dumps(list(write_rows(mix, NUM_ROWS))))
 
 
 def _stage(folder: Path, mix: str, attention: str) -> Any:
@@ -106,7 +67,12 @@ def _stage(folder: Path, mix: str, attention: str) -> Any:
             "template": "tokenizer",
         },
         "data": {"train": [{"path": str(folder / f"{mix}.json")}], "cache_features": True},
-        "optim": {"learning_rates": dict.fromkeys(train, 1e-3), "max_steps": 1, "batch_size": BATCH},
+        "optim": {
+            "learning_rates": dict.fromkeys(train, 1e-3),
+            "max_steps": 1,
+            "batch_size": BATCH,
+            "precision": "bf16",
+        },
     }
     return ConversationStage(StageConfig.model_validate(values))
 

@@ -4,7 +4,7 @@ vision/ language/    random weights: open_clip's CLIP, transformers' Llama with 
 checkpoint/          both behind a fresh projector, as `mmllm train` starts from
 llava/               the same weights as transformers' Llava, as `mmllm export hf` writes them, with the layer of the
                      encoder that nobody reads, as published Llava checkpoints have it
-rows.json, NN.jpg    conversations as LLaVA's; lengths.json: their tokens, image tokens included
+MIX.json, NN.jpg     conversations as LLaVA's
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 VOCAB_SIZE = 16384  # the tokenizer uses few of them; the head and its logits have all
-SIDE_PX, PATCH_PX = 64, 8  # 64 image tokens
+SIDE_PX, PATCH_PX = 112, 8  # 196 image tokens: a third of LLaVA-1.5's 576, as LENGTH_SCALE is of its text
+LENGTH_SCALE = 1 / 3
 NUM_PICTURES = 48
 PICTURE_WIDTH_PX = 640  # COCO's, of which most of LLaVA's pictures are
 WORDS = ("red", "circle", "above", "small", "square", "left", "of", "the", "large", "blue", "ring", "below", "green")
@@ -37,6 +38,7 @@ class Size:
     side_px: int = SIDE_PX
     patch_px: int = PATCH_PX
     vocab_size: int = VOCAB_SIZE
+    length_scale: float = LENGTH_SCALE
     is_small: bool = True  # all contenders fit into memory beside each other
 
     @property
@@ -60,9 +62,24 @@ SIZES = {
     "large": Size(width=768, layers=12, heads=12, tower_width=512, tower_layers=8, batch_size=8, steps=6,
                   is_small=False),
     "7b": Size(width=4096, layers=32, heads=32, tower_width=1024, tower_layers=24, batch_size=16, steps=24,
-               side_px=336, patch_px=14, vocab_size=32064, is_small=False),
+               side_px=336, patch_px=14, vocab_size=32064, length_scale=1, is_small=False),
 }  # fmt: skip
-QUICK = Size(width=128, layers=2, heads=2, tower_width=128, tower_layers=3, batch_size=4, steps=6)
+QUICK = Size(width=128, layers=2, heads=2, tower_width=128, tower_layers=3, batch_size=4, steps=6, side_px=64)
+
+# What LLaVA-1.5's 665k rows are made of: rows in thousands (https://arxiv.org/abs/2310.03744, table 7), fewest and most
+# turns, and tokens of a question and of an answer. Counts are published; turns and tokens are our estimates from the
+# kinds of question, and nobody's count.
+SOURCES = (
+    (58, (3, 5), (8, 16), (15, 60)),  # LLaVA-Instruct, conversation
+    (23, (1, 1), (8, 14), (80, 150)),  # detail
+    (77, (1, 1), (12, 30), (80, 180)),  # complex reasoning
+    (244, (1, 10), (8, 16), (1, 4)),  # VQAv2, GQA, OKVQA, OCRVQA: short answers, all questions of a picture together
+    (50, (1, 1), (40, 70), (1, 1)),  # A-OKVQA: a letter
+    (22, (1, 1), (15, 30), (10, 18)),  # TextCaps
+    (116, (3, 10), (12, 36), (6, 26)),  # RefCOCO, Visual Genome: boxes as text
+)
+TEXT_ALONE = ((2, 4), (20, 100), (100, 380))  # ShareGPT, cut to 2048 tokens
+TEXT_SHARE = 1 / 6  # of rows; it is 1/16 in LLaVA-1.5's own
 
 # What is trained on which lengths, and whether the tower's features are on the disk already (for ours alone).
 STAGES = {
@@ -85,7 +102,7 @@ def write_workload(folder: Path, size: Size) -> None:
     _write_llava(folder, size)
     _write_pictures(folder)
     for mix in {mix for mix, _, _ in STAGES.values()}:
-        rows = list(_rows(mix, size.batch_size * size.steps))
+        rows = list(write_rows(mix, size.batch_size * size.steps, scale=size.length_scale))
         (folder / f"{mix}.json").write_text(json.dumps(rows))
 
 
@@ -169,26 +186,32 @@ def _write_pictures(folder: Path) -> None:
         picture.resize((PICTURE_WIDTH_PX, height)).save(folder / f"{number}.jpg", quality=90)
 
 
-def _rows(mix: str, count: int) -> Iterator[dict[str, Any]]:
-    """Conversations as LLaVA's at a third of their tokens: a sixth without picture, a long tail. A word is a token."""
+def write_rows(mix: str, count: int, *, scale: float = LENGTH_SCALE) -> Iterator[dict[str, Any]]:
+    """Conversations as LLaVA's, their lengths times `scale`: SOURCES, or `captions` of one turn. A word is a token."""
     rng = random.Random(mix)
 
-    def turn(num_words: int) -> list[dict[str, str]]:
-        said = " ".join(rng.choices(WORDS, k=num_words))
-        return [{"from": "human", "value": "what is it?"}, {"from": "gpt", "value": said}]
+    def words(lengths: tuple[int, int]) -> str:
+        return " ".join(rng.choices(WORDS, k=max(1, round(scale * rng.uniform(*lengths)))))
+
+    def turns(number: int, asked: tuple[int, int], said: tuple[int, int]) -> list[dict[str, str]]:
+        spoken = [(words(asked), words(said)) for _ in range(number)]
+        return [
+            {"from": who, "value": text} for pair in spoken for who, text in zip(("human", "gpt"), pair, strict=True)
+        ]
 
     for number in range(count):
-        is_text = mix == "instructions" and rng.random() < 1 / 6
+        is_text = mix != "captions" and rng.random() < TEXT_SHARE
         if mix == "captions":
-            turns = turn(rng.randint(8, 14))
+            spoken = turns(1, (9, 9), (24, 42))
         elif is_text:
-            turns = [one for _ in range(rng.randint(1, 4)) for one in turn(rng.randint(20, 130))]
+            spoken = turns(rng.randint(*TEXT_ALONE[0]), *TEXT_ALONE[1:])
         else:
-            turns = [one for _ in range(1 + min(8, int(rng.expovariate(1 / 2)))) for one in turn(rng.randint(3, 45))]
-        row: dict[str, Any] = {"id": str(number), "conversations": turns}
+            (_, num_turns, asked, said) = rng.choices(SOURCES, weights=[source[0] for source in SOURCES])[0]
+            spoken = turns(rng.randint(*num_turns), asked, said)
+        row: dict[str, Any] = {"id": str(number), "conversations": spoken}
         if not is_text:
             row["image"] = f"{number % NUM_PICTURES}.jpg"
-            turns[0]["value"] = f"<image>\n{turns[0]['value']}"
+            spoken[0]["value"] = f"<image>\n{spoken[0]['value']}"
         yield row
 
 
