@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from page_driver import NARROW, WIDE, browser  # noqa: F401 - a fixture
 from tiny_runs import train_in_process
 from typer.testing import CliRunner
 
@@ -144,3 +145,29 @@ def test_a_curve_may_be_one_point_constant_or_not_finite() -> None:
         assert "nan" not in re.sub(r"not finite", "", drawn)
         assert "inf" not in drawn.replace("finite", "")
     assert "not finite" in chart({"loss": [(0, float("nan"))]}, max_step=10)
+
+
+@pytest.mark.browser
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("size", [WIDE, NARROW], ids=["wide", "narrow"])
+def test_the_report_can_be_read_in_a_browser_and_asks_for_nothing(
+    done: Path,
+    browser: Any,  # noqa: F811
+    size: dict[str, int],
+) -> None:
+    context = browser.new_context(viewport=size)
+    tab = context.new_page()
+    requests: list[str] = []
+    problems: list[str] = []
+    tab.on("request", lambda request: requests.append(request.url))
+    tab.on("pageerror", lambda error: problems.append(str(error)))
+    tab.goto((done / "report.html").absolute().as_uri())
+    assert [url for url in requests if not url.startswith(("file:", "data:"))] == []
+    assert problems == []
+    assert tab.evaluate("document.documentElement.scrollWidth") <= size["width"], "nothing stands beside the window"
+    curves = [curve for curve in tab.locator("svg").all() if curve.is_visible()]  # the others are folded away
+    assert curves
+    assert all((box := curve.bounding_box()) and box["width"] > 100 and box["height"] > 50 for curve in curves)
+    assert tab.evaluate("[...document.images].every(image => image.naturalWidth > 0)"), "pictures stand in the file"
+    assert tab.get_by_text("the model does not look at the picture").first.is_visible()
+    context.close()
