@@ -80,3 +80,14 @@ def test_a_process_that_hangs_and_dies_is_told_and_the_two_go_on_to_the_same_wei
     ours, theirs = weights_of(out), weights_of(tmp_path / "unbroken")
     assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
     assert losses_of(out) == losses_of(tmp_path / "unbroken")
+
+
+@pytest.mark.timeout(300)
+def test_an_alarm_that_shall_fail_the_run_ends_both_processes_with_an_error(tiny_runs: Path, tmp_path: Path) -> None:
+    log = "log={fail_on_alarm: true, min_image_reliance: 100, reliance_after: 0, validate_every_steps: 3}"
+    overrides = ("optim.batch_size=2", f"data.val=[{{path: {tiny_runs}/data/train.json}}]", log)
+    ended = launch(tmp_path / "lives", tiny_runs / "stage2.yaml", tmp_path / "out", *overrides)
+    assert ended.returncode != 0
+    told = "error: the run is saved, but it had alarms (log.fail_on_alarm): "
+    assert f"{told}the model does not look at the picture" in ended.stderr
+    assert f"{told}the first process says which" in ended.stderr

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from test_training_kill import streamed
 from test_training_loop import UNGROUPED, mixed_seed
 from tiny_runs import log_of, losses_of, settings_of, train_in_process, weights_of
 
@@ -26,7 +28,7 @@ LAUNCHES = {
     "zero3": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
 }
 
-# The real command, which all processes leave without a word behind the first state where DIES is set. CALLS_HEAD: the
+# The real command, which all processes leave without a word behind as many states as DIES says. CALLS_HEAD: the
 # LLM's head is called, and its gradient is not found beside it, as where its weight is gathered when it is called.
 DRIVER = """
 import os, sys
@@ -35,10 +37,12 @@ from mmllm.training import loop, losses, run
 if "CALLS_HEAD" in os.environ:
     losses.is_plain_linear = lambda head: False
 
-save_state = loop.save_state
+save_state, num_saved = loop.save_state, 0
 def save_and_die(*given, **named):
+    global num_saved
     save_state(*given, **named)
-    if "DIES" in os.environ:
+    num_saved += 1
+    if num_saved == int(os.environ.get("DIES", 0)):
         given[2].accelerator.wait_for_everyone()
         os._exit(9)
 loop.save_state = save_and_die
@@ -108,6 +112,7 @@ def test_two_processes_are_one_with_twice_the_batch(
     config, out = tiny_runs / "stage2.yaml", tmp_path / "out"
     told = launch(config, out, 2, LAUNCHES[kind], *shared(tiny_runs), *trains(*parts))
     assert f"2 process(es) on cpu, {'zero' if kind.startswith('zero') else kind}" in told
+    assert re.search(r"rehearsed saving: [\d.]+ MB written, read back and compared", told)
     assert_same(alone[parts], out)
 
 
@@ -121,6 +126,23 @@ def test_a_stopped_run_goes_on_with_as_many_processes_or_fewer(
     assert [path.name for path in saved_steps(out)] == ["step_0000002"]
     assert "goes on from step 2" in launch(config, out, num_later, LAUNCHES[kind], *overrides)
     assert_same(alone[FROZEN_TOWER], out)
+
+
+@pytest.mark.timeout(600)
+def test_streamed_data_and_a_damaged_shard_under_fsdp2(tiny_runs: Path, tmp_path: Path) -> None:
+    config, out = tiny_runs / "stage2.yaml", tmp_path / "out"
+    overrides = (*shared(tiny_runs), *trains(*FROZEN_TOWER), *streamed(tiny_runs / "data"), "log.save_every_steps=1")
+    alone = train_in_process(config, tmp_path / "alone", *overrides)
+    launch(config, out, 2, {**LAUNCHES["fsdp2"], "DIES": "2"}, *overrides)
+    assert [path.name for path in saved_steps(out)] == ["step_0000001", "step_0000002"]
+    shard = sorted((saved_steps(out)[-1] / "shards").glob("*.distcp"))[-1]
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    told = launch(config, out, 2, LAUNCHES["fsdp2"], *overrides)
+    assert f"passed over: {shard.parent} is damaged at {shard.name}" in told
+    assert "goes on from step 1" in told
+    assert_same(alone, out)
 
 
 @pytest.mark.timeout(600)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from mmllm.config import RunConfig
+
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
 
 LONGEST_WAIT = timedelta(hours=2)  # of a process for another one, which may validate or save a large model
 
@@ -50,7 +53,7 @@ def cores_of_process() -> int:
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def gather_all(accelerator: Any, values: dict[int, Any]) -> dict[int, Any]:
+def gather_all(accelerator: Any, values: dict[_Key, _Value]) -> dict[_Key, _Value]:
     """The entries of all ranks together. Every rank has to call it."""
     if accelerator.num_processes == 1:
         return values

@@ -120,14 +120,8 @@ class Run:
 
     def resume(self, say: Callable[[str], None]) -> int:
         """The step to start from: 0, or that of the newest saved state that can be read. Raises StateError."""
-        state = read_newest(self.out, say)
+        state = read_newest(self.out, say, self.accelerator)
         step = state["step"] if state else 0
-        world = self.accelerator.num_processes
-        if (total := all_reduce_sum(self.accelerator, step)) != step * world:
-            raise TrainingError(
-                f"this process would go on from step {step} of {self.out}, and the mean of all {world} is "
-                f"{total / world:.1f}: all machines must see the same folder"
-            )
         if state:
             facts: dict[str, Any] = {"settings": self.settings, "global_batch": self.global_batch}
             load_state(self.out, state, self.strategy, **facts)
@@ -166,9 +160,9 @@ class Run:
         if self.accelerator.is_main_process:
             log = self.config.log
             check_room(self.out, self.trained_bytes, log.keep_checkpoints if log.save_every_steps else 0)
-            if not first_step and not self.strategy.has_shards:
-                say(rehearse(self.out, self.strategy.trained, self.settings))
         self.accelerator.wait_for_everyone()
+        if not first_step:
+            say(rehearse(self.out, self.strategy, self.settings))
 
     def _num_valid(self, step: int, batches: Sequence[Any]) -> float:
         """What the loss averages over, of all ranks. Raises what is wrong with the data of this one or another."""

@@ -21,9 +21,11 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmllm.config import CONFIGS, ConfigError
+from mmllm.training.distributed import gather_all
+from mmllm.training.shards import damaged_shards, shard_sums
 from mmllm.training.strategy import Strategy
 
 STATE_FILE = "state.pt"
@@ -154,16 +156,14 @@ def save_state(
     if accelerator.is_main_process:
         _begin(target)
     accelerator.wait_for_everyone()
-    if strategy.has_shards:
-        strategy.save_shards(_partial(target) / SHARDS)
-        accelerator.wait_for_everyone()
+    sums = _save_shards(strategy, _partial(target)) if strategy.has_shards else {}
     if not accelerator.is_main_process:
         return
     state = {
         "step": step,
         "strategy": strategy.name,
         "num_ranks": accelerator.num_processes,
-        **({} if strategy.has_shards else strategy.whole_state()),
+        **({SHARDS: sums} if strategy.has_shards else strategy.whole_state()),
         "settings": settings,
         "global_batch": global_batch,
         "position": dict(position),
@@ -174,6 +174,13 @@ def save_state(
     for other in (out / "state").iterdir():  # later ones could not be read, or this run would stand behind them
         if other not in kept:
             shutil.rmtree(other)
+
+
+def _save_shards(strategy: Strategy, folder: Path) -> dict[str, str]:
+    """Has every rank write its share of the state; gives the sums of the files."""
+    strategy.save_shards(folder / SHARDS)
+    strategy.accelerator.wait_for_everyone()
+    return shard_sums(folder / SHARDS, strategy.accelerator)
 
 
 def check_room(out: Path, trained_bytes: int, num_states: int) -> None:
@@ -187,22 +194,34 @@ def check_room(out: Path, trained_bytes: int, num_states: int) -> None:
         )
 
 
-def rehearse(out: Path, trained: Mapping[str, nn.Parameter], settings: str) -> str:
+def rehearse(out: Path, strategy: Strategy, settings: str) -> str:
     """Saves the weights as a state is saved, reads them back, compares and removes them; says what it took.
 
-    Raises StateError where they come back as others, OSError where they cannot be written.
+    Every rank has to call it. Raises StateError where they come back as others, OSError where they cannot be written.
     """
-    folder, begun = out / "state" / "rehearsal", time.monotonic()
-    weights = {name: parameter.detach() for name, parameter in trained.items()}
-    _begin(folder)
-    _commit(folder, {"step": 0, "weights": weights, "optimizers": [], "settings": settings})
-    size = (folder / STATE_FILE).stat().st_size
-    try:
-        back = _read(folder)["weights"]
-    finally:
+    accelerator, folder, begun = strategy.accelerator, out / "state" / "rehearsal", time.monotonic()
+    if accelerator.is_main_process:
+        _begin(folder)
+    accelerator.wait_for_everyone()
+    state: dict[str, Any] = {"step": 0, "settings": settings}
+    if strategy.has_shards:
+        state[SHARDS] = _save_shards(strategy, _partial(folder))
+    else:
+        state |= {"weights": strategy.whole_state()["weights"], "optimizers": []}
+    if accelerator.is_main_process:
+        _commit(folder, state)
+    accelerator.wait_for_everyone()
+    size = sum(path.stat().st_size for path in folder.rglob("*"))
+    wrong: list[str] = []
+    if strategy.has_shards or accelerator.is_main_process:
+        before = strategy.own_weights()
+        back = strategy.reread(folder / SHARDS) if strategy.has_shards else _read(folder)["weights"]
+        wrong = [name for name, value in before.items() if not same_bits(back.get(name), value)]
+    found = gather_all(accelerator, {accelerator.process_index: wrong[:1]})
+    if accelerator.is_main_process:
         shutil.rmtree(folder)
-    if wrong := [name for name, value in weights.items() if not same_bits(back.get(name), value)]:
-        raise StateError(f"{out} does not give back what was saved there, first {wrong[0]}: is the disk sound?")
+    if names := [name for one in found.values() for name in one]:
+        raise StateError(f"{out} does not give back what was saved there, first {names[0]}: is the disk sound?")
     return f"rehearsed saving: {size / 1e6:.1f} MB written, read back and compared in {time.monotonic() - begun:.1f} s"
 
 
@@ -223,18 +242,21 @@ def check_same_run(out: Path, there: str, here: str) -> None:
         )
 
 
-def read_newest(out: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
-    """The newest state that can be read; each one passed over is told. None where none was saved.
+def read_newest(out: Path, say: Callable[[str], None], accelerator: Any) -> dict[str, Any] | None:
+    """The newest state that all ranks can read; each one passed over is told. None where none was saved.
 
     Raises StateError where there are states and none can be read: a run never begins anew by itself.
     """
+    folders, rank = saved_steps(out), accelerator.process_index
+    if len({tuple(names) for names in gather_all(accelerator, {rank: [one.name for one in folders]}).values()}) > 1:
+        raise StateError(f"not all processes see the same states in {out}: all machines must see the same folder")
     wrong: list[str] = []
-    for folder in reversed(saved_steps(out)):
-        try:
-            return _read(folder)
-        except StateError as error:
-            say(f"passed over: {error}")
-            wrong.append(str(error))
+    for folder in reversed(folders):
+        state, error = _try_read(folder, accelerator)
+        if error is None:
+            return state
+        say(f"passed over: {error}")
+        wrong.append(error)
     if wrong:
         listed = "\n".join(f"  {line}" for line in wrong)
         raise StateError(
@@ -242,6 +264,21 @@ def read_newest(out: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
             f"put a copy of one back, or remove {out / 'state'} to begin anew from step 1"
         )
     return None
+
+
+def _try_read(folder: Path, accelerator: Any) -> tuple[dict[str, Any], str | None]:
+    """(a state, what is wrong with it for some rank): the same answer on every rank."""
+    state: dict[str, Any] = {}
+    error: str | None = None
+    try:
+        state = _read(folder)
+    except StateError as found:
+        error = str(found)
+    errors = gather_all(accelerator, {accelerator.process_index: error})
+    error = next((one for _, one in sorted(errors.items()) if one), None)
+    if error is None and (damaged := damaged_shards(folder / SHARDS, state.get(SHARDS, {}), accelerator)):
+        error = f"{folder / SHARDS} is damaged at {', '.join(damaged[:3])}"
+    return state, error
 
 
 def load_state(

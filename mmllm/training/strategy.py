@@ -102,6 +102,14 @@ class Strategy:
     def load_shards(self, folder: Path, *, saved_by: int) -> None:
         """What `save_shards` of `saved_by` ranks wrote."""
 
+    def own_weights(self) -> dict[str, Tensor]:
+        """The trained weights as far as this rank holds them, for comparing; no copy."""
+        return {name: parameter.detach() for name, parameter in self.trained.items()}
+
+    def reread(self, folder: Path) -> dict[str, Tensor]:
+        """`own_weights` as they stand in what `save_shards` wrote before the first step. Every rank has to call it."""
+        raise NotImplementedError
+
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
         """Around forwards that begin inside the module, as answers do."""

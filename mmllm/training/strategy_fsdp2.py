@@ -32,6 +32,10 @@ def _whole(value: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
+def _own(value: Tensor) -> Tensor:
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
 def repeated_blocks(module: nn.Module) -> list[nn.Module]:
     """The layers that are gathered one at a time: every list of equal modules, the outermost.
 
@@ -118,6 +122,16 @@ class FSDP2(Strategy):
         load(shards, checkpoint_id=folder)  # in place: each rank reads what it holds
         options = StateDictOptions(ignore_frozen_params=True)
         set_optimizer_state_dict(self.module, self.optimizers, shards["optimizer"], options=options)
+
+    def own_weights(self) -> dict[str, Tensor]:
+        return {name: _own(parameter.detach()) for name, parameter in self.trained.items()}
+
+    def reread(self, folder: Path) -> dict[str, Tensor]:
+        weights = {name: torch.empty_like(parameter.detach()) for name, parameter in self.trained.items()}
+        load({"weights": weights}, checkpoint_id=folder)
+        for optimizer in self.optimizers:
+            optimizer.state.clear()  # torch made one, of a step with no gradient, for what was saved
+        return {name: _own(value) for name, value in weights.items()}
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:

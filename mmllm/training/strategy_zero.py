@@ -98,6 +98,20 @@ class ZeRO(Strategy):
     def save_shards(self, folder: Path) -> None:
         self.engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
 
+    def own_weights(self) -> dict[str, Tensor]:
+        return {name: self._own(parameter).cpu().clone() for name, parameter in self.trained.items()}
+
+    def _own(self, parameter: Any) -> Tensor:
+        own: Tensor = parameter.ds_tensor if self.is_sharded else parameter.detach()
+        return own
+
+    def reread(self, folder: Path) -> dict[str, Tensor]:
+        """DeepSpeed only reads into the model itself, which is emptied for it."""
+        for parameter in self.trained.values():
+            self._own(parameter).zero_()
+        self.load_shards(folder, saved_by=self.accelerator.num_processes)
+        return self.own_weights()
+
     def load_shards(self, folder: Path, *, saved_by: int) -> None:
         """DeepSpeed's files fit the number of ranks that wrote them; for another one they are made universal first."""
         world = self.accelerator.num_processes
