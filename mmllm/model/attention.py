@@ -156,7 +156,7 @@ def _transformers_attention(
     """What transformers' layers call: blocked where that is faster, or else `sdpa`. [B, H, T, d] -> [B, T, H, d]."""
     from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
-    is_plain = not dropout and kwargs.get("position_bias") is None and kwargs.get("cache") is None
+    is_plain = not dropout and all(kwargs.get(name) is None for name in ("position_bias", "cache", "softcap"))
     is_mask = attention_mask is None or (attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1)
     if not (is_plain and is_mask and is_blocked_faster(query, key, value)):
         found: tuple[Tensor, None] = sdpa_attention_forward(
