@@ -18,6 +18,7 @@ from mmllm.config import LoraConfig
 from mmllm.model.build import build_model
 from mmllm.model.tower import TowerSpec
 from mmllm.model.vision_transformers import TransformersTower
+from mmllm.training import flops
 from mmllm.training.flops import PEAKS, StepFlops, _measured, device_peak, row_lengths
 from mmllm.training.lora import add_lora
 from mmllm.training.losses import conversation_loss_sum, has_plain_head
@@ -148,3 +149,20 @@ def test_the_peak_of_this_device_is_measured_where_no_table_has_it() -> None:
     assert peak.source == "measured"
     assert peak.flops_per_second > 1e8
     assert PEAKS["H100"][0] == 989e12
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA H100 PCIe", "H100 PCIe"), ("NVIDIA A100-SXM4-80GB", "A100"),
+     ("NVIDIA L40S", "L40S"), ("NVIDIA GH200 480GB", "GH200"), ("NVIDIA A10G", "A10G")],
+)  # fmt: skip
+def test_a_gpu_is_known_by_the_whole_word_of_its_name(name: str, known: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    peak = device_peak(torch.device("cuda"), "bf16")
+    assert (peak.source, peak.flops_per_second) == (known, PEAKS[known][0])
+
+
+def test_a_gpu_with_another_ones_name_in_its_own_is_not_that_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA RTX A1000")
+    monkeypatch.setattr(flops, "_measure_peak", lambda *given: 1.0)
+    assert device_peak(torch.device("cuda"), "bf16").source == "measured"

@@ -8,6 +8,7 @@ teach nothing, and layers that gradient checkpointing computes again: HFU, https
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -229,6 +230,7 @@ def _measured(module: nn.Module, given: Tensor, needs_gradient: bool) -> _Cost:
 PEAKS: dict[str, tuple[float, float]] = {
     "B200": (2250e12, 75e12),
     "H200": (989e12, 67e12),
+    "GH200": (989e12, 67e12),
     "H100 PCIe": (756e12, 51e12),
     "H100": (989e12, 67e12),
     "A100": (312e12, 19.5e12),
@@ -261,7 +263,7 @@ def device_peak(device: torch.device, precision: str) -> Peak:
     """From the table for a known GPU; for any other device what one large matrix product reaches, `measured`."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        known = next((key for key in PEAKS if key in name), None)
+        known = next((key for key in PEAKS if re.search(rf"\b{key}\b", name)), None)  # RTX A1000 is no A100
         if known:
             bf16, fp32 = PEAKS[known]
             if precision == "fp32" and torch.get_float32_matmul_precision() != "highest":

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mmllm.config import ConfigError, DataConfig
 from mmllm.data.packing import Groups, RowCost, alike, divided, plan_rows, positions
+from mmllm.model.attention import BLOCKED
 from mmllm.training.order import Item, as_they_come
 
 # How far logits that should be equal may lie apart, as a share of the largest. The 16-bit types round at every step.
@@ -67,7 +68,7 @@ def _logits(language_model: Any, embeds: Tensor, where: Tensor | None) -> Tensor
 
 # Attention costs this many times its multiplications: it moves its scores through memory. Measured on a CPU with
 # transformers' Llama, see bench/RESULTS.md. What is missing here skips what is masked.
-_ATTENTION_WEIGHT = {"eager": 5.0, "sdpa": 2.0}
+_ATTENTION_WEIGHT = {"eager": 5.0, "sdpa": 2.0, BLOCKED: 2.0}
 
 
 def row_cost(language_model: Any) -> RowCost:
