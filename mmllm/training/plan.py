@@ -183,12 +183,13 @@ def make_plan(config: RunConfig, *, gpus: int = 1, memory: int | None = None) ->
         batch = longest_batch(stage, config.optim.batch_size, config.data.max_length_tokens)
         measured = _measure(run, batch)
         run.throughput.figures()
-        steps = min(TYPICAL_STEPS, config.optim.max_steps)
-        data = run.batches(0)
+        last = min(TYPICAL_STEPS + 1, config.optim.max_steps)
+        first = min(1, last - 1)  # step 0 has the longest example
+        data = run.batches(first)
         begun = time.monotonic()
-        for step in range(steps):
+        for step in range(first, last):
             run.step(step, data)
-        seconds = (time.monotonic() - begun) / steps
+        seconds = (time.monotonic() - begun) / (last - first)
         speed = run.throughput.figures()
         if told := run.throughput.describe():
             notes.append(told)
