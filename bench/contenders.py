@@ -22,7 +22,6 @@ from torch import Tensor
 from bench.workload import QUICK, SIZES, STAGES, Size, messages_of
 from mmllm.batch import IGNORE_INDEX
 
-RATE = 3e-4  # orders differ, and where the loss falls steeply so do curves
 NUM_PROBED = 8  # conversations whose loss every contender tells, before and after
 MIB = 2**20
 
@@ -128,7 +127,7 @@ def ours(recorder: Recorder, folder: Path, stage_name: str) -> tuple[float, floa
         "model": {"checkpoint": str(folder / "checkpoint")},
         "data": {"train": [{"path": str(folder / f"{mix}.json")}], "cache_features": is_cached},
         "optim": {
-            "learning_rates": dict.fromkeys(train, RATE), "max_steps": size.steps, "batch_size": size.batch_size,
+            "learning_rates": dict.fromkeys(train, size.rate), "max_steps": size.steps, "batch_size": size.batch_size,
             "warmup_fraction": 0, "decay_fraction": 0, "precision": "bf16",
         },
     }  # fmt: skip
@@ -257,7 +256,8 @@ def probe_llava(model: Any, collate: Callable[..., dict[str, Any]], rows: Any) -
 def _trainer_options(recorder: Recorder, folder: Path, sampling: str) -> dict[str, Any]:
     return {
         "output_dir": str(folder / "out-trainer"), "per_device_train_batch_size": recorder.size.batch_size,
-        "max_steps": recorder.size.steps, "learning_rate": RATE, "lr_scheduler_type": "constant", "bf16": True,
+        "max_steps": recorder.size.steps, "learning_rate": recorder.size.rate, "lr_scheduler_type": "constant",
+        "bf16": True,
         "use_cpu": not torch.cuda.is_available(), "report_to": "none", "save_strategy": "no", "logging_steps": 1,
         "remove_unused_columns": False, "train_sampling_strategy": sampling, "disable_tqdm": True,
         "max_grad_norm": 1.0, "weight_decay": 0.0,
@@ -344,7 +344,7 @@ def plain_loop(recorder: Recorder, folder: Path, stage_name: str) -> tuple[float
     model, processor = load_llava(folder, STAGES[stage_name][1])
     rows, collate = load_rows(folder, stage_name), collator(processor)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=recorder.size.rate, weight_decay=0.0)
     loader: Any = DataLoader(
         rows, batch_size=recorder.size.batch_size, shuffle=True, collate_fn=recorded_collator(recorder, collate),
         generator=torch.Generator().manual_seed(0),

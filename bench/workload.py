@@ -39,6 +39,7 @@ class Size:
     patch_px: int = PATCH_PX
     vocab_size: int = VOCAB_SIZE
     length_scale: float = LENGTH_SCALE
+    rate: float = 3e-4  # orders differ, and where the loss falls steeply so do curves
     is_small: bool = True  # all contenders fit into memory beside each other
 
     @property
@@ -60,9 +61,9 @@ class Size:
 SIZES = {
     "tiny": Size(width=256, layers=4, heads=4, tower_width=256, tower_layers=6, batch_size=16, steps=12),
     "large": Size(width=768, layers=12, heads=12, tower_width=512, tower_layers=8, batch_size=8, steps=6,
-                  is_small=False),
+                  rate=3e-5, is_small=False),
     "7b": Size(width=4096, layers=32, heads=32, tower_width=1024, tower_layers=24, batch_size=16, steps=24,
-               side_px=336, patch_px=14, vocab_size=32064, length_scale=1, is_small=False),
+               side_px=336, patch_px=14, vocab_size=32064, length_scale=1, rate=2e-5, is_small=False),
 }  # fmt: skip
 QUICK = Size(width=128, layers=2, heads=2, tower_width=128, tower_layers=3, batch_size=4, steps=6, side_px=64)
 

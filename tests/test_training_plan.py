@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 from mmllm.cli import app
 from mmllm.config import ConfigError
 from mmllm.errors import _explain, is_out_of_memory
+from mmllm.training.loop import Run
 from mmllm.training.memory import Memory, Shape, changes, size_text
 from mmllm.training.plan import parse_size
 
@@ -50,6 +52,22 @@ def test_a_plan_says_what_the_run_needs_and_writes_nothing(tiny_runs: Path, tmp_
     assert isinstance(speed, dict)
     assert speed["tokens_per_second"] > speed["samples_per_second"] > 0
     assert speed["mfu"] > 0
+
+
+@pytest.mark.parametrize(("max_steps", "timed"), [(6, [1, 2]), (2, [1]), (1, [0])])
+def test_the_speed_of_a_plan_is_that_of_steps_behind_the_longest_batch(
+    max_steps: int, timed: list[int], tiny_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[int] = []
+    make = Run.step
+
+    def recorded(self: Run, step: int, data: Any) -> Any:
+        steps.append(step)
+        return make(self, step, data)
+
+    monkeypatch.setattr(Run, "step", recorded)
+    plan_of(str(tiny_runs / "stage2.yaml"), f"out={tmp_path / 'out'}", f"optim.max_steps={max_steps}")
+    assert steps == [0, 1, *timed], "the longest batch twice, and then some of the run's own"
 
 
 def test_a_plan_that_does_not_fit_there_ends_with_1_and_says_what_does(tiny_runs: Path, tmp_path: Path) -> None:
