@@ -121,16 +121,19 @@ def growth(*, is_quick: bool = False) -> dict[str, float]:
 def _plot(curves: dict[str, dict[int, float]]) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 2.6), layout="constrained")
+    figure = Figure(figsize=(14, 3), layout="constrained")
     axes: Sequence[Any] = figure.subplots(1, len(curves))
     for axis, (what, curve) in zip(axes, curves.items(), strict=True):
         value, by = what.split(" by ")
-        axis.plot(list(curve), list(curve.values()), marker="o")
+        axis.plot(list(curve), list(curve.values()), marker="o", clip_on=False)
         axis.set_xlabel(by)
         axis.set_title(value, fontsize="medium")
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.1 * max(curve.values()))
         if 0 not in curve:
-            axis.set_xscale("log", base=10 if "rows" in by else 2)
+            axis.set_xscale("log", base=2)
+        axis.set_xticks(list(curve), [f"{x:,}" for x in curve])
+        axis.minorticks_off()
+        axis.grid(axis="y", alpha=0.3)
     PLOT.parent.mkdir(exist_ok=True)
     figure.savefig(PLOT, dpi=80)
 

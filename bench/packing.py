@@ -74,7 +74,10 @@ def _stage(folder: Path, mix: str, attention: str) -> Any:
             "precision": "bf16",
         },
     }
-    return ConversationStage(StageConfig.model_validate(values))
+    stage = ConversationStage(StageConfig.model_validate(values))
+    assert stage.features
+    stage.features.fill(stage.model.device)
+    return stage
 
 
 class _Way:
