@@ -62,6 +62,6 @@ def gather_all(accelerator: Any, values: dict[_Key, _Value]) -> dict[_Key, _Valu
     return {key: value for one in found for key, value in one.items()}
 
 
-def share_of(indices: list[int], rank: int, world_size: int) -> list[int]:
+def share_of(items: list[_Value], rank: int, world_size: int) -> list[_Value]:
     """This rank's examples of a global batch: every `world_size`-th, so that lengths are alike on all ranks."""
-    return indices[rank::world_size]
+    return items[rank::world_size]

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from mmllm.model.adapter import file_hash
-from mmllm.training.distributed import gather_all
+from mmllm.training.distributed import gather_all, share_of
 
 
 def _share(names: list[str], accelerator: Any) -> list[str]:
-    return sorted(names)[accelerator.process_index :: accelerator.num_processes]
+    return share_of(sorted(names), accelerator.process_index, accelerator.num_processes)
 
 
 def shard_sums(folder: Path, accelerator: Any) -> dict[str, str]:

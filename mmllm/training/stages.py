@@ -93,10 +93,10 @@ class ConversationStage:
             folder = Path(config.data.cache_folder or Path(config.out).parent / "cache")
             self.features = FeatureCache(self.engine, self.examples, folder)
         self.module: nn.Module = _ConversationLoss(self.model, config.optim.loss_chunk_tokens)
-        self.packer = Packer(self.model.language_model, config.data)
-        self._recompute_layers()
         if config.optim.precision == "bf16" and not config.optim.compile and not torch.accelerator.is_available():
             use_blocked_attention(self.model.language_model)
+        self.packer = Packer(self.model.language_model, config.data)
+        self._recompute_layers()
         if config.optim.liger:
             use_liger(self.model.language_model)
         if config.optim.compile:

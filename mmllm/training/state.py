@@ -211,15 +211,17 @@ def rehearse(out: Path, strategy: Strategy, settings: str) -> str:
     if accelerator.is_main_process:
         _commit(folder, state)
     accelerator.wait_for_everyone()
-    size = sum(path.stat().st_size for path in folder.rglob("*"))
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     wrong: list[str] = []
-    if strategy.has_shards or accelerator.is_main_process:
-        before = strategy.own_weights()
-        back = strategy.reread(folder / SHARDS) if strategy.has_shards else _read(folder)["weights"]
-        wrong = [name for name, value in before.items() if not same_bits(back.get(name), value)]
-    found = gather_all(accelerator, {accelerator.process_index: wrong[:1]})
-    if accelerator.is_main_process:
-        shutil.rmtree(folder)
+    try:
+        if strategy.has_shards or accelerator.is_main_process:
+            before = strategy.own_weights()
+            back = strategy.reread(folder / SHARDS) if strategy.has_shards else _read(folder)["weights"]
+            wrong = [name for name, value in before.items() if not same_bits(back.get(name), value)]
+        found = gather_all(accelerator, {accelerator.process_index: wrong[:1]})
+    finally:
+        if accelerator.is_main_process:
+            shutil.rmtree(folder)
     if names := [name for one in found.values() for name in one]:
         raise StateError(f"{out} does not give back what was saved there, first {names[0]}: is the disk sound?")
     return f"rehearsed saving: {size / 1e6:.1f} MB written, read back and compared in {time.monotonic() - begun:.1f} s"
