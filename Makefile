@@ -62,9 +62,9 @@ $(BIN)/uv:
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 
-$(READY): requirements.txt pyproject.toml | $(BIN)/uv
+$(READY): requirements.txt tests/parts.txt pyproject.toml | $(BIN)/uv
 	$(BIN)/uv pip sync --python $(BIN)/python requirements.txt
-	$(BIN)/uv pip install --python $(BIN)/python --no-deps --editable .
+	$(BIN)/uv pip install --python $(BIN)/python --no-deps --requirement tests/parts.txt --editable .
 	@touch $@
 
 # What follows is made once: order-only prerequisites (behind the bar) are made before it, but never make it anew.
