@@ -64,7 +64,8 @@ $(BIN)/uv:
 
 $(READY): requirements.txt tests/parts.txt pyproject.toml | $(BIN)/uv
 	$(BIN)/uv pip sync --python $(BIN)/python requirements.txt
-	$(BIN)/uv pip install --python $(BIN)/python --no-deps --requirement tests/parts.txt --editable .
+	$(BIN)/uv pip install --python $(BIN)/python --no-deps --editable .
+	$(BIN)/uv pip install --python $(BIN)/python --no-deps --target .venv/parts --requirement tests/parts.txt
 	@touch $@
 
 # What follows is made once: order-only prerequisites (behind the bar) are made before it, but never make it anew.
