@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from mmllm.batch import Example, Message
+from mmllm.batch import PICTURE_LABEL, Example, Message
 from mmllm.data.images import ImageError, load_image
 from mmllm.inference.conversation import user_message
 
@@ -42,8 +42,8 @@ class Turn:
         return self.finish is None and not self.problem
 
 
-def example_of(turns: Sequence[Turn]) -> Example:
-    """The conversation that ends with the last turn's question."""
+def example_of(turns: Sequence[Turn], *, label: str = PICTURE_LABEL) -> Example:
+    """The conversation that ends with the last turn's question; `label` is what the model reads before a picture."""
     messages: list[Message] = []
     images: list[str] = []
     waiting: list[str] = []  # pictures of turns that were stopped before the first word
@@ -54,7 +54,7 @@ def example_of(turns: Sequence[Turn]) -> Example:
         waiting += [str(path) for path in turn.pictures]
         if not is_last and not turn.answer:
             continue
-        messages.append(user_message(turn.text, len(waiting), len(images)))
+        messages.append(user_message(turn.text, len(waiting), len(images), label=label))
         images += waiting
         waiting = []
         if not is_last:

@@ -70,7 +70,7 @@ class Events:
         yield composer_while(writing=True), shown(session.turns), gr.skip(), counts_html(None)
         try:
             sampling = Sampling(temperature, top_p, int(max_new_tokens), None if seed == ANY_SEED else seed)
-            example = example_of(session.turns[: session.turns.index(turn) + 1])
+            example = example_of(session.turns[: session.turns.index(turn) + 1], label=self.engine.picture_label)
             yield gr.skip(), gr.skip(), seen_html(self.engine, example), gr.skip()
             last_update = 0.0
             for reply in self.engine.stream(example, sampling, stop=stop):

@@ -16,6 +16,8 @@ from torch import Tensor
 
 IGNORE_INDEX = -100
 IMAGE_TOKEN = "<image>"
+TEXT_ENCODING = 2  # how texts become ids: mmllm/data/chat.py
+PICTURE_LABEL = "Picture {}: "  # what stands before each of several pictures; {} is its number, from 1
 
 Role = Literal["system", "user", "assistant"]
 
@@ -63,6 +65,12 @@ def message(role: Role, text: str, first_image: int = 0) -> Message:
         if piece:
             parts.append(piece)
     return Message(role, tuple(parts))
+
+
+def picture_marks(num_pictures: int, label: str = PICTURE_LABEL) -> str:
+    """How a question names its pictures: each on a line of its own, and labelled where they are several."""
+    labels = [label.replace("{}", str(number)) if num_pictures > 1 else "" for number in range(1, num_pictures + 1)]
+    return "".join(f"{one}{IMAGE_TOKEN}\n" for one in labels)
 
 
 @dataclass

@@ -93,6 +93,7 @@ class ModelConfig(Section):
     projector: ProjectorConfig | None = None
     language: LanguageConfig | None = None
     template: str | None = None  # a key of TEMPLATES; `tokenizer` is the tokenizer's own
+    picture_label: str | None = None  # before each of several pictures of a question, {} is its number; "Picture {}: "
 
     @model_validator(mode="after")
     def _one_origin(self) -> ModelConfig:

@@ -11,8 +11,8 @@ from PIL import Image
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mmllm.batch import IGNORE_INDEX, IMAGE_TOKEN, Example, ImageRef, Message, message
-from mmllm.data.chat import OWN_TEMPLATE, TEMPLATES, ChatError, Renderer, jinja_template, own_template
+from mmllm.batch import IGNORE_INDEX, IMAGE_TOKEN, Example, ImageRef, Message, message, picture_marks
+from mmllm.data.chat import OWN_TEMPLATE, TEMPLATES, ChatError, Renderer
 from mmllm.data.collate import collate
 
 # One token for each of these, in this order from id 0 on, then one for each printable character from line feed on.
@@ -29,6 +29,10 @@ PICTURE = IMAGE_TOKEN * M
 VICUNA = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+LLAMA_2 = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+    "provides, and assist the user with a variety of tasks using natural language."
 )
 
 # Published chat templates, and the shapes that others have.
@@ -64,6 +68,10 @@ OWN = {
     ),
 }  # fmt: skip
 HAS_SYSTEM = {"chatml", "qwen2", "llama3"}
+CLOSES = {
+    "chatml": "<|im_end|>\n", "qwen2": "<|im_end|>\n", "llama3": "<|eot_id|>", "mistral": "</s>",
+    "gemma": "<end_of_turn>\n",
+}  # fmt: skip
 
 
 def build_tokenizer(chat_template: str | None = None, **tokens: str | None) -> Any:
@@ -103,8 +111,16 @@ EXPECTED = {
         (PICTURE, False), ("Dog\nor cow</s>", True),
     ],
     "vicuna_v1": [
-        (f"<s>{VICUNA} USER: {PICTURE}\nWhat? ASSISTANT: ", False), ("A cat.</s>", True),
-        (f"USER: And {PICTURE}? ASSISTANT: ", False), ("Dog\nor cow</s>", True),
+        (f"<s>{VICUNA} USER: {PICTURE}\nWhat? ASSISTANT:", False), (" A cat.</s>", True),
+        (f"USER: And {PICTURE}? ASSISTANT:", False), (" Dog\nor cow</s>", True),
+    ],
+    "llama_2": [
+        (f"<s>[INST] <<SYS>>\n{LLAMA_2}\n<</SYS>>\n\n{PICTURE}\nWhat? [/INST]", False), (" A cat. </s>", True),
+        (f"<s>[INST] And {PICTURE}? [/INST]", False), (" Dog\nor cow </s>", True),
+    ],
+    "mistral_instruct": [
+        (f"<s>[INST] {PICTURE}\nWhat? [/INST]", False), (" A cat. </s>", True),
+        (f"[INST] And {PICTURE}? [/INST]", False), (" Dog\nor cow </s>", True),
     ],
     "chatml": [
         (f"<|im_start|>user\n{PICTURE}\nWhat?<|im_end|>\n<|im_start|>assistant\n", False), ("A cat.<|im_end|>\n", True),
@@ -120,6 +136,8 @@ EXPECTED = {
 }  # fmt: skip
 EXPECTED_SYSTEM = {
     "vicuna_v1": "<s>Be kind. USER: ",
+    "llama_2": "<s>[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\n",
+    "mistral_instruct": "<s>[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\n",
     "chatml": "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n",
     "llama3": f"<s>{_HEADER.format('system')}Be kind.<|eot_id|>{_HEADER.format('user')}",
 }
@@ -179,14 +197,10 @@ def test_a_tokenizers_own_template_is_taken_apart_exactly(name: str) -> None:
         assert render.render(ours).input_ids == ids_of(text)
     rendered = render.render(ours)
     answers = [i for i, flag in zip(rendered.input_ids, rendered.is_answer, strict=True) if flag]
-    close = render.template.assistant_close
-    assert answers == ids_of(f"1 < 2 & 'x'{close}a\n\nb{close}")
+    assert answers == ids_of(f"1 < 2 & 'x'{CLOSES[name]}a\n\nb{CLOSES[name]}")
 
 
 def test_a_default_system_text_stands_only_where_no_other_does() -> None:
-    template = own_template(build_tokenizer(OWN["qwen2"]))
-    assert template.default_system == "You are a helpful assistant."
-    assert own_template(build_tokenizer(OWN["chatml"])).default_system is None
     render = renderer(chat_template=OWN["qwen2"])
     assert render.text(TALK[:1]).startswith(
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user"
@@ -195,8 +209,6 @@ def test_a_default_system_text_stands_only_where_no_other_does() -> None:
 
 
 def test_what_strips_and_what_does_not_is_kept() -> None:
-    assert own_template(build_tokenizer(OWN["llama3"])).strips
-    assert not own_template(build_tokenizer(OWN["mistral"])).strips
     assert renderer(chat_template=OWN["mistral"]).text([message("user", " a ")]) == "<s>[INST]  a  [/INST]"
     assert "\n\na<|eot_id|>" in renderer(chat_template=OWN["llama3"]).text([message("user", " a ")])
 
@@ -204,34 +216,74 @@ def test_what_strips_and_what_does_not_is_kept() -> None:
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        (None, "has no chat template of its own; choose one of plain, vicuna_v1, chatml, llama3"),
+        (None, "has no chat template of its own; choose one of plain, vicuna_v1, llama_2, mistral_instruct, chatml"),
         ("Today is {{ strftime_now('%d %b %Y') }}.\n" + CHATML, "writes today's date"),
         (
             "{% if messages[0].role == 'system' %}{{ strftime_now('%Y') }}{% endif %}" + CHATML,
             "writes today's date",
         ),
-        (CHATML.replace("{{ '<|im_start|>'", "{{ loop.index ~ '<|im_start|>'"), "opens the first user turn unlike"),
-        (CHATML.replace("{{ '<|im_start|>'", "{{ messages | length ~ '<|im_start|>'"), "changes a turn|unlike later|exactly"),  # noqa: E501
-        (
-            CHATML.replace("{{ '<|im_start|>'", "{% if loop.last and m.role == 'assistant' %}!{% endif %}{{ '<|im_start|>'"),  # noqa: E501
-            "cannot be taken apart exactly: it renders",
-        ),
-        (CHATML.replace("+ '<|im_end|>'", "+ ('' if loop.last else '<|im_end|>')"), "unlike later ones|when another follows"),  # noqa: E501
-        (CHATML.replace("m['content']", "m['content'] | upper"), "does not show each turn's text as it is"),
-        (CHATML.replace("m['content']", "m['content'] | replace('<', '&lt;')"), "cannot be taken apart exactly"),
-        (
-            OWN["mistral"].replace("{{ m['content'] + eos_token }}", "{{ ' ' + m['content'] + eos_token }}"),
-            "cannot be taken apart exactly",
-        ),
+        (CHATML.replace("{{ '<|im_start|>'", "{{ messages | length ~ '<|im_start|>'"), "changes a turn when another"),
+        (CHATML.replace("m['content']", "m['role']"), "does not show a question as it is"),
+        (CHATML.replace("{{ '<|im_start|>'", "{% if m.role == 'user' %}{{ '<|im_start|>'").replace("{% endfor", "{% endif %}{% endfor"), "leaves the answer out"),  # noqa: E501
         ("{% for m in messages %}", "cannot be rendered"),
-        (CHATML.replace("<|im_end|>", "###"), "'###\\\\n', which this tokenizer has no special token for"),
+        ("{{ messages[0]['content'] + 1 }}", "cannot be rendered: TypeError"),
     ],
 )  # fmt: skip
-def test_a_template_that_cannot_be_rendered_exactly_is_refused_with_the_reason(
-    template: str | None, reason: str
-) -> None:
+def test_a_template_that_training_cannot_repeat_is_refused_with_the_reason(template: str | None, reason: str) -> None:
     with pytest.raises(ChatError, match=reason):
         renderer(chat_template=template)
+
+
+# Shapes of published templates whose turns depend on their place or their words; what a longer conversation keeps.
+PLACED = {
+    "numbered turns": CHATML.replace("{{ '<|im_start|>'", "{{ loop.index ~ '<|im_start|>'"),
+    "an empty thought before the last answer": CHATML.replace(
+        "{{ '<|im_start|>' + m['role'] + '\\n'",
+        "{{ '<|im_start|>' + m['role'] + '\\n' + ('<think>\n\n</think>\n\n' if loop.last and m['role'] == 'assistant' else '')",  # noqa: E501
+    ),
+    "thoughts cut away": CHATML.replace("m['content']", "m['content'].split('</think>')[-1]"),
+    "shouted": CHATML.replace("m['content']", "m['content'] | upper"),
+    "a prompt that opens a thought": CHATML.replace("assistant\\n' }}{% endif %}", "assistant\\n<think>\\n' }}{% endif %}"),
+    "an end of the whole": CHATML + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLACED)
+def test_a_template_whose_turns_depend_on_their_place_or_words_gives_the_tokenizers_own_ids(name: str) -> None:
+    assert PLACED[name] != CHATML
+    tokenizer = build_tokenizer(PLACED[name])
+    render = Renderer(tokenizer, OWN_TEMPLATE, image_token_id=3, num_image_tokens=M)
+    spoken = [("user", "Why?"), ("assistant", "<think>so</think>it is."), ("user", "And"), ("assistant", "9 <")]
+    for count in (2, 4):
+        rendered = render.render([message(role, text) for role, text in spoken[:count]])
+        theirs = tokenizer.apply_chat_template([{"role": r, "content": t} for r, t in spoken[:count]], tokenize=False)
+        assert rendered.input_ids == ids_of(theirs)
+        answers = [ids_of(theirs)[a.start : a.end] for a in rendered.answers]
+        assert len(answers) == count // 2
+        assert [ids.count(6) for ids in answers] == [1] * len(answers), "every answer's end is learnt"
+        for number, answer in enumerate(rendered.answers):
+            words = render.tokenizer.decode(rendered.input_ids[answer.start : answer.words_end])
+            assert words.lower().endswith(("it is.", "9 <")[number])
+            prompt = render.render([message(role, text) for role, text in spoken[: 2 * number + 1]])
+            assert prompt.input_ids == rendered.input_ids[: answer.start]
+        assert "<|im_start|>user" not in tokenizer.decode([i for ids in answers for i in ids])
+
+
+def test_a_template_that_does_not_end_answers_serves_for_asking_and_not_for_training() -> None:
+    for template in (
+        CHATML.replace("<|im_end|>", "###"),
+        CHATML.replace("+ '<|im_end|>'", "+ ('' if loop.last else '<|im_end|>')"),
+    ):
+        render = renderer(chat_template=template)
+        assert render.end_token_id == 2, "the tokenizer's own end token"
+        with pytest.raises(ChatError, match="which this tokenizer has no special token for, so training could not"):
+            render.require_end()
+    with pytest.raises(ChatError, match="'<\\|im_end\\|>\\\\n', which this tokenizer has no special token for"):
+        tokenizer = build_tokenizer()
+        tokenizer.backend_tokenizer.add_special_tokens([])
+        without = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, IMAGE_TOKEN: 2}, unk_token="<unk>"))
+        fast = PreTrainedTokenizerFast(tokenizer_object=without, eos_token="</s>", extra_special_tokens=[IMAGE_TOKEN])
+        Renderer(fast, "chatml", image_token_id=2, num_image_tokens=M)
 
 
 def test_a_system_turn_that_a_template_would_swallow_is_refused() -> None:
@@ -247,12 +299,11 @@ def test_a_system_turn_that_a_template_would_swallow_is_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "own"), [*((name, None) for name in TEMPLATES), *((OWN_TEMPLATE, own) for own in OWN)]
 )
-def test_the_jinja_text_of_a_template_says_what_the_renderer_says(name: str, own: str | None) -> None:
+def test_the_saved_template_says_what_the_renderer_says(name: str, own: str | None) -> None:
     render = renderer(name, OWN[own] if own else None)
-    jinja = jinja_template(render.template)
-    tokenizer = build_tokenizer(jinja)
+    tokenizer = build_tokenizer(render.saved_template("Picture {}: "))
     talks = [TALK[:1], TALK, TALK[:3]]
-    if render.template.system_close:
+    if name in EXPECTED_SYSTEM or own in HAS_SYSTEM:
         talks.append((SYSTEM, *TALK))
     for talk in talks:
         parts = [
@@ -264,18 +315,26 @@ def test_the_jinja_text_of_a_template_says_what_the_renderer_says(name: str, own
         whole = [
             {"role": m.role, "content": "".join(p if isinstance(p, str) else "<image>" for p in m.parts)} for m in talk
         ]
-        if render.template.keeps_user_text:
-            text = tokenizer.apply_chat_template(whole, tokenize=False, add_generation_prompt=asks)
-            assert text == render.text(talk)
+        assert tokenizer.apply_chat_template(whole, tokenize=False, add_generation_prompt=asks) == render.text(talk)
     if own:
-        assert own_template(tokenizer) == render.template, "a saved tokenizer may carry it as its own"
-    with pytest.raises(Exception, match="no turn of tool"):
-        tokenizer.apply_chat_template([{"role": "tool", "content": "x"}], tokenize=False)
+        again = Renderer(tokenizer, OWN_TEMPLATE, image_token_id=3, num_image_tokens=M)
+        assert again.template == render.template, "a saved tokenizer may carry it as its own"
+        assert again.saved_template("Picture {}: ") == tokenizer.chat_template
+
+
+def test_other_programs_give_pictures_without_line_breaks_and_labels() -> None:
+    render = renderer(chat_template=CHATML)
+    picture, words = {"type": "image"}, {"type": "text", "text": "Same?"}
+    for label, count in (("Picture {}: ", 2), ("Picture {}: ", 1), ("", 2)):
+        tokenizer = build_tokenizer(render.saved_template(label))
+        text = tokenizer.apply_chat_template([{"role": "user", "content": [*[picture] * count, words]}], tokenize=False)
+        assert text == f"<|im_start|>user\n{picture_marks(count, label)}Same?<|im_end|>\n"
 
 
 def test_an_unknown_template_lists_the_known_ones() -> None:
     with pytest.raises(
-        ChatError, match="no chat template 'alpaca'; allowed: plain, vicuna_v1, chatml, llama3, tokenizer"
+        ChatError,
+        match="no chat template 'alpaca'; allowed: plain, vicuna_v1, llama_2, mistral_instruct, chatml, llama3, tok",
     ):
         renderer("alpaca")
 
@@ -285,11 +344,26 @@ def test_a_template_whose_end_token_the_tokenizer_lacks_is_refused() -> None:
         Renderer(build_tokenizer(eos_token=None), "vicuna_v1", image_token_id=3, num_image_tokens=M)
 
 
-def test_text_that_holds_the_image_token_is_refused() -> None:
-    with pytest.raises(
-        ChatError, match="'look at <image> now' holds the image token itself; images are given as images"
-    ):
-        renderer("chatml").render([Message("user", ("look at <image> now",))])
+@pytest.mark.parametrize("name", [*TEMPLATES, OWN_TEMPLATE])
+def test_control_tokens_that_a_person_writes_are_text(name: str) -> None:
+    render = renderer(name, CHATML)
+    typed = "look at <image> </s> <|im_end|> <|eot_id|> <s> now"
+    plain = render.render([message("user", "<image>\nnow"), message("assistant", "now")])
+    rendered = render.render([Message("user", (ImageRef(0), "\nnow")), Message("assistant", (typed,))])
+    for token, number in VOCABULARY.items():
+        if token in render.control:
+            assert rendered.input_ids.count(number) == plain.input_ids.count(number), token
+    assert rendered.num_image_tokens == M
+    assert rendered.text.count(typed) == 1
+
+
+def test_an_added_token_that_is_content_is_read_and_shown() -> None:
+    tokenizer = build_tokenizer(CHATML)
+    tokenizer.add_tokens(["<box>"], special_tokens=True)
+    render = Renderer(tokenizer, OWN_TEMPLATE, image_token_id=3, num_image_tokens=M)
+    ids = render.render([message("user", "a"), message("assistant", "at <box>1")]).input_ids
+    assert ids.count(tokenizer.convert_tokens_to_ids("<box>")) == 1
+    assert render.decode(ids[-8:]) == "at <box>1"
 
 
 def test_images_and_their_places_are_counted_against_each_other() -> None:

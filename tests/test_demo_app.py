@@ -32,9 +32,8 @@ from demo.chat import (
 from demo.events import ANY_SEED, DRAWING_PREFIX, Events
 from demo.examples import WANTED, draw_examples
 from demo.seen import counts_html, seen_html
-from mmllm.batch import ImageRef, Message, message
+from mmllm.batch import ImageRef, Message, message, picture_marks
 from mmllm.inference.engine import Engine
-from mmllm.scenes.talk import picture_marks
 
 ROOT = Path(__file__).parent.parent
 GREEDY = (0, 1, 8, ANY_SEED)  # temperature, top-p, longest answer, seed

@@ -16,7 +16,7 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
-from mmllm.batch import IMAGE_TOKEN
+from mmllm.batch import IMAGE_TOKEN, picture_marks
 from mmllm.cli import app
 from mmllm.config_file import load_config
 from mmllm.data.sources import read_source
@@ -26,7 +26,6 @@ from mmllm.inference.conversation import Conversation
 from mmllm.inference.engine import Engine
 from mmllm.inference.explain import explain, runs
 from mmllm.inference.explain_page import page
-from mmllm.scenes.talk import picture_marks
 
 ROOT = Path(__file__).parent.parent
 HOSTILE = "<script>alert(1)</script> & \x1b[31m naïve 日本 🙂\tx"

@@ -1,274 +1,39 @@
-"""The one renderer: messages -> (input_ids, is_answer) in one pass, for training, chat, captioning and evaluation.
+"""The one renderer: messages -> (input_ids, is_answer), for training, chat, captioning, evaluation and export.
 
-A template is data: the text that opens and closes each role's turn. Every piece is tokenised by itself, so answers
-and their end token are known by position and never searched for. A tokenizer's own Jinja template is taken apart
-into such pieces by rendering probes, and refused where the pieces do not give the same text again.
+A conversation is one text (chat_text.py), and its ids are those that the rest of the world makes of that text: it is
+encoded in one go and never piece by piece, for a SentencePiece tokenizer puts a space in front of each piece. Which
+tokens are answer follows from where they are in the text.
 """
 
 from __future__ import annotations
 
 import functools
+import re
+import threading
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
-from mmllm.batch import IGNORE_INDEX, Example, ImageRef, Message, Role
+from mmllm.batch import IGNORE_INDEX, IMAGE_TOKEN, TEXT_ENCODING, Example, ImageRef, Message
+from mmllm.data.chat_pieces import PieceConversations
+from mmllm.data.chat_templates import OWN_TEMPLATE, TEMPLATES, ChatError, find_template, saved_jinja
+from mmllm.data.chat_text import Conversations, Transcript
 from mmllm.data.images import image_size
 
 Size = tuple[int, int]  # height and width
 
-
-class ChatError(ValueError):
-    """Messages or a template that cannot be rendered exactly."""
+_CACHED_CHARACTERS = 200  # segments up to this length repeat: template pieces, short questions and answers
 
 
 @dataclass(frozen=True)
-class Template:
-    """What stands around each turn. `{bos}` and `{eos}` stand for the tokenizer's own tokens.
+class AnswerTokens:
+    """Tokens of one answer: `start` to `words_end` are its words, up to `end` what closes it."""
 
-    `assistant_open` is prompt, `assistant_close` is answer: it is supervised and its first token ends generation.
-    """
-
-    begin: str
-    system_open: str
-    system_close: str
-    user_open: str
-    user_close: str
-    assistant_open: str
-    assistant_close: str
-    default_system: str | None = None
-    keeps_user_text: bool = True  # `plain` shows the picture and nothing else, as LLaVA's stage 1 does
-    strips: bool = True  # whether each turn's text is stripped, as most tokenizers' own templates do
-
-
-# Sources: plain, vicuna_v1: LLaVA conversation.py (https://arxiv.org/abs/2310.03744); chatml: OpenAI's ChatML as Qwen
-# writes it; llama3: https://www.llama.com/docs/model-cards-and-prompt-formats/meta-llama-3/
-_VICUNA_SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-_LLAMA3 = "<|start_header_id|>{}<|end_header_id|>\n\n"
-TEMPLATES: dict[str, Template] = {
-    "plain": Template("{bos}", "", "", "", "", "", "{eos}", keeps_user_text=False),
-    "vicuna_v1": Template("{bos}", "", " ", "USER: ", " ", "ASSISTANT: ", "{eos}", default_system=_VICUNA_SYSTEM),
-    "chatml": Template(
-        "",
-        "<|im_start|>system\n",
-        "<|im_end|>\n",
-        "<|im_start|>user\n",
-        "<|im_end|>\n",
-        "<|im_start|>assistant\n",
-        "<|im_end|>\n",
-    ),
-    "llama3": Template(
-        "{bos}",
-        _LLAMA3.format("system"),
-        "<|eot_id|>",
-        _LLAMA3.format("user"),
-        "<|eot_id|>",
-        _LLAMA3.format("assistant"),
-        "<|eot_id|>",
-    ),
-}
-OWN_TEMPLATE = "tokenizer"
-
-
-def _render_own(tokenizer: Any, turns: Sequence[tuple[str, str]], *, prompt: bool = False, **variables: Any) -> str:
-    """The turns in the tokenizer's own template.
-
-    Those of vision-language models take a content as a list of parts, and lose one that is a text without a word.
-    """
-
-    def render(contents: list[Any]) -> str:
-        messages = [{"role": role, "content": content} for (role, _), content in zip(turns, contents, strict=True)]
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **variables)
-        return text
-
-    text = render([content for _, content in turns])
-    if all(content.strip() in text for _, content in turns):
-        return text
-    from jinja2 import TemplateError
-
-    try:
-        parts = render([[{"type": "text", "text": content}] for _, content in turns])
-    except (TypeError, TemplateError):  # this one takes texts, and leaves some out for a reason of its own
-        return text
-    return parts if all(content.strip() in parts for _, content in turns) else text
-
-
-def _refuse_dates(tokenizer: Any, turns: Sequence[tuple[str, str]]) -> None:
-    """Templates get today's date from transformers' function `strftime_now`: in place of it stands what is none."""
-    try:
-        _render_own(tokenizer, turns, strftime_now="")
-    except TypeError as error:
-        raise ChatError(
-            "the tokenizer's chat template writes today's date, so a model would be asked otherwise than it was "
-            f"trained; choose one of {', '.join(TEMPLATES)}"
-        ) from error
-
-
-def _between(text: str, first: str, second: str | None) -> str:
-    start = text.index(first) + len(first)
-    return text[start : text.index(second, start) if second else len(text)]
-
-
-def own_template(tokenizer: Any) -> Template:
-    """The tokenizer's Jinja template as pieces. Raises ChatError where they would not render the same text.
-
-    Refused are templates whose text depends on the turn's position, the date, or the words themselves.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        raise ChatError(f"the tokenizer has no chat template of its own; choose one of {', '.join(TEMPLATES)}")
-    from jinja2 import TemplateError
-
-    user, answer, again, system = "Uu0", "Aa1", "Uu2", "Ss3"
-    try:
-        one = _render_own(tokenizer, [("user", user)])
-        _refuse_dates(tokenizer, [("user", user)])
-        asked = _render_own(tokenizer, [("user", user)], prompt=True)
-        two = _render_own(tokenizer, [("user", user), ("assistant", answer), ("user", again)])
-        middle = _between(two, answer, again)
-        closing = _render_own(tokenizer, [("user", user), ("assistant", answer)])
-        close = _between(closing, answer, None)
-        if not middle.startswith(close) or not asked.startswith(one):
-            raise ChatError(
-                "the tokenizer's chat template changes a turn when another follows; choose another template"
-            )
-        user_open = middle.removeprefix(close)
-        head = one[: one.index(user)]
-        if not head.endswith(user_open):
-            raise ChatError("the tokenizer's chat template opens the first user turn unlike later ones")
-        try:
-            with_system = _render_own(tokenizer, [("system", system), ("user", user)])
-        except TemplateError:
-            with_system = ""
-        begin, system_open, system_close, default_system = head.removesuffix(user_open), "", "", None
-        if system in with_system:
-            _refuse_dates(tokenizer, [("system", system), ("user", user)])
-            system_close = _between(with_system, system, user).removesuffix(user_open)
-            system_open = with_system[: with_system.index(system)]
-            default = begin.removeprefix(system_open).removesuffix(system_close)
-            if system_open and begin == f"{system_open}{default}{system_close}":
-                begin, default_system = "", default
-            elif system_open.startswith(begin):
-                system_open = system_open.removeprefix(begin)
-            else:
-                begin = ""
-        spaced = _render_own(tokenizer, [("user", f"  {user}  ")])
-        template = Template(
-            begin=begin,
-            system_open=system_open,
-            system_close=system_close,
-            user_open=user_open,
-            user_close=_between(one, user, None),
-            assistant_open=asked.removeprefix(one),
-            assistant_close=close,
-            default_system=default_system,
-            strips=f"  {user}" not in spaced,
-        )
-        _compare(tokenizer, template, system in with_system)
-    except TemplateError as error:
-        raise ChatError(f"the tokenizer's chat template cannot be rendered: {error}") from error
-    except ValueError as error:
-        if isinstance(error, ChatError):
-            raise
-        raise ChatError(f"the tokenizer's chat template does not show each turn's text as it is: {error}") from error
-    return template
-
-
-def _compare(tokenizer: Any, template: Template, has_system: bool) -> None:
-    """Renders probes both ways: several turns, awkward text, and a system turn where the template knows one."""
-    probes: list[list[tuple[Role, str]]] = [
-        [
-            ("user", "Why?\n\nSay: <b> {x} & 7"),
-            ("assistant", "Because.\n- one\n- two"),
-            ("user", "  And? "),
-            ("assistant", "So"),
-        ],
-        [("user", "a"), ("assistant", "b")] * 3,
-    ]
-    if has_system:
-        probes.append([("system", "Be kind."), *probes[0]])
-    for turns in probes:
-        theirs = _render_own(tokenizer, turns)
-        ours = "".join(
-            text
-            for text, _ in pieces(template, [Message(role, (text,)) for role, text in turns])
-            if isinstance(text, str)
-        )
-        if theirs != ours:
-            raise ChatError(
-                "the tokenizer's chat template cannot be taken apart exactly: "
-                f"it renders {theirs!r} where its pieces give {ours!r}; choose one of {', '.join(TEMPLATES)}"
-            )
-
-
-def find_template(name: str, tokenizer: Any) -> Template:
-    """The template of this name; `tokenizer` is the tokenizer's own. Raises ChatError with the allowed names."""
-    if name == OWN_TEMPLATE:
-        return own_template(tokenizer)
-    if name not in TEMPLATES:
-        raise ChatError(f"no chat template {name!r}; allowed: {', '.join([*TEMPLATES, OWN_TEMPLATE])}")
-    return TEMPLATES[name]
-
-
-def pieces(template: Template, messages: Sequence[Message]) -> list[tuple[str | ImageRef, bool]]:
-    """The conversation as (text or image, is answer), in order. The last turn may be the one to be answered."""
-    out: list[tuple[str | ImageRef, bool]] = [(template.begin, False)]
-    if template.default_system and (not messages or messages[0].role != "system"):
-        messages = [Message("system", (template.default_system,)), *messages]
-    for message in messages:
-        is_answer = message.role == "assistant"
-        if message.role == "system" and not template.system_open and not template.system_close:
-            raise ChatError("this chat template has no system turn, but the conversation starts with one")
-        out.append((getattr(template, f"{message.role}_open"), False))
-        parts: list[str | ImageRef] = list(message.parts)
-        if message.role == "user" and not template.keeps_user_text:
-            parts = [part for part in parts if isinstance(part, ImageRef)]
-        if template.strips and parts:
-            if isinstance(parts[0], str):
-                parts[0] = parts[0].lstrip()
-            if isinstance(parts[-1], str):
-                parts[-1] = parts[-1].rstrip()
-        out += [(part, is_answer) for part in parts]
-        out.append((getattr(template, f"{message.role}_close"), is_answer))
-    if messages and messages[-1].role == "user":
-        out.append((template.assistant_open, False))
-    return [(piece, flag) for piece, flag in out if piece != ""]
-
-
-def jinja_template(template: Template) -> str:
-    """The template as the Jinja text that transformers and others render chats with, images included.
-
-    A message's content is a text, or a list of `{"type": "image"}` and `{"type": "text", "text": ...}`.
-    """
-    roles = ["user", "assistant"]
-    if template.system_open or template.system_close:
-        roles.append("system")
-    opens, closes = ({role: getattr(template, f"{role}_{side}") for role in roles} for side in ("open", "close"))
-    begin = "{{ " + ascii(template.begin) + " }}"
-    if template.default_system:
-        system = template.default_system.strip() if template.strips else template.default_system
-        system = ascii(template.system_open + system + template.system_close)
-        begin += "{% if not messages or messages[0].role != 'system' %}{{ " + system + " }}{% endif %}"
-    shown = "true" if template.keeps_user_text else "m.role != 'user'"
-    return (
-        "{% set open = "
-        + ascii(opens)
-        + " %}{% set close = "
-        + ascii(closes)
-        + " %}"
-        + begin
-        + "{% for m in messages %}"
-        "{% if m.role not in open %}{{ raise_exception('this chat template has no turn of ' + m.role) }}{% endif %}"
-        "{% set content %}{% if m.content is not string %}{% for part in m.content %}{% if part.type == 'image' %}"
-        "<image>{% elif " + shown + " %}{{ part.text }}{% endif %}{% endfor %}"
-        "{% elif " + shown + " %}{{ m.content }}{% endif %}{% endset %}"
-        "{{ open[m.role] }}{{ "
-        + ("content | trim" if template.strips else "content")
-        + " }}{{ close[m.role] }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ open.assistant }}{% endif %}"
-    )
+    start: int
+    words_end: int
+    end: int
 
 
 @dataclass(frozen=True)
@@ -278,51 +43,117 @@ class Rendered:
     input_ids: list[int]
     is_answer: list[bool]
     num_image_tokens: int
+    answers: tuple[AnswerTokens, ...] = ()
+    text: str = ""  # with one `<image>` for each picture
+    ends: tuple[int, ...] = ()  # where each token ends in it
+
+    @property
+    def texts(self) -> list[str]:
+        """What each token is of the text. What several tokens share is shown at the first."""
+        texts, done = [], 0
+        for end in self.ends:
+            texts.append(self.text[done:end])
+            done = max(done, end)
+        return texts
 
     @property
     def labels(self) -> list[int]:
         return [i if answer else IGNORE_INDEX for i, answer in zip(self.input_ids, self.is_answer, strict=True)]
 
 
+_Token = tuple[int, int]  # id, and where it ends in the transcript's text
+
+
 class Renderer:
     """Turns conversations into tokens for one tokenizer, template and number of image tokens.
 
     That number is the same for every picture, or a function of a picture's (height, width).
+
+    Args:
+        template: a key of TEMPLATES, or `tokenizer`.
+        encoding: that of the checkpoint. 1: each piece of the template and each text by itself, as checkpoints were
+            trained that do not say it (chat_pieces.py), with their chat template in `saved`; 2: in one go.
+
+    Raises ChatError for a template that the tokenizer cannot render or end.
     """
 
     def __init__(
-        self, tokenizer: Any, template: str, *, image_token_id: int, num_image_tokens: int | Callable[[Size], int]
+        self,
+        tokenizer: Any,
+        template: str,
+        *,
+        image_token_id: int,
+        num_image_tokens: int | Callable[[Size], int],
+        encoding: int = TEXT_ENCODING,
+        saved: str | None = None,
     ):
         self.tokenizer = tokenizer
         self.template_name = template
-        found = find_template(template, tokenizer)
-        marks = {"{bos}": tokenizer.bos_token or "", "{eos}": tokenizer.eos_token or ""}
-        begin, close = (functools.reduce(lambda text, mark: text.replace(*mark), marks.items(), text)
-                        for text in (found.begin, found.assistant_close))  # fmt: skip
-        self.template = replace(found, begin=begin, assistant_close=close)
         self.image_token_id = image_token_id
         self.num_image_tokens = num_image_tokens
-        self.encode = functools.lru_cache(maxsize=65536)(self._encode_piece)
-        closing_ids = self.encode(close)
-        if not closing_ids:
-            raise ChatError(f"template {template!r} ends answers with nothing; the tokenizer needs an end token")
-        self.end_token_id: int = closing_ids[0]
-        if self.end_token_id not in {*tokenizer.get_added_vocab().values(), *tokenizer.all_special_ids}:
-            raise ChatError(
-                f"template {template!r} ends answers with {close!r}, which this tokenizer has no special token for, so "
-                "an answer would end wherever these characters stand; choose another template"
-            )
+        self.encoding, self._saved = encoding, saved
+        self.template = find_template(template, tokenizer)
+        self._conversations: Conversations | PieceConversations
+        if encoding == 1:
+            self._conversations = PieceConversations(tokenizer, saved or "")
+        else:
+            self._conversations = Conversations(tokenizer, self.template)
+        self._lock = threading.Lock()
+        self._cached = functools.lru_cache(maxsize=65536)(self._encode_segment)
+        self._specials, self.control = self._special_tokens()
+        longest_first = sorted(self._specials, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, longest_first)))
+        self.end_token_id, self.ends_answers = self._end_token()
+        if template != OWN_TEMPLATE:
+            self.require_end()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For other processes: made anew there, since a cache cannot travel."""
-        make = functools.partial(Renderer, image_token_id=self.image_token_id, num_image_tokens=self.num_image_tokens)
+        make = functools.partial(
+            Renderer, image_token_id=self.image_token_id, num_image_tokens=self.num_image_tokens,
+            encoding=self.encoding, saved=self._saved,
+        )  # fmt: skip
         return make, (self.tokenizer, self.template_name)
 
-    def _encode_piece(self, text: str) -> tuple[int, ...]:
-        ids = self.tokenizer.encode(text, add_special_tokens=False)
-        if self.image_token_id in ids:
-            raise ChatError(f"the text {text[:60]!r} holds the image token itself; images are given as images")
-        return tuple(ids)
+    def _special_tokens(self) -> tuple[dict[str, int], frozenset[str]]:
+        """(special tokens and their ids, those of them that mean something to the model).
+
+        Control are those that the tokenizer names and that the template writes. Others are content, such as `<box>` in
+        an answer: they are read from texts and shown in answers.
+        """
+        added = self.tokenizer.added_tokens_decoder
+        special = dict(zip(self.tokenizer.all_special_tokens, self.tokenizer.all_special_ids, strict=True))
+        special |= {token.content: number for number, token in added.items() if token.special}
+        special[IMAGE_TOKEN] = self.image_token_id
+        named = {token for token in self.tokenizer.special_tokens_map.values() if isinstance(token, str)}
+        frame = self._conversations.frame()
+        written = {token for token in special if token in frame or token in self.template.jinja}
+        # some template's tokens are not flagged as special: DeepSeek's <|User|>. A thought's <think> is no frame.
+        special |= {token.content: number for number, token in added.items() if token.content in frame}
+        return special, frozenset({*named, *written, IMAGE_TOKEN, *(token for token in special if token in frame)})
+
+    def _end_token(self) -> tuple[int, bool]:
+        """(the token that ends an answer, whether the template writes it)."""
+        rendered = self.render([Message("user", ("Uu0",)), Message("assistant", ("A",))])
+        answer = rendered.answers[-1]
+        closing = rendered.input_ids[answer.words_end : answer.end]
+        special = {*self.tokenizer.get_added_vocab().values(), *self.tokenizer.all_special_ids}
+        if end := next((number for number in closing if number in special), None):
+            return end, True
+        if self.tokenizer.eos_token_id is None:
+            raise ChatError(
+                f"template {self.template_name!r} ends answers with nothing; the tokenizer needs an end token"
+            )
+        return int(self.tokenizer.eos_token_id), False
+
+    def require_end(self) -> None:
+        """Raises ChatError where training on this template could not teach where an answer ends."""
+        if self.ends_answers:
+            return
+        raise ChatError(
+            f"template {self.template_name!r} ends answers with {self._conversations.closing!r}, which this tokenizer has no special token "
+            f"for, so training could not teach where an answer ends; choose one of {', '.join(TEMPLATES)}"
+        )
 
     def count_image_tokens(self, image: Any) -> int:
         """The image tokens of a picture: its file is looked into where their number depends on it."""
@@ -331,25 +162,42 @@ class Renderer:
         return self.num_image_tokens(image_size(image))
 
     def render(self, messages: Sequence[Message], images: Sequence[Any] = ()) -> Rendered:
-        """One pass over the messages; images become as many image tokens as they need.
+        """The tokens of a conversation; one that ends with a question becomes the prompt of its answer.
 
-        `images` are those that the messages refer to; they are asked for where the number of tokens depends on them.
+        Images become as many image tokens as they need. `images` are those that the messages refer to; they are asked
+        for where the number of tokens depends on them. The prompt is, token by token, the beginning of the conversation
+        with the answer: a token that is partly answer is not in it. Raises ChatError.
         """
-        ids: list[int] = []
-        answers: list[bool] = []
-        num_image_tokens = 0
-        for piece, is_answer in pieces(self.template, messages):
-            if isinstance(piece, ImageRef):
-                is_fixed = isinstance(self.num_image_tokens, int)
-                count = self.count_image_tokens(None if is_fixed else images[piece.index])
-                new: tuple[int, ...] = (self.image_token_id,) * count
-                num_image_tokens += count
-                is_answer = False
-            else:
-                new = self.encode(piece)
-            ids.extend(new)
-            answers.extend([is_answer] * len(new))
-        return Rendered(ids, answers, num_image_tokens)
+        is_prompt = not messages or messages[-1].role != "assistant"
+        transcript = self._conversations.asked(messages) if is_prompt else self._conversations.whole(messages)
+        refs = [part.index for message in messages for part in message.parts if isinstance(part, ImageRef)]
+        if len(refs) != len(transcript.images):
+            raise ChatError(
+                f"the chat template shows {len(transcript.images)} of the conversation's {len(refs)} pictures"
+            )
+        is_fixed = isinstance(self.num_image_tokens, int)
+        counts = [self.count_image_tokens(None if is_fixed else images[index]) for index in refs]
+        tokens = self._tokens(transcript, counts)
+        ends = [end for _, end in tokens]
+        answers = [
+            AnswerTokens(*(bisect_right(ends, place) for place in (span.start, span.words_end, span.end)))
+            for span in transcript.answers
+        ]
+        if is_prompt:
+            del tokens[answers[-1].start :], answers[-1]
+        is_answer = [False] * len(tokens)
+        for answer in answers:
+            is_answer[answer.start : answer.end] = [True] * (answer.end - answer.start)
+        ids = [number for number, _ in tokens]
+        if any(
+            part
+            for message in messages
+            if message.role == "assistant"
+            for part in message.parts
+            if isinstance(part, ImageRef)
+        ):  # a picture is never learnt
+            is_answer = [flag and number != self.image_token_id for flag, number in zip(is_answer, ids, strict=True)]
+        return Rendered(ids, is_answer, sum(counts), tuple(answers), transcript.text, tuple(ends[: len(ids)]))
 
     def render_example(self, example: Example) -> Rendered:
         """`render`, with the example's images counted against its references."""
@@ -360,11 +208,103 @@ class Renderer:
 
     def text(self, messages: Sequence[Message]) -> str:
         """The same conversation as one text, for people to read; each image is one `<image>`."""
-        return "".join(
-            "<image>" if isinstance(piece, ImageRef) else piece for piece, _ in pieces(self.template, messages)
-        )
+        if not messages or messages[-1].role != "assistant":
+            return self._conversations.asked(messages).prompt
+        return self._conversations.whole(messages).text
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of generated tokens without special ones."""
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
+        """The text of generated tokens without control tokens."""
+        hidden = {self._specials[token] for token in self.control if token in self._specials}
+        shown = [number for number in ids if number not in hidden]
+        text: str = self.tokenizer.decode(shown, skip_special_tokens=False)
         return text.strip()
+
+    def saved_template(self, label: str) -> str:
+        """The chat template for other programs, images included; `label` stands before each of several pictures."""
+        if self.encoding == 1 and self._saved:
+            return self._saved
+        return saved_jinja(self.template, self.tokenizer, label=label)
+
+    def _tokens(self, transcript: Transcript, counts: Sequence[int]) -> list[_Token]:
+        """The text's tokens, `counts` of them for each picture.
+
+        A control token that a person wrote is text; where the template wrote it, it is the token.
+        """
+        text = transcript.text
+        number_of_image = dict(zip(transcript.images, counts, strict=True))
+        first_of_content = [start for start, _ in transcript.contents]
+        cuts = self._cuts(transcript)
+        edges: list[int] = []
+        if not self.tokenizer.is_fast:
+            edges = [edge for span in transcript.answers for edge in (span.start, span.words_end, span.end)]
+        tokens: list[_Token] = []
+        place, before = 0, ""
+        for found in self._special.finditer(text):
+            token, (start, end) = found[0], found.span()
+            count = number_of_image.get(start, 0) if token == IMAGE_TOKEN else 1
+            if token in self.control and (token != IMAGE_TOKEN or not count):
+                content = bisect_right(first_of_content, start) - 1
+                if content >= 0 and end <= transcript.contents[content][1]:
+                    continue  # a person wrote it
+            if place < start:
+                self._add_segment(tokens, text, (place, start), (before, token), cuts, edges)
+            tokens += [(self._specials[token], end)] * count
+            place, before = end, token
+        if place < len(text):
+            self._add_segment(tokens, text, (place, len(text)), (before, ""), cuts, edges)
+        return tokens
+
+    def _cuts(self, transcript: Transcript) -> set[int]:
+        """Places where a text ends and another one begins, for the tokenizer."""
+        cuts = set(transcript.cuts)
+        if self.encoding > 1 and (begin := self.template.begin) and transcript.text.startswith(begin):
+            cuts.add(len(begin))
+        if self.encoding == 1 or self.template.cuts_at_images:
+            cuts |= {place + side for place in transcript.images for side in (0, len(IMAGE_TOKEN))}
+        return cuts
+
+    def _add_segment(
+        self, tokens: list[_Token], text: str, span: tuple[int, int], neighbours: tuple[str, str], cuts: set[int],
+        edges: Sequence[int],
+    ) -> None:  # fmt: skip
+        """The tokens of a part of the text that no special token interrupts; `neighbours` are those around it."""
+        inner = [cut for cut in cuts if span[0] < cut < span[1]] if cuts else []
+        borders = [span[0], *sorted(inner), span[1]]
+        for first, last in pairwise(borders):
+            before = "" if first in cuts or first > span[0] else neighbours[0]
+            after = "" if last in cuts or last < span[1] else neighbours[1]
+            here = tuple(edge - first for edge in edges if first < edge < last)
+            encode = self._cached if last - first <= _CACHED_CHARACTERS else self._encode_segment
+            tokens += [(number, first + end) for number, end in encode(text[first:last], before, after, here)]
+
+    def _encode_segment(
+        self, text: str, before: str, after: str, edges: tuple[int, ...]
+    ) -> tuple[tuple[int, int], ...]:
+        """(id, where it ends in `text`) of each token, encoded between these two special tokens.
+
+        Without character offsets (tokenizers that are not fast), tokens end at those of `edges` that they come before.
+        """
+        options = {"add_special_tokens": False, "split_special_tokens": False}
+        if self._special.search(text):  # a person wrote them: they are text
+            before, after, options["split_special_tokens"] = "", "", True
+        whole = before + text + after
+        skipped = bool(before), bool(after)
+        if self.tokenizer.is_fast:
+            with self._lock:  # which a fast tokenizer needs where threads share it
+                encoded = self.tokenizer(whole, return_offsets_mapping=True, **options)
+            pairs = zip(encoded.input_ids, (end for _, end in encoded.offset_mapping), strict=True)
+            tokens = [(number, min(max(end - len(before), 0), len(text))) for number, end in pairs]
+            return tuple(tokens[skipped[0] : len(tokens) - skipped[1]])
+        ids = self.tokenizer.encode(whole, **options)[skipped[0] :]
+        ids = ids[: len(ids) - skipped[1]]
+        ends = [len(text)] * len(ids)
+        for edge in sorted(edges, reverse=True):
+            part = self.tokenizer.encode(before + text[:edge], **options)[skipped[0] :]
+            same = next(
+                (index for index, pair in enumerate(zip(ids, part, strict=False)) if pair[0] != pair[1]), len(part)
+            )
+            ends[:same] = [edge] * same
+        return tuple(zip(ids, ends, strict=True))
+
+
+__all__ = ["OWN_TEMPLATE", "TEMPLATES", "AnswerTokens", "ChatError", "Rendered", "Renderer"]

@@ -41,7 +41,9 @@ def answer_all(
     engine: Engine, questions: Sequence[Question], pictures: Sequence[tuple[str, ...]], batch_size: int, progress: Any
 ) -> list[str]:
     """The model's greedy answer to each question, in order. Questions of like length share a batch."""
-    examples = [question.example(shown) for question, shown in zip(questions, pictures, strict=True)]
+    examples = [
+        question.example(shown, label=engine.picture_label) for question, shown in zip(questions, pictures, strict=True)
+    ]
 
     def cost(index: int) -> tuple[bool, int]:
         return questions[index].type == CAPTION, len(engine.renderer.render_example(examples[index]).input_ids)

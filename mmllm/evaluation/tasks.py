@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmllm.batch import Example, Message, message
-from mmllm.scenes.talk import picture_marks
+from mmllm.batch import PICTURE_LABEL, Example, Message, message, picture_marks
 from mmllm.scenes.world import Scene
 
 TASKS: dict[str, Path] = {
@@ -34,10 +33,10 @@ class Question:
     question: str
     answer: str
 
-    def example(self, images: Sequence[str] | None = None) -> Example:
-        """The conversation that is put to the model, with its own or with other pictures."""
+    def example(self, images: Sequence[str] | None = None, *, label: str = PICTURE_LABEL) -> Example:
+        """The conversation that is put to the model, with its own or with other pictures; `label` is the model's."""
         shown = tuple(images or self.images)
-        opening = picture_marks(len(shown))
+        opening = picture_marks(len(shown), label)
         texts = [text for turn in self.history for text in turn] + [self.question]
         messages: list[Message] = []
         for number, text in enumerate(texts):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmllm.data.chat import jinja_template
+from mmllm.batch import Message
 from mmllm.export.parity import Verdict, compare_with_transformers
 from mmllm.export.towers import ExportError, TransformersEncoder, encoder_in_transformers
 from mmllm.inference.engine import Engine
@@ -141,8 +141,8 @@ def _plain_tokenizer(engine: Engine) -> Any:
     """
     tokenizer = engine.processor.tokenizer
     ids = {flag: tokenizer.encode("a", add_special_tokens=flag) for flag in (True, False)}
-    begins = engine.renderer.template.begin or engine.renderer.template.system_open
-    is_begun = bool(tokenizer.bos_token) and begins.startswith(tokenizer.bos_token)
+    text = engine.renderer.text([Message("user", ("a",))])
+    is_begun = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
     if ids[True] == ids[False] or (is_begun and ids[True] == [tokenizer.bos_token_id, *ids[False]]):
         return tokenizer
     from tokenizers.processors import Sequence
@@ -171,7 +171,7 @@ def _write(
             _plain_tokenizer(engine),
             patch_size=encoder.config["patch_size"],
             vision_feature_select_strategy=config["vision_feature_select_strategy"],
-            chat_template=jinja_template(engine.renderer.template),
+            chat_template=engine.renderer.saved_template(engine.picture_label),
             num_additional_image_tokens=int(encoder.has_cls),
         ).save_pretrained(folder)
         engine.model.generation_config.save_pretrained(folder)

@@ -40,7 +40,7 @@ _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 def ask_once(engine: Engine, prompt: str, images: list[Path], sampling: Sampling, *, as_json: bool) -> None:
     """Prints the answer to one question, or with `as_json` one object with the answer and its figures."""
-    reply = engine.reply(Conversation().ask(prompt, [str(path) for path in images]), sampling)
+    reply = engine.reply(Conversation(label=engine.picture_label).ask(prompt, [str(path) for path in images]), sampling)
     if as_json:
         print(json.dumps({**dataclasses.asdict(reply), "model": engine.name}))
         return
@@ -91,7 +91,7 @@ class Terminal:
 
     def __init__(self, engine: Engine, sampling: Sampling, pictures: list[Picture]):
         self.engine, self.sampling = engine, sampling
-        self.conversation = Conversation()
+        self.conversation = Conversation(label=engine.picture_label)
         self.waiting = list(pictures)  # for the next question
         self.is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
         self.out = Console(markup=False, highlight=False, emoji=False)

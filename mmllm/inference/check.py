@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from mmllm.batch import IMAGE_TOKEN
+from mmllm.batch import IMAGE_TOKEN, PICTURE_LABEL, TEXT_ENCODING
 from mmllm.config import ConfigError, ModelConfig, SourceConfig, StageConfig
 from mmllm.config_file import load_config
 from mmllm.data.chat import Renderer
@@ -40,6 +40,7 @@ class TextSide:
     renderer: Renderer
     layout: Layout
     max_positions: int | None
+    picture_label: str
 
 
 @dataclass
@@ -65,7 +66,9 @@ def load_text_side(config: ModelConfig) -> TextSide:
         read_manifest(config.checkpoint)
         processor = VisionLanguageProcessor.from_pretrained(config.checkpoint)
         tokenizer, layout = processor.tokenizer, processor.image_layout
-        template = config.template or processor.template
+        template, saved = config.template or processor.template, processor.chat_template
+        encoding = TEXT_ENCODING if config.template else processor.encoding
+        label = processor.picture_label
         text_config = VisionLanguageConfig.from_pretrained(config.checkpoint).text_config
     else:
         from transformers import AutoConfig
@@ -80,14 +83,18 @@ def load_text_side(config: ModelConfig) -> TextSide:
         tower = load_tower(config.vision)
         projector = fitting_projector(config.projector, tower, text_config.hidden_size)
         layout = new_layout(config.vision, tower, projector, projector.num_tokens(tower.num_patches))
-        template = config.template
+        template, saved, encoding, label = config.template, None, TEXT_ENCODING, PICTURE_LABEL
     renderer = Renderer(
         tokenizer,
         template,
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         num_image_tokens=layout.num_image_tokens,
+        encoding=encoding,
+        saved=saved,
     )
-    return TextSide(renderer, layout, getattr(text_config, "max_position_embeddings", None))
+    renderer.require_end()
+    label = label if config.picture_label is None else config.picture_label
+    return TextSide(renderer, layout, getattr(text_config, "max_position_embeddings", None), label)
 
 
 def check_data(config_path: Path, overrides: list[str], *, as_json: bool) -> bool:

@@ -7,19 +7,18 @@ from dataclasses import dataclass, field
 
 from PIL import Image
 
-from mmllm.batch import Example, Message, Part, message
-from mmllm.scenes.talk import picture_marks
+from mmllm.batch import PICTURE_LABEL, Example, Message, Part, message, picture_marks
 
 Picture = str | bytes | Image.Image  # a path, or a picture in memory
 
 
-def user_message(text: str, num_pictures: int, first_image: int = 0) -> Message:
-    """One question: its pictures, marked as in the scenes world, then its words.
+def user_message(text: str, num_pictures: int, first_image: int = 0, *, label: str = PICTURE_LABEL) -> Message:
+    """One question: its pictures, each on a line of its own, then its words. `label` is the model's, see its processor.
 
     The words are taken as they are: an `<image>` that a user types never becomes a picture.
     """
-    parts: list[Part] = list(message("user", picture_marks(num_pictures), first_image).parts)
-    if parts and isinstance(parts[-1], str):  # one part with the words, for parts are tokenised one by one
+    parts: list[Part] = list(message("user", picture_marks(num_pictures, label), first_image).parts)
+    if parts and isinstance(parts[-1], str):
         text = parts.pop() + text  # type: ignore[operator]
     return Message("user", (*parts, text))
 
@@ -38,6 +37,7 @@ class Conversation:
     """The turns so far. A question becomes a turn by `add`, when its answer is there."""
 
     turns: list[Turn] = field(default_factory=list)
+    label: str = PICTURE_LABEL  # what stands before each of several pictures
 
     def ask(self, question: str, pictures: Sequence[Picture] = ()) -> Example:
         """All turns and this question behind them. Raises ValueError for a question without words."""
@@ -46,10 +46,10 @@ class Conversation:
         messages: list[Message] = []
         images: list[Picture] = []
         for turn in self.turns:
-            messages.append(user_message(turn.question, len(turn.pictures), len(images)))
+            messages.append(user_message(turn.question, len(turn.pictures), len(images), label=self.label))
             messages.append(Message("assistant", (turn.answer,)))
             images += turn.pictures
-        messages.append(user_message(question.strip(), len(pictures), len(images)))
+        messages.append(user_message(question.strip(), len(pictures), len(images), label=self.label))
         return Example("question", "chat", tuple(messages), (*images, *pictures))
 
     def add(self, question: str, pictures: Sequence[Picture], answer: str) -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmllm.batch import Example
-from mmllm.data.chat import Rendered, Renderer, jinja_template
+from mmllm.data.chat import Rendered, Renderer
 from mmllm.data.images import load_image
 from mmllm.inference.placement import answer_dtype, spread_model
 from mmllm.inference.seen import as_seen
@@ -114,6 +114,8 @@ class Engine:
             processor.template,
             image_token_id=processor.image_token_id,
             num_image_tokens=processor.image_layout.num_image_tokens,
+            encoding=processor.encoding,
+            saved=processor.chat_template,
         )
 
     @staticmethod
@@ -136,10 +138,15 @@ class Engine:
 
     def settle(self) -> None:
         """Makes what will be saved beside the weights say what the renderer does: chat template, end, padding."""
-        self.processor.chat_template = jinja_template(self.renderer.template)
+        self.processor.chat_template = self.renderer.saved_template(self.picture_label)
         settings = self.model.generation_config
         settings.eos_token_id = self.renderer.end_token_id
         settings.pad_token_id = int(self.processor.tokenizer.pad_token_id)
+
+    @property
+    def picture_label(self) -> str:
+        """What stands before each of several pictures of a question; `{}` is its number."""
+        return self.processor.picture_label
 
     @property
     def max_length_tokens(self) -> int:

@@ -16,10 +16,10 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from mmllm.batch import IGNORE_INDEX, IMAGE_TOKEN, Example, ImageRef, Message
+from mmllm.batch import IGNORE_INDEX, IMAGE_TOKEN, Example, ImageRef, Message, picture_marks
 from mmllm.config import ConfigError, DataConfig, ModelConfig, StageConfig
 from mmllm.config_file import load_config
-from mmllm.data.chat import Renderer, pieces
+from mmllm.data.chat import Rendered, Renderer
 from mmllm.data.check import left_out
 from mmllm.data.images import load_image
 from mmllm.data.sources import DataError, read_source
@@ -29,7 +29,6 @@ from mmllm.inference.seen import as_seen
 from mmllm.model.layout import Layout
 from mmllm.model.processor import VisionLanguageProcessor
 from mmllm.model.vision import load_tower
-from mmllm.scenes.talk import picture_marks
 
 Kind = Literal["image", "prompt", "answer", "end"]
 
@@ -89,6 +88,7 @@ class Explanation:
     tokens: list[Token]
     pictures: list[Picture]
     prompts: list[Asked]
+    picture_label: str
 
     @property
     def counts(self) -> dict[str, int]:
@@ -115,7 +115,7 @@ class Explanation:
         if self.example.messages[0].role == "system":
             found.append("it has a system turn, and chat, captioning and evaluation send none")
         users = [message for message in self.example.messages if message.role == "user"]
-        if any(_words(message) is None for message in users):
+        if any(_words(message, self.picture_label) is None for message in users):
             found.append(
                 "its pictures do not stand before the words as the chat puts them: each <image> on a line of its own"
             )
@@ -174,7 +174,7 @@ def explain(config_path: Path, overrides: list[str], *, sample: str | None = Non
     if reason := left_out(example, renderer, config.data):
         raise DataError(f"{example.source}: the run would leave out {example.id}: {reason}")
     transform = _transform(config.model, text_side.layout)
-    tokens = tokenise(renderer, example.messages, example.images)
+    rendered = renderer.render_example(example)
     pictures = [
         Picture(
             image if isinstance(image, str) else f"picture {number}",
@@ -190,9 +190,10 @@ def explain(config_path: Path, overrides: list[str], *, sample: str | None = Non
         also_in,
         renderer.template_name,
         config.data.max_length_tokens,
-        tokens,
+        tokenise(rendered, renderer.image_token_id),
         pictures,
-        _prompts(renderer, example, tokens),
+        _prompts(renderer, example, rendered, text_side.picture_label),
+        text_side.picture_label,
     )
 
 
@@ -239,64 +240,42 @@ def _near(sample: str, ids: Sequence[str]) -> list[str]:
     return [other for other in heapq.nlargest(5, ids, key=likeness) if 2 * likeness(other) >= len(sample)]
 
 
-def tokenise(renderer: Renderer, messages: Sequence[Message], images: Sequence[Any]) -> list[Token]:
+def tokenise(rendered: Rendered, image_token_id: int) -> list[Token]:
     """The tokens of a conversation as the renderer gives them, each with its text and what it is for."""
-    rendered = renderer.render(messages, images)
-    parts: list[tuple[str, Kind]] = []
-    for piece, is_answer in pieces(renderer.template, messages):
-        if isinstance(piece, ImageRef):
-            parts += [(IMAGE_TOKEN, "image")] * renderer.count_image_tokens(images[piece.index])
-        else:
-            end = is_answer and piece == renderer.template.assistant_close
-            kind: Kind = "end" if end else "answer" if is_answer else "prompt"
-            parts += [(text, kind) for text in _texts(renderer, piece)]
-    assert len(parts) == len(rendered.input_ids), f"{len(parts)} texts for {len(rendered.input_ids)} tokens"
+    kinds: list[Kind] = ["prompt"] * len(rendered.input_ids)
+    for answer in rendered.answers:
+        kinds[answer.start : answer.words_end] = ["answer"] * (answer.words_end - answer.start)
+        kinds[answer.words_end : answer.end] = ["end"] * (answer.end - answer.words_end)
     labels = [IGNORE_INDEX, *rendered.labels[1:]]  # nothing predicts the first token
     return [
-        Token(token_id, text, kind, label != IGNORE_INDEX)
-        for token_id, (text, kind), label in zip(rendered.input_ids, parts, labels, strict=True)
+        Token(token_id, text, "image" if token_id == image_token_id else kind, label != IGNORE_INDEX)
+        for token_id, text, kind, label in zip(rendered.input_ids, rendered.texts, kinds, labels, strict=True)
     ]
 
 
-def _texts(renderer: Renderer, piece: str) -> list[str]:
-    """The part of a piece's text behind each of its tokens; what several tokens share is shown at the last."""
-    tokenizer = renderer.tokenizer
-    ids = renderer.encode(piece)
-    if not tokenizer.is_fast:
-        return [str(tokenizer.decode([token_id])) for token_id in ids]
-    spans = tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    texts, done = [], 0
-    for index, (_, end) in enumerate(spans):
-        stop = max(done, min(end, spans[index + 1][0])) if index + 1 < len(spans) else len(piece)
-        texts.append(piece[done:stop])
-        done = stop
-    return texts
-
-
-def _words(message: Message) -> str | None:
+def _words(message: Message, label: str) -> str | None:
     """A question's words where its pictures stand before them, as the chat puts them; None where they do not."""
     marked = "".join(IMAGE_TOKEN if isinstance(part, ImageRef) else part for part in message.parts)
-    marks = picture_marks(marked.count(IMAGE_TOKEN))
+    marks = picture_marks(marked.count(IMAGE_TOKEN), label)
     return marked.removeprefix(marks) if marked.startswith(marks) else None
 
 
-def _prompts(renderer: Renderer, example: Example, tokens: list[Token]) -> list[Asked]:
+def _prompts(renderer: Renderer, example: Example, rendered: Rendered, label: str) -> list[Asked]:
     """For each answer the tokens before it, in training and as a conversation that grows turn by turn would ask."""
-    conversation = Conversation()
+    conversation = Conversation(label=label)
     asked: list[Asked] = []
+    tokens = tokenise(rendered, renderer.image_token_id)
     turns = [message for message in example.messages if message.role != "system"]
-    first = len(example.messages) - len(turns)
-    for number in range(0, len(turns), 2):
+    for number, place in zip(range(0, len(turns), 2), rendered.answers, strict=True):
         question, answer = turns[number], turns[number + 1]
-        words = _words(question)
+        words = _words(question, label)
         text = question.text if words is None else words
         pictures = [example.images[part.index] for part in question.parts if isinstance(part, ImageRef)]
         inference = None
         if text.strip():
-            question_now = conversation.ask(text, pictures)
-            inference = tokenise(renderer, question_now.messages, question_now.images)
-        length = len(renderer.render(example.messages[: first + number + 1], example.images).input_ids)
-        asked.append(Asked(answer.text, tokens[:length], inference))
+            question_now = renderer.render_example(conversation.ask(text, pictures))
+            inference = tokenise(question_now, renderer.image_token_id)
+        asked.append(Asked(answer.text, tokens[: place.start], inference))
         conversation.add(text, pictures, answer.text)
     return asked
 

@@ -102,8 +102,8 @@ class Answer:
     second_ids: tuple[int, ...] = ()  # the tokens that came second
     second_logprobs: tuple[float, ...] = ()
 
-    def example(self, folder: Path, files: Sequence[str]) -> Example:
-        return Conversation().ask(self.question, [str(folder / files[index]) for index in self.pictures])
+    def example(self, folder: Path, files: Sequence[str], label: str) -> Example:
+        return Conversation(label=label).ask(self.question, [str(folder / files[index]) for index in self.pictures])
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def make_golden(engine: Engine) -> dict[str, bytes]:
     drawn = [_draw_picture(index) for index in range(len(PICTURES))]
     answers = []
     for name, question, indices in PROMPTS:
-        example = Conversation().ask(question, [drawn[index] for index in indices])
+        example = Conversation(label=engine.picture_label).ask(question, [drawn[index] for index in indices])
         prompt_ids = tuple(engine.renderer.render_example(example).input_ids)
         if not 0 < len(prompt_ids) <= engine.max_length_tokens - NUM_TOKENS:
             continue
@@ -269,7 +269,7 @@ def _check_prompts(processor: VisionLanguageProcessor, golden: Golden, folder: P
     if _vocabulary_hash(processor.tokenizer) != golden.vocabulary:
         wrong.append("the tokenizer has other tokens, or other numbers for them")
     for answer in golden.answers:
-        example = answer.example(folder, [picture.file for picture in golden.pictures])
+        example = answer.example(folder, [picture.file for picture in golden.pictures], processor.picture_label)
         ids = renderer.render_example(example).input_ids
         if tuple(ids) != answer.prompt_ids:
             first = next((i for i, (a, b) in enumerate(zip(ids, answer.prompt_ids, strict=False)) if a != b), len(ids))

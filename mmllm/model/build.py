@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmllm.batch import IMAGE_TOKEN
+from mmllm.batch import IMAGE_TOKEN, PICTURE_LABEL, TEXT_ENCODING
 from mmllm.config import ConfigError, ModelConfig, ProjectorConfig, VisionConfig
 from mmllm.model.language import check_backbone, find_architecture, load_language
 from mmllm.model.layout import new_layout
@@ -31,7 +31,7 @@ def build_model(config: ModelConfig) -> tuple[VisionLanguageModel, VisionLanguag
     projector = fitting_projector(config.projector, tower, width)
     model, processor = join_parts(
         tower, projector, language_model, tokenizer, kind=config.projector, vision=config.vision,
-        template=config.template,
+        template=config.template, picture_label=config.picture_label,
     )  # fmt: skip
     origin = {
         "vision": tower.spec.source,
@@ -61,6 +61,7 @@ def join_parts(
     vision: VisionConfig,
     template: str,
     image_newline: Tensor | None = None,
+    picture_label: str | None = None,
 ) -> tuple[VisionLanguageModel, VisionLanguageProcessor]:
     """The model of these parts, none of them copied, and the processor beside it. Of `vision`, `fit` is read.
 
@@ -87,5 +88,7 @@ def join_parts(
         template=template,
         num_image_tokens=num_image_tokens,
         layout=layout.to_json(),
+        picture_label=PICTURE_LABEL if picture_label is None else picture_label,
+        encoding=TEXT_ENCODING,
     )
     return model, processor

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers import AutoProcessor, ProcessorMixin
 
-from mmllm.batch import IMAGE_TOKEN
+from mmllm.batch import IMAGE_TOKEN, PICTURE_LABEL
 from mmllm.model.layout import Layout, build_layout
 
 
@@ -24,6 +24,8 @@ class VisionLanguageProcessor(ProcessorMixin):  # type: ignore[misc]
         template: the renderer's template, a key of TEMPLATES or `tokenizer`.
         num_image_tokens: image tokens that stand for one view of the tower.
         layout: how a picture becomes several views, or one of another shape; None: each is one view.
+        picture_label: what stands before each of several pictures of a question; `{}` is its number.
+        encoding: how texts become ids, see Renderer; checkpoints that do not say it are of the first way.
     """
 
     text_kwargs = {"add_special_tokens": False}  # the chat template writes them all, as the renderer does
@@ -36,11 +38,14 @@ class VisionLanguageProcessor(ProcessorMixin):  # type: ignore[misc]
         template: str = "tokenizer",
         num_image_tokens: int = 0,
         layout: dict[str, Any] | None = None,
+        picture_label: str = PICTURE_LABEL,
+        encoding: int = 1,
         **kwargs: Any,
     ):
         self.template = template
         self.num_image_tokens = num_image_tokens
         self.layout = layout
+        self.picture_label, self.encoding = picture_label, encoding
         self.image_token = IMAGE_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)

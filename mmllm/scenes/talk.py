@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mmllm.batch import Example, Message
+from mmllm.batch import PICTURE_LABEL, Example, Message
 from mmllm.scenes.ask import CAPTION_REQUESTS, QUESTION_TYPES, Turn, ask_about
 from mmllm.scenes.ask_two import TWO_PICTURES, ask_about_two
 from mmllm.scenes.small_talk import TEXT_ONLY, ask_without_picture
@@ -52,16 +52,6 @@ def retold(scene: Scene, rng: random.Random, num_turns: int) -> Conversation:
     return Conversation((scene,), tuple(captions))
 
 
-def picture_label(number: int, num_pictures: int) -> str:
-    """What stands before picture `number`, counted from 1: one stands alone, several are numbered."""
-    return f"Picture {number}: " if num_pictures > 1 else ""
-
-
-def picture_marks(num_pictures: int) -> str:
-    """How a question names its pictures."""
-    return "".join(f"{picture_label(number, num_pictures)}<image>\n" for number in range(1, num_pictures + 1))
-
-
 Told = tuple[int | None, ...]
 
 
@@ -73,8 +63,8 @@ def describe(conversation: Conversation, rng: random.Random, example_id: str) ->
     opening: list[tuple[str, int | None]] = []
     num_parts = 0
     for number, scene in enumerate(conversation.scenes, 1):
-        if label := picture_label(number, len(conversation.scenes)):
-            opening.append((label, None))
+        if len(conversation.scenes) > 1:
+            opening.append((PICTURE_LABEL.replace("{}", str(number)), None))
         clauses = tell_clauses(scene, rng, shuffled=rng.random() < 0.3)
         ends = " " * (len(clauses) - 1) + "\n"
         opening += [

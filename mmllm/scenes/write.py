@@ -16,10 +16,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from mmllm.batch import picture_marks
 from mmllm.scenes.ask import CAPTION_REQUESTS, QUESTION_TYPES, Turn
 from mmllm.scenes.draw import draw
 from mmllm.scenes.small_talk import TEXT_ONLY
-from mmllm.scenes.talk import Conversation, about_none, about_one, about_two, as_text, picture_marks, twin_of
+from mmllm.scenes.talk import Conversation, about_none, about_one, about_two, as_text, twin_of
 from mmllm.scenes.tell import tell
 from mmllm.scenes.world import Kind, Scene, Split, sample_kind, sample_scene
 

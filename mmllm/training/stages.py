@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmllm.batch import Batch, Example
+from mmllm.batch import TEXT_ENCODING, Batch, Example
 from mmllm.config import (
     ConfigError,
     LanguageLoraConfig,
@@ -82,6 +82,7 @@ class ConversationStage:
         self.base = describe_base(config.model) if config.lora else None
         try:
             self.engine = Engine(self.model, self.processor, name=Path(config.out).name)
+            self.engine.renderer.require_end()
         except ChatError as error:
             raise ConfigError(f"model.template: {error}") from error
         self.engine.settle()
@@ -275,7 +276,9 @@ def _load_model(config: StageConfig) -> tuple[VisionLanguageModel, VisionLanguag
     if "base" in manifest:
         merge_adapter(model)
     if config.model.template:
-        processor.template = config.model.template
+        processor.template, processor.encoding = config.model.template, TEXT_ENCODING
+    if config.model.picture_label is not None:
+        processor.picture_label = config.model.picture_label
     return model, processor, {**manifest.get("origin", {}), "started_from": config.model.checkpoint}
 
 

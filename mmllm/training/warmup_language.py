@@ -96,13 +96,14 @@ def _row(renderer: Renderer, conversation: Conversation, rng: random.Random, nam
     example, parts = describe(conversation, rng, name)
     rendered = renderer.render_example(example)
     told, about = np.full(len(rendered.input_ids), -1, np.int8), np.zeros((len(rendered.input_ids), 2), np.int16)
-    named, the = np.full(len(rendered.input_ids), -1, np.int16), renderer.encode(" the")
+    named, the = np.full(len(rendered.input_ids), -1, np.int16), _ids(renderer, " the")
     compared = np.full((len(rendered.input_ids), 2), -1, np.int16)
-    behind = len(renderer.encode(renderer.template.user_open))
+    ends = np.cumsum([len(text) for text in rendered.texts])  # of each token, in characters
+    place = "".join(rendered.texts).index(example.messages[0].text)
     for text, part in zip(example.messages[0].parts, parts, strict=True):
-        start, behind = behind, behind + len(renderer.encode(str(text)))
-        told[start:behind] = -1 if part is None else part
-    question = start  # of the first turn: the last part of its message
+        start, place = place, place + len(str(text))
+        told[(start < ends) & (ends <= place)] = -1 if part is None else part
+    question = int((ends <= start).sum())  # of the first turn: the last part of its message
     for (first, behind), turn in zip(answer_spans(rendered.is_answer), conversation.turns, strict=True):
         here = slice(first - 1, behind - 2)  # where the answer's words are predicted, not its end
         about[here] = guide_bits(turn.about)
@@ -111,11 +112,16 @@ def _row(renderer: Renderer, conversation: Conversation, rng: random.Random, nam
             at = find((*the, *answer), rendered.input_ids, question) + len(the)
             named[here] = np.arange(at, at + len(answer))
         if turn.compared:
-            compared[first - 1] = [renderer.encode(f" {value}")[0] for value in turn.compared]
+            compared[first - 1] = [_ids(renderer, f" {value}")[0] for value in turn.compared]
         question = behind
     types = tuple(turn.type for turn in conversation.turns)
     ids, flags = np.array(rendered.input_ids, np.int32), np.array(rendered.is_answer)
     return TextRow(ids, flags, told, about, named, compared, types)
+
+
+def _ids(renderer: Renderer, text: str) -> list[int]:
+    ids: list[int] = renderer.tokenizer.encode(text, add_special_tokens=False)
+    return ids
 
 
 def find(wanted: Sequence[int], tokens: Sequence[int], start: int) -> int:
