@@ -172,7 +172,7 @@ def test_a_prompt_is_the_beginning_of_what_was_trained(name: str) -> None:
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_system_turn_stands_in_front_or_is_refused(name: str) -> None:
     if name not in EXPECTED_SYSTEM:
-        with pytest.raises(ChatError, match="this chat template has no system turn"):
+        with pytest.raises(ChatError, match="it has no system turn"):
             renderer(name).render([SYSTEM, *TALK])
         return
     rendered = renderer(name).render([SYSTEM, *TALK])
@@ -243,7 +243,7 @@ PLACED = {
     ),
     "thoughts cut away": CHATML.replace("m['content']", "m['content'].split('</think>')[-1]"),
     "shouted": CHATML.replace("m['content']", "m['content'] | upper"),
-    "a prompt that opens a thought": CHATML.replace("assistant\\n' }}{% endif %}", "assistant\\n<think>\\n' }}{% endif %}"),
+    "a prompt that opens a thought": CHATML.replace("assistant\\n' }}{%", "assistant\\n<think>\\n' }}{%"),
     "an end of the whole": CHATML + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}",
 }  # fmt: skip
 
@@ -278,11 +278,9 @@ def test_a_template_that_does_not_end_answers_serves_for_asking_and_not_for_trai
         assert render.end_token_id == 2, "the tokenizer's own end token"
         with pytest.raises(ChatError, match="which this tokenizer has no special token for, so training could not"):
             render.require_end()
-    with pytest.raises(ChatError, match="'<\\|im_end\\|>\\\\n', which this tokenizer has no special token for"):
-        tokenizer = build_tokenizer()
-        tokenizer.backend_tokenizer.add_special_tokens([])
-        without = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, IMAGE_TOKEN: 2}, unk_token="<unk>"))
-        fast = PreTrainedTokenizerFast(tokenizer_object=without, eos_token="</s>", extra_special_tokens=[IMAGE_TOKEN])
+    without = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, IMAGE_TOKEN: 2}, unk_token="<unk>"))
+    fast = PreTrainedTokenizerFast(tokenizer_object=without, eos_token="</s>", extra_special_tokens=[IMAGE_TOKEN])
+    with pytest.raises(ChatError, match=r"ends answers with '<\|im_end\|>\\n', which this tokenizer has no special"):
         Renderer(fast, "chatml", image_token_id=2, num_image_tokens=M)
 
 

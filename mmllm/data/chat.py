@@ -151,8 +151,9 @@ class Renderer:
         if self.ends_answers:
             return
         raise ChatError(
-            f"template {self.template_name!r} ends answers with {self._conversations.closing!r}, which this tokenizer has no special token "
-            f"for, so training could not teach where an answer ends; choose one of {', '.join(TEMPLATES)}"
+            f"template {self.template_name!r} ends answers with {self._conversations.closing!r}, which this tokenizer "
+            "has no special token for, so training could not teach where an answer ends; choose one of "
+            f"{', '.join(TEMPLATES)}"
         )
 
     def count_image_tokens(self, image: Any) -> int:

@@ -18,7 +18,7 @@ class ChatError(ValueError):
     """Messages or a template that cannot be rendered exactly."""
 
 
-_NO_SYSTEM = "{{ raise_exception('this chat template has no system turn') }}"
+_NO_SYSTEM = "{{ raise_exception('it has no system turn') }}"
 _FIRST_SYSTEM = (
     "{% if messages and messages[0].role == 'system' %}{% set system = messages[0].content | trim %}"
     "{% set turns = messages[1:] %}{% else %}{% set system = DEFAULT %}{% set turns = messages %}{% endif %}"
@@ -38,7 +38,7 @@ def _first_system(default: str) -> str:
 
 
 _TURNS = "{% for m in turns %}{% if m.role == 'user' %}"
-_OTHER = "{% else %}{{ raise_exception('this chat template has a system turn in front only') }}{% endif %}{% endfor %}"
+_OTHER = "{% else %}{{ raise_exception('it has a system turn in front only') }}{% endif %}{% endfor %}"
 # Sources: plain, vicuna_v1, llama_2, mistral_instruct: LLaVA conversation.py (https://arxiv.org/abs/2310.03744);
 # chatml: OpenAI's ChatML as Qwen writes it; llama3: https://www.llama.com/docs/model-cards-and-prompt-formats/meta-llama-3/
 TEMPLATES: dict[str, str] = {
@@ -147,6 +147,8 @@ def apply(tokenizer: Any, jinja: str, chats: Sequence[Any], *, prompt: bool = Fa
             list(chats), chat_template=jinja, tokenize=False, add_generation_prompt=prompt, **options
         )
     except TemplateError as error:
+        if type(error) is TemplateError:  # raised by the template itself
+            raise ChatError(f"the chat template refuses this conversation: {error}") from error
         raise ChatError(f"the chat template cannot be rendered: {error}") from error
     except (TypeError, AttributeError, ValueError, KeyError, IndexError) as error:  # a template's own expressions
         raise ChatError(f"the chat template cannot be rendered: {type(error).__name__}: {error}") from error

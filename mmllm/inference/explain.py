@@ -248,7 +248,9 @@ def tokenise(rendered: Rendered, image_token_id: int) -> list[Token]:
         kinds[answer.words_end : answer.end] = ["end"] * (answer.end - answer.words_end)
     labels = [IGNORE_INDEX, *rendered.labels[1:]]  # nothing predicts the first token
     return [
-        Token(token_id, text, "image" if token_id == image_token_id else kind, label != IGNORE_INDEX)
+        Token(token_id, IMAGE_TOKEN, "image")
+        if token_id == image_token_id
+        else Token(token_id, text, kind, label != IGNORE_INDEX)
         for token_id, text, kind, label in zip(rendered.input_ids, rendered.texts, kinds, labels, strict=True)
     ]
 
