@@ -77,7 +77,7 @@ TEMPLATES: dict[str, str] = {
     ),
 }  # fmt: skip
 OWN_TEMPLATE = "tokenizer"
-_PLAIN = "plain"
+_PLAIN, _VICUNA = "plain", "vicuna_v1"
 _BEGIN = "{{ bos_token }}"
 # The first begin token of these is what LLaVA's tokenizers put there; others' is part of the template.
 _BEGUN_BY_TOKENIZER = ("plain", "vicuna_v1", "llama_2", "mistral_instruct")
@@ -133,7 +133,7 @@ def find_template(name: str, tokenizer: Any) -> ChatTemplate:
     jinja, begin = TEMPLATES[name], ""
     if name in _BEGUN_BY_TOKENIZER:
         begin = tokenizer.bos_token if begins_with_bos(tokenizer) else ""
-        jinja = jinja if begin else jinja.replace(_BEGIN, "", 1)
+        jinja = jinja if begin else jinja.replace("bos_token", "''")
     return ChatTemplate(name, jinja, cuts_at_images=True, begin=begin, keeps_user_text=name != _PLAIN)
 
 
@@ -235,25 +235,24 @@ def saved_jinja(template: ChatTemplate, tokenizer: Any, *, label: str) -> str:
         "LABEL": ascii(label if template.keeps_user_text else ""),
         "LINES": "true" if template.keeps_user_text else "false",
         "KEEPS": "true" if template.keeps_user_text else "false",
-        "MARKS": _SPACED if _lacks_space(template, tokenizer) else "",
+        "MARKS": _SPACED if template.cuts_at_images and _lacks_space(tokenizer, IMAGE_TOKEN, "\na") else "",
         "CONTENT": "text" if template.content == "text" else "[{'type': 'text', 'text': text}]",
     }
     head = re.sub("|".join(values), lambda found: values[found[0]], _SAVED)
     jinja = template.jinja
-    if _lacks_space(template, tokenizer):
-        if template.name == _PLAIN:
-            jinja = jinja.replace("m.content | trim", "(' ' if loop.previtem is defined else '') + m.content | trim")
-        elif template.begin:
-            jinja = jinja.replace(_BEGIN, "{{ bos_token + ' ' }}", 1)
+    if template.name == _PLAIN and values["MARKS"]:
+        jinja = jinja.replace("m.content | trim", "(' ' if loop.previtem is defined else '') + m.content | trim")
+    elif template.begin and _lacks_space(tokenizer, template.begin, "A" if template.name == _VICUNA else "[INST]"):
+        jinja = jinja.replace(_BEGIN, "{{ bos_token + ' ' }}", 1)
     return head + jinja
 
 
-def _lacks_space(template: ChatTemplate, tokenizer: Any) -> bool:
-    """Whether a text behind a picture has other tokens here than where it is encoded together with the picture."""
-    if not template.cuts_at_images or IMAGE_TOKEN not in tokenizer.get_vocab():
+def _lacks_space(tokenizer: Any, before: str, text: str) -> bool:
+    """Whether a text alone has the tokens that it has behind a special token and a space, and not behind that alone."""
+    if before not in tokenizer.get_vocab():
         return False
     alone, together, spaced = (
-        tokenizer.encode(text, add_special_tokens=False) for text in ("\na", f"{IMAGE_TOKEN}\na", f"{IMAGE_TOKEN} \na")
+        tokenizer.encode(one, add_special_tokens=False) for one in (text, before + text, f"{before} {text}")
     )
     return bool(alone != together[1:] and alone == spaced[1:])
 
