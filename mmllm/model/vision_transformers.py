@@ -86,7 +86,8 @@ class TransformersTower(LayeredTower):
         return {
             "pixel_values": patches,
             "pixel_attention_mask": torch.ones(patches.shape[:2], dtype=torch.long, device=pixels.device),
-            "spatial_shapes": torch.tensor([[rows, columns]] * len(pixels), dtype=torch.long),
+            # read as numbers, also while the model is built without memory
+            "spatial_shapes": torch.tensor([[rows, columns]] * len(pixels), dtype=torch.long, device="cpu"),
         }
 
 
