@@ -50,10 +50,10 @@ def model_of(tower: VisionTower, language: Any) -> VisionLanguageModel:
 
 
 def logits_of(model: Any) -> Tensor:
-    """[1, T, V] for a picture and three words behind it."""
+    """[1, T, V] for two pictures and three words after them."""
     side = model.vision_tower.spec.image_size_px
-    pixels = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
-    ids = torch.tensor([[1] * model.config.num_image_tokens + [5, 6, 7]])
+    pixels = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor([[1] * 2 * model.config.num_image_tokens + [5, 6, 7]])
     return model(input_ids=ids, pixel_values=pixels, use_cache=False).logits  # type: ignore[no-any-return]
 
 
