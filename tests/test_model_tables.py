@@ -77,7 +77,9 @@ def comes_back(tower: VisionTower, language: Any, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", TOWERS)
-def test_every_tower_of_open_clip_comes_back_as_it_went(name: str, language: Any, tmp_path: Path, garbage: None) -> None:
+def test_every_tower_of_open_clip_comes_back_as_it_went(
+    name: str, language: Any, tmp_path: Path, garbage: None
+) -> None:
     with small_trunks():
         tower = build_tower(TOWERS[name][0])
         assert name not in HAVE_TABLES or list(tables(tower))
