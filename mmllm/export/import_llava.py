@@ -7,6 +7,7 @@ with transformers itself before the checkpoint is left there.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,12 +79,8 @@ def import_model(source: str, out: str | Path, options: ImportOptions) -> Verdic
             return None
         if options.template is None:
             check_place_of_pictures(written, source)
-        return compare_with_transformers(
-            written,
-            source,
-            asks_alike=False,
-            adapt=adapter and (lambda theirs: peft_llava.lay_adapter(theirs, adapter)),
-        )
+        adapt = functools.partial(peft_llava.lay_adapter, folder=adapter) if adapter else None
+        return compare_with_transformers(written, source, asks_alike=False, adapt=adapt)
 
 
 def _config(source: str) -> dict[str, Any]:
@@ -149,7 +146,7 @@ def _pair(source: str, options: ImportOptions) -> tuple[VisionLanguageModel, Vis
 def _check_template(tokenizer: Any, template: str | None) -> None:
     """Raises ChatError, before weights are read, where nothing says how conversations are written, or it is no use."""
     if template is None and (tokenizer is None or not tokenizer.chat_template):
-        raise ChatError("its files do not say how conversations are written: they hold no chat template")
+        raise ChatError("its files do not say how conversations are written")
     if tokenizer is not None:
         from transformers import CLIPImageProcessor
 
