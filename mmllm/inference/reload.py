@@ -6,7 +6,7 @@ copied. What it does otherwise would be lost at saving: tables that no file hold
 
 from __future__ import annotations
 
-import json
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -50,7 +50,9 @@ def check_reload(engine: Engine) -> None:
 def _built_anew(model: VisionLanguageModel) -> Any:
     """The model as `from_pretrained` builds it, on the same weights."""
     weights = model.state_dict()
-    config = VisionLanguageConfig.from_dict(json.loads(model.config.to_json_string()))
+    with tempfile.TemporaryDirectory() as folder:
+        model.config.save_pretrained(folder)
+        config = VisionLanguageConfig.from_pretrained(folder)
     dtype = model.get_input_embeddings().weight.dtype
     with quiet_transformers(), torch.random.fork_rng(devices=[]):  # what is random afterwards stays as it was
         again = VisionLanguageModel.from_pretrained(None, config=config, state_dict=dict(weights), dtype=dtype)
