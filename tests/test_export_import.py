@@ -202,7 +202,7 @@ def test_a_folder_of_llavas_own_code_says_what_transformers_says(
     assert torch.equal(logits(tmp_path / "sharded"), logits(tmp_path / "out"))
     (source / "pytorch_model-2.bin").unlink()
     text = refused(source, tmp_path / "half", template="vicuna_v1")
-    assert "lacks 1 of 2 files of weights (pytorch_model-2.bin); its download did not end, start it again" in text
+    assert "is half downloaded: it lacks pytorch_model-2.bin, 1 of the 2 files that" in text
 
 
 def test_tiles_of_llavas_own_code_say_what_transformers_says(parts: Path, tokenizer: Any, tmp_path: Path) -> None:

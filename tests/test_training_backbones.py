@@ -51,6 +51,9 @@ def test_a_run_with_lora_ends_in_a_checkpoint_that_answers(
     assert [reply.text for reply in together] == [
         engine.reply(example, Sampling(max_new_tokens=4)).text for example in MIXED
     ]
+    merge_checkpoint(out, tmp_path / "merged", device="cpu")
+    merged = Engine.load(tmp_path / "merged", device="cpu").reply_batch(MIXED, Sampling(max_new_tokens=4))
+    assert [reply.text for reply in merged] == [reply.text for reply in together]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

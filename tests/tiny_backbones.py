@@ -37,6 +37,11 @@ BACKBONES: dict[str, dict[str, Any]] = {
              "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     "gpt_neox": {**_SHAPE, "num_key_value_heads": 4},
     "mixtral": {**_SHAPE, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "expansion_ratio": 2, "max_seq_len": 512,
+            "initializer_range": 0.3},
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.3},
+    "falcon": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.3,
+               "new_decoder_architecture": True, "num_kv_heads": 2},
     "mamba": _STATE_SPACE,
     "mamba2": {**_STATE_SPACE, "expand": 2, "head_dim": 16, "num_heads": 4, "n_groups": 2, "chunk_size": 8},
 }  # fmt: skip

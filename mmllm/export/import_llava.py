@@ -7,6 +7,7 @@ with transformers itself before the checkpoint is left there.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,19 @@ from torch import nn
 from mmllm.batch import IMAGE_TOKEN
 from mmllm.config import ConfigError, LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
 from mmllm.data.chat import OWN_TEMPLATE, TEMPLATES, ChatError
+from mmllm.export import peft_llava
 from mmllm.export.original_llava import is_original, read_original
 from mmllm.export.parity import Verdict, check_place_of_pictures, compare_with_transformers
 from mmllm.export.parts import ModelImportError, Parts, read_json, tiled_layout
 from mmllm.inference.engine import Engine
-from mmllm.inference.golden import make_golden
+from mmllm.inference.golden import make_golden, require_golden
+from mmllm.inference.reload import check_reload
 from mmllm.model.build import build_model, join_parts
 from mmllm.model.checkpoint import new_folder, save_checkpoint
-from mmllm.model.hub import hub_folder, quiet_transformers
-from mmllm.model.language import fit_vocabulary, load_tokenizer
+from mmllm.model.hub import check_source, hub_folder, quiet_transformers
+from mmllm.model.language import find_architecture, fit_vocabulary, load_tokenizer
 from mmllm.model.processor import VisionLanguageProcessor
-from mmllm.model.vision_transformers import TransformersTower, transformers_spec
+from mmllm.model.vision_transformers import ENCODERS, TransformersTower, transformers_spec
 from mmllm.model.vlm import VisionLanguageModel
 from projector import Projector, build_projector
 
@@ -52,9 +55,14 @@ def import_model(source: str, out: str | Path, options: ImportOptions) -> Verdic
     """
     out = Path(out)
     with new_folder(out) as partial:
-        config = _config(source)
+        config, adapter = _config(source), None
+        if peft_llava.is_adapter(config):
+            adapter = Path(source)
+            base = peft_llava.base_of(adapter, config, options.base)
+            peft_llava.check_adapter(adapter, config)
+            source, config = base, _config(base)
         try:
-            model, processor, origin = _read(source, config, options)
+            model, processor, origin = _read(source, config, options, adapter)
             engine = Engine(model.eval(), processor, name=out.name)
         except ChatError as error:
             raise ModelImportError(
@@ -62,18 +70,23 @@ def import_model(source: str, out: str | Path, options: ImportOptions) -> Verdic
                 "(LLaVA-1.5: vicuna_v1)"
             ) from error
         engine.settle()
+        check_reload(engine)
         card, files = _card(source, out, origin), make_golden(engine)
         save_checkpoint(partial, model, processor, card=card, files=files, origin=origin)
+        written = Engine.load(partial, device="cpu", verify=False)
         if config.get("model_type") not in LLAVAS or "vision_config" not in config:
+            require_golden(written.model, written.processor, partial, answers=True)
             return None
-        written = Engine.load(partial, device="cpu")
         if options.template is None:
             check_place_of_pictures(written, source)
-        return compare_with_transformers(written, source, asks_alike=False)
+        adapt = functools.partial(peft_llava.lay_adapter, folder=adapter) if adapter else None
+        return compare_with_transformers(written, source, asks_alike=False, adapt=adapt)
 
 
 def _config(source: str) -> dict[str, Any]:
     if Path(source).is_dir():
+        if (found := peft_llava.read_adapter_config(Path(source))) is not None:
+            return found
         for name in ("config.json", "adapter_config.json"):
             if (Path(source) / name).is_file():
                 return read_json(Path(source) / name)
@@ -85,13 +98,19 @@ def _config(source: str) -> dict[str, Any]:
 
 
 def _read(
-    source: str, config: dict[str, Any], options: ImportOptions
+    source: str, config: dict[str, Any], options: ImportOptions, adapter: Path | None
 ) -> tuple[VisionLanguageModel, VisionLanguageProcessor, dict[str, Any]]:
     kind = config.get("model_type")
+    if adapter and (is_original(config) or kind not in LLAVAS):
+        raise ModelImportError(
+            f"{adapter} is an adapter of {source}, which is of type {kind!r}: no Llava of transformers. Merge it with "
+            "peft, and import what comes out"
+        )
     if is_original(config):
+        _check_template(None, options.template)
         parts = read_original(Path(source), config, vision=options.vision, base=options.base)
     elif kind in LLAVAS:
-        parts = _read_transformers(source, kind)
+        parts = _read_transformers(source, kind, options.template, adapter)
     elif options.vision:
         return _pair(source, options)
     else:
@@ -100,8 +119,7 @@ def _read(
             "an LLM, and with --vision the encoder to pair it with"
         )
     template = options.template or parts.template
-    if template is None:
-        raise ChatError("its files do not say how conversations are written")
+    assert template is not None
     model, processor = join_parts(
         parts.tower, parts.projector, parts.language_model, parts.tokenizer, kind=parts.kind,
         vision=parts.vision, template=template, image_newline=parts.image_newline,
@@ -112,6 +130,9 @@ def _read(
 def _pair(source: str, options: ImportOptions) -> tuple[VisionLanguageModel, VisionLanguageProcessor, dict[str, Any]]:
     """An encoder and an LLM with a fresh projector between them, to be trained by stage 1."""
     assert options.vision is not None
+    language = LanguageConfig(source=source)
+    find_architecture(language)
+    _check_template(load_tokenizer(source), options.template)
     return build_model(
         ModelConfig(
             vision=VisionConfig(source=options.vision),
@@ -122,20 +143,51 @@ def _pair(source: str, options: ImportOptions) -> tuple[VisionLanguageModel, Vis
     )
 
 
-def _read_transformers(source: str, kind: str) -> Parts:
-    """The parts of a model of one of LLAVAS, in the precision that they are stored in."""
+def _check_template(tokenizer: Any, template: str | None) -> None:
+    """Raises ChatError, before weights are read, where nothing says how conversations are written, or it is no use."""
+    if template is None and (tokenizer is None or not tokenizer.chat_template):
+        raise ChatError("its files do not say how conversations are written")
+    if tokenizer is not None:
+        from transformers import CLIPImageProcessor
+
+        asked = template or OWN_TEMPLATE
+        Engine.renderer_of(VisionLanguageProcessor(CLIPImageProcessor(), tokenizer, template=asked, num_image_tokens=1))
+
+
+def _read_transformers(source: str, kind: str, template: str | None, adapter: Path | None) -> Parts:
+    """The parts of a model of one of LLAVAS, in the precision that they are stored in; with an adapter in float32."""
     import transformers
-    from transformers import AutoModelForCausalLM, AutoProcessor
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
 
     try:
         with quiet_transformers():
-            llava, report = getattr(transformers, LLAVAS[kind]).from_pretrained(source, output_loading_info=True)
+            check_source(source, None, setting="SOURCE")
+            config = AutoConfig.from_pretrained(source)
             theirs = AutoProcessor.from_pretrained(source)
+    except (OSError, RuntimeError, KeyError, ValueError) as error:
+        raise ModelImportError(f"{source} cannot be loaded: {error}") from error
+    _check_parts(config, source)
+    layout = _layout(config, theirs.image_processor, source)
+    tokenizer = load_tokenizer(source)
+    if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) != config.image_token_id:
+        raise ModelImportError(
+            f"{source} marks pictures with token {config.image_token_id}, "
+            f"{theirs.tokenizer.convert_ids_to_tokens(config.image_token_id)!r}; here it must be {IMAGE_TOKEN}"
+        )
+    tokenizer.chat_template = theirs.chat_template or tokenizer.chat_template
+    _check_template(tokenizer, template)
+    options: dict[str, Any] = {"dtype": torch.float32} if adapter else {}
+    try:
+        with quiet_transformers():
+            llava, report = getattr(transformers, LLAVAS[kind]).from_pretrained(
+                source, output_loading_info=True, **options
+            )
     except (OSError, RuntimeError, KeyError, ValueError) as error:
         raise ModelImportError(f"{source} cannot be loaded: {error}") from error
     if missing := sorted(report["missing_keys"]):
         raise ModelImportError(f"{source} lacks {len(missing)} weights, such as {missing[0]}; download it again")
-    config = llava.config
+    if adapter:
+        llava = peft_llava.merge(llava, adapter)
     tower = _tower(llava, theirs.image_processor, source)
     projector, projector_config = _projector(
         llava.model.multi_modal_projector, config.projector_hidden_act, tower.width
@@ -144,20 +196,34 @@ def _read_transformers(source: str, kind: str) -> Parts:
         language_model = AutoModelForCausalLM.from_config(config.text_config)
     setattr(language_model, language_model.base_model_prefix, llava.model.language_model)
     language_model.set_output_embeddings(llava.lm_head)
-    tokenizer = load_tokenizer(source)
-    if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) != config.image_token_id:
-        raise ModelImportError(
-            f"{source} marks pictures with token {config.image_token_id}, "
-            f"{theirs.tokenizer.convert_ids_to_tokens(config.image_token_id)!r}; here it must be {IMAGE_TOKEN}"
-        )
-    tokenizer.chat_template = theirs.chat_template or tokenizer.chat_template
     fit_vocabulary(language_model, tokenizer)
-    origin = dict.fromkeys(("vision", "projector", "language"), source)
-    layout = _layout(llava, theirs.image_processor, source)
+    origin = dict.fromkeys(("vision", "projector", "language"), f"{source} + {adapter}" if adapter else source)
     newline = getattr(llava.model, "image_newline", None)
     return Parts(
         tower, projector, projector_config, language_model, tokenizer, layout, OWN_TEMPLATE, origin, newline
     )  # fmt: skip
+
+
+def _check_parts(config: Any, source: str) -> None:
+    """Raises ModelImportError, by config.json alone, for parts of a Llava that no model here has."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    vision, text = config.vision_config, config.text_config
+    if vision.model_type not in ENCODERS:
+        raise ModelImportError(
+            f"{source}: its vision tower, {vision.model_type}, cannot be read; allowed: {', '.join(ENCODERS)}"
+        )
+    if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelImportError(f"{source}: its LLM, {text.model_type}, is none that AutoModelForCausalLM reads")
+    has_cls = vision.model_type == "clip_vision_model"
+    if has_cls != (config.vision_feature_select_strategy == "default"):
+        raise ModelImportError(
+            f"{source} reads {config.vision_feature_select_strategy!r} features of a {vision.model_type}: the token of "
+            "the whole picture stands among the patches, or a patch is lost; here patches are read, and all of them"
+        )
+    activation, has_bias = config.projector_hidden_act, config.multimodal_projector_bias
+    if activation not in ("gelu", "linear") or not has_bias:
+        raise ModelImportError(f"projector: two layers with {activation}, biases {has_bias}; here it is GELU")
 
 
 def _tower(llava: Any, transform: Any, source: str) -> TransformersTower:
@@ -167,12 +233,6 @@ def _tower(llava: Any, transform: Any, source: str) -> TransformersTower:
     given = config.vision_feature_layer
     layers = [given] if isinstance(given, int) else list(given)
     layers = [layer if layer < 0 else layer - num_layers - 1 for layer in layers]  # 0 is the embedding
-    has_cls = vision.model_type == "clip_vision_model"
-    if has_cls != (config.vision_feature_select_strategy == "default"):
-        raise ModelImportError(
-            f"{source} reads {config.vision_feature_select_strategy!r} features of a {vision.model_type}: the token of "
-            "the whole picture stands among the patches, or a patch is lost; here patches are read, and all of them"
-        )
     try:
         tower = TransformersTower(
             transformers_spec(
@@ -187,13 +247,13 @@ def _tower(llava: Any, transform: Any, source: str) -> TransformersTower:
     return tower
 
 
-def _layout(llava: Any, transform: Any, source: str) -> VisionConfig:
+def _layout(config: Any, transform: Any, source: str) -> VisionConfig:
     """How this transform cuts a picture into tiles, or makes it square."""
-    if llava.config.model_type == "llava_next":
-        sizes = [list(pair) for pair in llava.config.image_grid_pinpoints]
+    if config.model_type == "llava_next":
+        sizes = [list(pair) for pair in config.image_grid_pinpoints]
         if sizes != (others := [list(pair) for pair in transform.image_grid_pinpoints]):
             raise ModelImportError(f"{source}: its model cuts pictures for {sizes}, its image processor for {others}")
-        return tiled_layout(source, sizes, int(llava.config.vision_config.image_size))
+        return tiled_layout(source, sizes, int(config.vision_config.image_size))
     if getattr(transform, "do_pad", False):
         return VisionConfig(source=source, fit="pad")
     return VisionConfig(source=source, fit="square" if getattr(transform, "do_center_crop", False) else "stretch")

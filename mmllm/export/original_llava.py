@@ -16,8 +16,8 @@ from torch import Tensor
 from mmllm.config import ConfigError, LanguageConfig, ProjectorConfig, VisionConfig
 from mmllm.export.parts import ModelImportError, Parts, read_tensors, read_weights, tiled_layout
 from mmllm.model.build import fitting_projector
-from mmllm.model.hub import WEIGHTS, quiet_transformers
-from mmllm.model.language import fit_vocabulary, load_language, load_tokenizer
+from mmllm.model.hub import WEIGHTS, check_source, quiet_transformers
+from mmllm.model.language import find_architecture, fit_vocabulary, load_language, load_tokenizer
 from mmllm.model.tower import LayeredTower, VisionTower
 from mmllm.model.vision import load_tower
 
@@ -45,6 +45,14 @@ def read_original(folder: Path, config: dict[str, Any], *, vision: str | None, b
             f"{folder} holds no LLM, only {extra.name if extra else ''}; give the LLM it was trained on with --base "
             f"(its config names {config.get('_name_or_path') or 'none'})"
         )
+    kind = _kind(config)
+    try:
+        if has_llm:
+            check_source(str(folder), None, setting="SOURCE")
+        else:
+            find_architecture(LanguageConfig(source=str(base)))
+    except ConfigError as error:
+        raise ModelImportError(str(error)) from error
     tower = _tower(folder, config, vision)
     if has_llm:
         weights = read_weights(folder)
@@ -59,7 +67,6 @@ def read_original(folder: Path, config: dict[str, Any], *, vision: str | None, b
     if own:
         assert isinstance(tower, LayeredTower)
         tower.fill({key: value.float() for key, value in own.items()})
-    kind = _kind(config)
     projector = fitting_projector(kind, tower, language_model.config.hidden_size)
     _fill_projector(projector, weights, folder)
     origin = {
@@ -99,6 +106,9 @@ def _check(folder: Path, config: dict[str, Any]) -> None:
     for name, is_wrong in wrong.items():
         if is_wrong:
             raise ModelImportError(f"{folder} has {name}: {config.get(name)!r}, which no model here does")
+    if (kind := str(config.get("model_type"))) not in LANGUAGE_TYPES:
+        allowed = ", ".join(LANGUAGE_TYPES)
+        raise ModelImportError(f"{folder} is of type {kind!r}; of LLaVA's own, allowed: {allowed}")
 
 
 def _tower(folder: Path, config: dict[str, Any], vision: str | None) -> VisionTower:
@@ -118,10 +128,7 @@ def _language(folder: Path, config: dict[str, Any], weights: dict[str, Tensor]) 
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    kind = LANGUAGE_TYPES.get(str(config.get("model_type")))
-    if kind is None:
-        allowed = ", ".join(LANGUAGE_TYPES)
-        raise ModelImportError(f"{folder} is of type {config.get('model_type')!r}; of LLaVA's own, allowed: {allowed}")
+    kind = LANGUAGE_TYPES[str(config["model_type"])]
     skipped = ("model_type", "architectures", "transformers_version", "auto_map")
     fields = {key: value for key, value in config.items() if key not in skipped and not key.startswith("mm_")}
     text_config = AutoConfig.for_model(kind, **fields)

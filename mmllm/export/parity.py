@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,8 +70,12 @@ def _inputs_of(processor: Any, examples: list[Example]) -> Any:
 
 
 @torch.inference_mode()
-def compare_with_transformers(engine: Engine, folder: str | Path, *, asks_alike: bool = True) -> Verdict:
+def compare_with_transformers(
+    engine: Engine, folder: str | Path, *, asks_alike: bool = True, adapt: Callable[[Any], Any] | None = None
+) -> Verdict:
     """Loads the folder with transformers alone and asks it what the engine is asked. Raises ExportError.
+
+    `adapt` makes of what was loaded the model to compare with: it lays an adapter on it.
 
     Where `asks_alike` is False, the folder's own chat template is another one: it gets the engine's tokens.
     """
@@ -85,7 +89,7 @@ def compare_with_transformers(engine: Engine, folder: str | Path, *, asks_alike:
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(map(str, report[what])):
             raise ExportError(f"transformers reads the written model with {what.replace('_', ' ')}: {names[0]} ...")
-    theirs.eval()
+    theirs = adapt(theirs.eval()) if adapt else theirs.eval()
     examples = probes()
     worst = 0.0
     for group in ([examples[0]], [examples[1]], [examples[2]], examples):

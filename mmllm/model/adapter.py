@@ -127,10 +127,17 @@ def own_tensors(model: VisionLanguageModel, base: dict[str, Any]) -> dict[str, T
 
 
 def save_adapter(model: VisionLanguageModel, folder: Path, base: dict[str, Any]) -> None:
-    """The adapter in peft's own format, without peft's card, which would be a form nobody filled in."""
+    """The adapter in peft's own format, without peft's card, which would be a form nobody filled in.
+
+    Its config says that it belongs to a causal LM: peft's own loaders ask for that, and `attach_adapter` does not.
+    """
     peft_model: Any = model.language_model
-    peft_model.peft_config["default"].base_model_name_or_path = base["source"]
-    peft_model.save_pretrained(folder / ADAPTER, save_embedding_layers=False)
+    settings = peft_model.peft_config["default"]
+    settings.base_model_name_or_path, settings.task_type = base["source"], "CAUSAL_LM"
+    try:
+        peft_model.save_pretrained(folder / ADAPTER, save_embedding_layers=False)
+    finally:
+        settings.task_type = None
     (folder / ADAPTER / "README.md").unlink(missing_ok=True)
 
 
@@ -165,7 +172,9 @@ def attach_adapter(model: VisionLanguageModel, folder: Path) -> None:
 
     saved = set(load_file(folder / ADAPTER / "adapter_model.safetensors"))
     with quiet_peft():
-        model.language_model = peft.PeftModel.from_pretrained(model.language_model, folder / ADAPTER)
+        settings = peft.PeftConfig.from_pretrained(folder / ADAPTER)
+        settings.task_type = None  # see `add_lora`
+        model.language_model = peft.PeftModel.from_pretrained(model.language_model, folder / ADAPTER, config=settings)
     own = set(peft.get_peft_model_state_dict(model.language_model, save_embedding_layers=False))
     if wrong := sorted(saved ^ own):
         raise CheckpointError(

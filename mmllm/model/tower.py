@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from mmllm.config import ConfigError
@@ -85,11 +86,13 @@ class VisionTower(nn.Module):
 
     @torch.no_grad()
     def _probe(self) -> None:
-        """Counts patches and width by one run, on no memory where the tower has been built without any."""
+        """Counts patches and width by one run, on no memory where the weights have none."""
         side, parameter = self.spec.image_size_px, next(self.parameters())
         was_training = self.training
         self.eval()
-        patches = self(torch.zeros(1, 3, side, side, dtype=parameter.dtype, device=parameter.device))
+        buffers = {name: buffer.to(parameter.device) for name, buffer in self.named_buffers()}
+        pixels = torch.zeros(1, 3, side, side, dtype=parameter.dtype, device=parameter.device)
+        patches = functional_call(self, buffers, (pixels,))
         self.train(was_training)
         self.num_patches, self.width = patches.shape[1], patches.shape[2]
 

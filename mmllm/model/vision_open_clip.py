@@ -71,7 +71,8 @@ def _set_input_size(encoder: Any, side: int) -> None:
         encoder.trunk.set_input_size(img_size=(side, side))
     patch_embed: Any = getattr(getattr(encoder, "trunk", None), "patch_embed", None)
     if hasattr(patch_embed, "strict_img_size"):
-        patch_embed.strict_img_size = False
+        # it takes its own size alone, or sizes that patches fill; SO400M/14 at 384 pixels leaves 6 of them out
+        patch_embed.img_size = None
 
 
 def _layers(encoder: Any) -> list[nn.Module]:

@@ -85,8 +85,9 @@ class TransformersTower(LayeredTower):
         patches = cut.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # [N, P, size * size * C]
         return {
             "pixel_values": patches,
-            "pixel_attention_mask": torch.ones(patches.shape[:2], dtype=torch.long, device=pixels.device),
-            "spatial_shapes": torch.tensor([[rows, columns]] * len(pixels), dtype=torch.long),
+            "pixel_attention_mask": None,  # all of them are of the picture
+            # read as numbers, also while the model is built without memory
+            "spatial_shapes": torch.tensor([[rows, columns]] * len(pixels), dtype=torch.long, device="cpu"),
         }
 
 

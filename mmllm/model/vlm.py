@@ -27,6 +27,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mmllm.batch import Batch
 from mmllm.model.layout import build_layout
+from mmllm.model.tables import compute_tables
 from mmllm.model.tower import TowerSpec, VisionTower
 from mmllm.model.vision import build_tower
 from projector import Projector, build_projector
@@ -87,15 +88,8 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
 
     def __init__(self, config: VisionLanguageConfig):
         super().__init__(config)
-        assert config.vision is not None
-        assert config.projector is not None
-        self.vision_tower = build_tower(TowerSpec.from_json(config.vision))
-        self.projector = build_projector(
-            config.projector["kind"],
-            vision_dim=self.vision_tower.width,
-            llm_dim=config.text_config.hidden_size,
-            **config.projector["options"],
-        )
+        self.vision_tower = _build_tower(config)
+        self.projector = _build_projector(config, self.vision_tower.width)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         self.layout = build_layout(config.num_image_tokens, config.layout)
         self.image_newline: nn.Parameter | None = None  # [D], at the end of each row of image tokens
@@ -128,8 +122,17 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
             model.image_newline = nn.Parameter(values.to(next(projector.parameters()).dtype))
         return model
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own, and the tables of tower and projector, which it leaves uninitialised."""
+        loaded: Any = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        compute_tables(model.vision_tower, lambda: _build_tower(model.config))
+        compute_tables(model.projector, lambda: _build_projector(model.config, model.vision_tower.width))
+        return loaded
+
     def _init_weights(self, module: Any) -> None:
-        """Each part brings its own initialisation."""
+        """Each part brings its own initialisation; the LLM's tables are computed by its own `_init_weights`."""
 
     def get_input_embeddings(self) -> Any:
         return self.language_model.get_input_embeddings()
@@ -283,6 +286,17 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         slots = (input_ids == self.config.image_token_id).sum(1).cpu().cumsum(0)
         images_behind = torch.searchsorted(behind, slots, right=True) - 1
         return images_behind.diff(prepend=images_behind.new_zeros(1)).tolist()
+
+
+def _build_tower(config: VisionLanguageConfig) -> VisionTower:
+    assert config.vision is not None
+    return build_tower(TowerSpec.from_json(config.vision))
+
+
+def _build_projector(config: VisionLanguageConfig, vision_dim: int) -> Projector:
+    assert config.projector is not None
+    kind, options = config.projector["kind"], config.projector["options"]
+    return build_projector(kind, vision_dim=vision_dim, llm_dim=config.text_config.hidden_size, **options)
 
 
 AutoConfig.register(VisionLanguageConfig.model_type, VisionLanguageConfig, exist_ok=True)

@@ -44,8 +44,7 @@ def add_lora(model: VisionLanguageModel, config: LoraConfig) -> None:
         trainable_token_indices=_trained_rows(model),
         use_dora=config.dora,
         use_rslora=config.rslora,
-        task_type="CAUSAL_LM",
-    )
+    )  # no task_type: peft's wrapper for causal LMs knows some by name, and refuses MPT's embeddings
     try:
         with quiet_peft():
             model.language_model = peft.get_peft_model(model.language_model, settings)

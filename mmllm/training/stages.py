@@ -25,6 +25,7 @@ from mmllm.data.collate import collate
 from mmllm.data.sources import DataError
 from mmllm.inference.engine import Engine, load_pixels
 from mmllm.inference.golden import load_verified, make_golden
+from mmllm.inference.reload import check_reload
 from mmllm.model.adapter import describe_base, merge_adapter
 from mmllm.model.attention import use_blocked_attention
 from mmllm.model.build import build_model
@@ -86,6 +87,7 @@ class ConversationStage:
         except ChatError as error:
             raise ConfigError(f"model.template: {error}") from error
         self.engine.settle()
+        check_reload(self.engine)
         self.data = TrainingData(config, self.engine.renderer)
         self.examples, self.lengths, self.num_examples = self.data.examples, self.data.lengths, self.data.num_examples
         self._freeze()
