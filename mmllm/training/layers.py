@@ -92,8 +92,8 @@ def hidden_matrices(module: nn.Module) -> set[int]:
         if isinstance(part, nn.Linear | Conv1D):
             found.add(id(part.weight))
         elif isinstance(part, nn.MultiheadAttention):  # its output layer is a linear one
-            weights = (part.in_proj_weight, part.q_proj_weight, part.k_proj_weight, part.v_proj_weight)
-            found |= {id(weight) for weight in weights if weight is not None}
+            names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+            found |= {id(weight) for name in names if (weight := getattr(part, name)) is not None}
         if isinstance(part, VisionTower):
             outer |= _outside(part, part.blocks())
         elif isinstance(part, ReadOut):
