@@ -58,7 +58,7 @@ def test_a_run_that_beats_the_measured_peak_raises_it_and_says_so() -> None:
     told = throughput.beaten_text()
     assert told is not None
     assert "this run is faster than the peak" in told
-    assert "TFLOP/s in bf16 (reached by this run)" in told
+    assert "FLOP/s in bf16 (reached by this run)" in told
     assert throughput.beaten_text() is None, "once"
 
 

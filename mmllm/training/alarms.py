@@ -34,8 +34,8 @@ def _blindness(row: Mapping[str, float], log: LogConfig) -> str | None:
     if reliance - NUM_ERRORS * error < log.min_image_reliance:
         spread = f" (+-{NUM_ERRORS * error:.2g})" if error else ""
         return (
-            f"with those of other examples its loss is only {reliance:.3g}{spread} nats per token higher "
-            f"(log.min_image_reliance is {log.min_image_reliance:g})"
+            f"with those of other examples its loss changes by {reliance:+.3g}{spread} nats per token; a rise above "
+            f"{log.min_image_reliance:g} would be looking (log.min_image_reliance)"
         )
     gains = _task_gains(row)
     if not gains or reliance >= LOW * log.min_image_reliance:

@@ -34,6 +34,14 @@ def step_flops(stage: Any) -> StepFlops | None:
     )  # fmt: skip
 
 
+def _speed_text(flops_per_second: float) -> str:
+    return (
+        f"{flops_per_second / 1e12:.3g} TFLOP/s"
+        if flops_per_second >= 1e12
+        else f"{flops_per_second / 1e9:.3g} GFLOP/s"
+    )
+
+
 class Throughput:
     """Counts over the steps since the last figures. Seconds that are no training (`paused`) do not count.
 
@@ -137,6 +145,5 @@ class Throughput:
         if not self.peaks or not self.flops:
             return None
         note = f"; {self.flops.note}" if self.flops.note else ""
-        peaks = [f"{one.flops_per_second / 1e12:.3g} TFLOP/s in {kind} ({one.source})"
-                 for kind, one in self.peaks.items()]  # fmt: skip
+        peaks = [f"{_speed_text(one.flops_per_second)} in {kind} ({one.source})" for kind, one in self.peaks.items()]
         return f"MFU against {' and '.join(peaks)}{note}"
