@@ -6,6 +6,7 @@ The one place of this advice: `mmllm plan` shows it with what each change saves,
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import resource
 import shlex
@@ -81,7 +82,13 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def forget_peak() -> None:
-    """From here on `peak_bytes` is that of what follows, where the system can be told so (Linux)."""
+    """From here on `peak_bytes` is that of what follows, where the system can be told so (Linux).
+
+    What the allocator keeps for later is given back before, where it is glibc's.
+    """
+    give_back = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if give_back is not None:
+        give_back(0)
     with contextlib.suppress(OSError):
         _CLEAR.write_text("5")
 

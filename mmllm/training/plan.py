@@ -126,23 +126,37 @@ def longest_batch(stage: Any, batch_size: int, max_length: int) -> Any:
 
 
 def _measure(run: Any, batch: Any) -> Memory:
-    """The parts of memory at the peak of a step, the second one: the optimizer has its state by then."""
+    """The parts of memory at the peak of a step, the second one: the optimizer has its state by then.
+
+    On a CPU what autograd keeps is counted in the first step, since counting holds some of it for longer.
+    """
     device, module = run.accelerator.device, run.stage.module
-    run.step(0, itertools.repeat(batch))
+    saved = _Saved(itertools.chain(module.parameters(), module.buffers()))
+    if device.type == "cuda":
+        run.step(0, itertools.repeat(batch))
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
+            run.step(0, itertools.repeat(batch))
+        forget_peak()
+    run.step(1, itertools.repeat(batch))
     weights = parameter_bytes(itertools.chain(module.parameters(), module.buffers()))
     gradients = parameter_bytes(run.strategy.trained.values())
     states = [value for one in run.strategy.optimizers for state in one.state.values() for value in state.values()]
     optimizer = parameter_bytes(value for value in states if isinstance(value, Tensor))
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        run.step(1, itertools.repeat(batch))
         peak = torch.cuda.max_memory_allocated(device)
         return Memory(weights, gradients, optimizer, max(0, peak - weights - gradients - optimizer))
-    saved = _Saved(itertools.chain(module.parameters(), module.buffers()))
-    with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
-        run.step(1, itertools.repeat(batch))
     return Memory(weights, gradients, optimizer, saved.peak)
+
+
+def _of_process(parts: Memory, peak: int) -> Memory:
+    """The parts of a process that held `peak` bytes. Gradients come as activations go: together they are fewer."""
+    together = min(parts.gradients + parts.activations, max(0.0, peak - parts.weights - parts.optimizer))
+    activations = max(0.0, together - parts.gradients)
+    parts = replace(parts, gradients=together - activations, activations=activations)
+    return replace(parts, process=max(0.0, peak - parts.total))
 
 
 def _shape_of(stage: Any, config: Any, batch: Any) -> Shape:
@@ -208,6 +222,7 @@ def make_plan(
     try:
         run = Run(config, stage, accelerator, lambda: build_stage(config, tasks))
         batch = longest_batch(stage, config.optim.batch_size, config.data.max_length_tokens)
+        loading = peak_bytes()
         measured = _measure(run, batch)
         run.throughput.figures()
         last = min(TYPICAL_STEPS + 1, config.optim.max_steps)
@@ -220,7 +235,7 @@ def make_plan(
         speed = run.throughput.figures()
         stage.rehearse_validation()
         if accelerator.device.type == "cpu":
-            measured = replace(measured, process=max(0.0, peak_bytes() - measured.total))
+            measured = _of_process(measured, max(loading, peak_bytes()))
         if stage.validates:
             notes.append("the time of validations is not counted")
         notes += [told for told in (run.throughput.describe(), run.throughput.threads_text()) if told]
