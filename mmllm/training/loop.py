@@ -281,6 +281,10 @@ def train(config: RunConfig, stage: Stage, accelerator: Any, rebuild: Callable[[
 
 
 def _interrupted(step: int, max_steps: int) -> InterruptedRunError:
+    if not step:
+        return InterruptedRunError(
+            f"stopped before step 1 of {max_steps}; nothing was trained, the same command begins"
+        )
     return InterruptedRunError(f"stopped after step {step} of {max_steps}; the same command goes on from there")
 
 
