@@ -85,10 +85,11 @@ def plan(
     """Run the longest batch once; say what the run needs of memory, time and disk, and what to change to need less."""
     with report_errors(debug=_debug):
         from mmllm.config_file import load_config
+        from mmllm.evaluation.live import LiveTasks
         from mmllm.training.plan import make_plan, parse_size, show, to_json
 
         limit = parse_size(memory) if memory else None
-        made = make_plan(load_config(config, overrides or []), gpus=gpus, memory=limit)
+        made = make_plan(load_config(config, overrides or []), gpus=gpus, memory=limit, tasks=LiveTasks())
         print(to_json(made)) if as_json else show(made)
         if not made.fits:
             sys.exit(FAILED)

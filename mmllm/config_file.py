@@ -83,8 +83,17 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         if "extends" in base:
             raise ConfigError(f"{path} extends {parent}, which extends another file; one level is allowed")
         tree = _merge(base, tree)
+    return _checked(path, tree, overrides or [])
+
+
+def with_overrides(config: RunConfig, overrides: list[str]) -> RunConfig:
+    """These settings with `section.key=value` overrides, checked as those of a file are. Raises ConfigError."""
+    return _checked("config", OmegaConf.create(config.model_dump(mode="json")), overrides)
+
+
+def _checked(path: str | Path, tree: Any, overrides: list[str]) -> RunConfig:
     given: Any = OmegaConf.create()
-    for override in overrides or []:
+    for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals or not key:
             raise ConfigError(f"override {override!r} is not of the form section.key=value")

@@ -72,7 +72,7 @@ def step(model: Any, batch: Batch, **optim: Any) -> None:
     """One step of training on all that has a gradient."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     config = OptimConfig(learning_rates={"all": 0.01}, max_steps=1, batch_size=1, **optim)
-    (optimizer,) = build_optimizers({"all": named}, config)
+    (optimizer,) = build_optimizers(model, {"all": named}, config)
     model.train()
     loss_of(model, batch).backward()
     optimizer.step()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,11 +15,14 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny import model_config
 from torch import Tensor
 
 from mmllm.batch import Example
 from mmllm.data.sources import DataError
 from mmllm.inference.engine import Engine, load_pixels
+from mmllm.model.build import build_model
 from mmllm.training import features as features_module
 from mmllm.training.feature_files import RECORD
 from mmllm.training.features import FeatureCache
@@ -96,7 +100,7 @@ def test_what_is_read_is_what_the_tower_says(
     cache.fill(CPU)
     told = capsys.readouterr().out
     assert f"{NUM_PICTURES} pictures x 1.02 kB = 49.2 kB in bf16" in told
-    assert "times as fast" in told
+    assert "times as fast" in told or "it gains nothing with this tower; data.cache_features=false" in told
     assert_whole(cache)
     assert_whole(opened())
 
@@ -179,3 +183,50 @@ def test_a_cache_that_the_disk_has_no_room_for_is_refused_before_it_is_written(
     with pytest.raises(DataError, match=r"48 pictures x 1\.02 kB = 49\.2 kB in bf16; 1 kB free .*data\.cache_folder"):
         cache.fill(CPU)
     assert not cache.folder.exists()
+
+
+def key_of(parts: Path, **vision: Any) -> str:
+    model, processor, _ = build_model(model_config(parts, **vision))
+    return features_module._key(Engine(model, processor, name="any"))
+
+
+def test_a_tower_is_known_by_what_it_holds_and_not_by_its_path(tiny_parts: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(tiny_parts, moved)
+    assert key_of(moved) == key_of(tiny_parts)
+    assert key_of(tiny_parts, source=f"local-dir:{tiny_parts}/../{tiny_parts.name}/vision") == key_of(tiny_parts)
+    others = [key_of(tiny_parts, layer=-2), key_of(tiny_parts, image_size_px=16), key_of(tiny_parts, fit="pad")]
+    weights = moved / "vision" / "open_clip_model.safetensors"
+    changed = {name: value + 0.5 if name == "visual.proj" else value for name, value in load_file(weights).items()}
+    assert len({key_of(tiny_parts), *others}) == 4
+    changed["visual.class_embedding"] = changed["visual.class_embedding"] + 1
+    save_file(changed, weights)
+    assert key_of(moved) != key_of(tiny_parts)
+
+
+def test_the_gain_is_that_of_warm_reads_and_a_loss_is_called_one(
+    opened: Callable[[], FeatureCache], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = opened()
+    cache.fill(CPU)
+    read, reads = cache.get, []
+
+    def first_is_cold(images: Any) -> Tensor:
+        reads.append(images)
+        time.sleep(1 if len(reads) == 1 else 0)
+        return read(images)
+
+    monkeypatch.setattr(cache, "get", first_is_cold)
+    monkeypatch.setattr(cache, "_encode", lambda *given: time.sleep(0.5))
+    assert "times as fast" in cache._gain(CPU), "one cold read does not decide"
+    monkeypatch.setattr(cache, "_encode", lambda *given: None)
+    assert "it gains nothing with this tower; data.cache_features=false" in cache._gain(CPU)
+
+
+def test_folders_of_other_towers_are_told_of_before_a_new_one_is_filled(
+    opened: Callable[[], FeatureCache], capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = opened()
+    (cache.root / "features-0123456789").mkdir(parents=True)
+    cache.fill(CPU)
+    assert f"1 other folder(s) in {cache.root}: of other towers or transforms" in capsys.readouterr().out

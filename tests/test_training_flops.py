@@ -164,5 +164,44 @@ def test_a_gpu_is_known_by_the_whole_word_of_its_name(name: str, known: str, mon
 
 def test_a_gpu_with_another_ones_name_in_its_own_is_not_that_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA RTX A1000")
-    monkeypatch.setattr(flops, "_measure_peak", lambda *given: 1.0)
+    monkeypatch.setattr(flops, "measure_peak", lambda *given: 1.0)
     assert device_peak(torch.device("cuda"), "bf16").source == "measured"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision", "expected"),
+    [("fp32", "fp32", [False] * 3), ("bf16", "fp32", [True, False, False]), ("fp32", "bf16", [True] * 3)],
+)
+def test_operations_are_of_the_type_that_is_computed_in(
+    dtype: str, precision: str, expected: list[bool], tiny_parts: Path
+) -> None:
+    config = model_config(tiny_parts)
+    assert config.language
+    language = config.language.model_copy(update={"dtype": dtype})
+    model = frozen_but(build_model(config.model_copy(update={"language": language}))[0])
+    model.projector.requires_grad_(True)
+    flops_ = StepFlops(model, precision=precision)
+    assert flops_.in_bf16 == expected
+    found = flops_.count(make_batch(model, (24, 17)))
+    shares = {"fp32fp32": found.model_bf16 == 0, "bf16fp32": 0 < found.model_bf16 < found.model,
+              "fp32bf16": found.model_bf16 == found.model and found.hardware_bf16 == found.hardware}  # fmt: skip
+    assert shares[dtype + precision]
+
+
+def test_the_peak_is_the_best_of_several_sizes_and_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flops, "_SIDES", {"cpu": (64, 256)})
+    monkeypatch.setattr(flops, "PEAK_SECONDS", 0.02)
+    device = torch.device("cpu")
+    flops._measure_products.cache_clear()
+    try:
+        best, usual = flops._measure_products(device, torch.float32, 1)
+        assert best >= usual > 0
+        assert flops.measure_peak(device, torch.float32, 1) == best
+        monkeypatch.setattr(flops, "_measure_products", lambda device, dtype, threads: (1.0, 3.0 / threads))
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+        told = flops.threads_text(device, torch.float32)
+        assert told is not None
+        assert told.startswith("one thread computes 2.0 times as fast as 2 here")
+    finally:
+        monkeypatch.undo()
+        flops._measure_products.cache_clear()

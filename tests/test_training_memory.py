@@ -186,7 +186,7 @@ def test_bf16_computes_while_trained_weights_and_their_state_stay_fp32(
 ) -> None:
     options = ("lora.rank=2", "model.language.dtype=bf16", f"optim.kind={kind}")
     stage = ConversationStage(settings_of(tiny_runs / "stage2.yaml", tmp_path, *options))
-    [optimizer] = build_optimizers(stage.parts, stage.config.optim, depths=stage.depths)
+    [optimizer] = build_optimizers(stage.module, stage.parts, stage.config.optim, depths=stage.depths)
     with torch.autocast("cpu", torch.bfloat16):
         stage.module(stage.batch(range(4))).backward()
     optimizer.step()

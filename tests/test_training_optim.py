@@ -24,10 +24,12 @@ def settings(**options: Any) -> OptimConfig:
     return OptimConfig(**given)
 
 
-def parts() -> dict[str, list[tuple[str, nn.Parameter]]]:
+def parts() -> tuple[nn.Module, dict[str, list[tuple[str, nn.Parameter]]]]:
+    """A module, and its trained parameters by part."""
     torch.manual_seed(0)
     projector, language = nn.Linear(4, 4), nn.ModuleDict({"embed_tokens": nn.Embedding(5, 4), "up": nn.Linear(4, 4)})
-    return {"projector": list(projector.named_parameters()), "language": list(language.named_parameters())}
+    named = {"projector": list(projector.named_parameters()), "language": list(language.named_parameters())}
+    return nn.ModuleList([projector, language]), named
 
 
 def test_the_rate_rises_stays_and_falls_as_a_cosine() -> None:
@@ -47,7 +49,7 @@ def test_no_warm_up_and_no_decay_are_the_full_rate() -> None:
 
 
 def test_each_part_has_its_rate_and_only_matrices_decay() -> None:
-    [optimizer] = build_optimizers(parts(), settings(weight_decay=0.5, beta2=0.9))
+    [optimizer] = build_optimizers(*parts(), settings(weight_decay=0.5, beta2=0.9))
     groups = [(g["part"], g["lr"], g["weight_decay"], [p.ndim for p in g["params"]]) for g in optimizer.param_groups]
     assert groups == [
         ("projector", 0.1, 0.5, [2]),
@@ -63,8 +65,8 @@ def test_each_part_has_its_rate_and_only_matrices_decay() -> None:
 
 
 def test_muon_takes_the_matrices_between_hidden_layers_and_adamw_the_rest() -> None:
-    given = parts()
-    adamw, muon = build_optimizers(given, settings(kind="muon", matrix_learning_rate=0.3))
+    module, given = parts()
+    adamw, muon = build_optimizers(module, given, settings(kind="muon", matrix_learning_rate=0.3))
     matrices = [given["projector"][0][1], dict(given["language"])["up.weight"]]
     assert [id(p) for g in muon.param_groups for p in g["params"]] == [id(p) for p in matrices]
     assert muon.param_groups[0]["lr"] == 0.3
@@ -86,7 +88,7 @@ ALL = ("train=[vision,projector,language]", "optim.learning_rates={vision: 0.1, 
 
 def rates_by_name(stage: ConversationStage) -> dict[str, float]:
     names = {id(p): name for name, p in stage.model.named_parameters()}
-    optimizers = build_optimizers(stage.parts, stage.config.optim, depths=stage.depths)
+    optimizers = build_optimizers(stage.module, stage.parts, stage.config.optim, depths=stage.depths)
     return {names[id(p)]: g["peak"] for o in optimizers for g in o.param_groups for p in g["params"]}
 
 
@@ -175,7 +177,7 @@ def test_eight_bits_learn_what_thirty_two_do_with_a_quarter_of_the_state(tiny_ru
 
     parameter = nn.Parameter(torch.randn(128, 64))
     config = settings(kind="adamw8bit", learning_rates={"language": 0.01})
-    [optimizer] = build_optimizers({"language": [("weight", parameter)]}, config)
+    [optimizer] = build_optimizers(nn.Module(), {"language": [("weight", parameter)]}, config)
     parameter.square().sum().backward()
     optimizer.step()
     assert {optimizer.state[parameter][name].dtype for name in ("state1", "state2")} == {torch.uint8}

@@ -20,7 +20,7 @@ from tiny_runs import log_of, losses_of, train_in_process, weights_of
 from mmllm.config import ConfigError
 from mmllm.errors import is_disk_full
 from mmllm.model.checkpoint import load_checkpoint, verify_files
-from mmllm.training import loop
+from mmllm.training import loop, stopping
 from mmllm.training.loop import InterruptedRunError
 from mmllm.training.run import main
 from mmllm.training.state import StateError, saved_steps
@@ -127,7 +127,7 @@ def test_a_second_ctrl_c_is_the_same_one_at_first_and_kills_later(
         before_step(patch, 2, twice)
         with pytest.raises(InterruptedRunError):
             train_in_process(config, tmp_path / "soon")
-        patch.setattr(loop, "SAME_STOP_SECONDS", -1)
+        patch.setattr(stopping, "SAME_STOP_SECONDS", -1)
         previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         try:
             with pytest.raises(KeyboardInterrupt):

@@ -5,6 +5,8 @@ Imports lazily, since every training script hands it over, whether tasks are ask
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -39,8 +41,11 @@ class LiveTasks:
             find_task(name)
 
     def scores(self, engine: Engine, name: str, num_questions: int) -> dict[str, float]:
-        """`exact` and `shuffled`, each where there are such questions."""
-        from mmllm.evaluation.run import answer_all, score, shuffled_pictures
+        """`exact` and `shuffled`, each where there are such questions; and where pictures are shown, `gain`.
+
+        That is by how much the right pictures help, over the same questions, with its standard error `gain_error`.
+        """
+        from mmllm.evaluation.run import answer_all, hits_of, shuffled_pictures
 
         questions = some_questions(name, num_questions)
         seen = [question for question in questions if question.images]
@@ -48,9 +53,14 @@ class LiveTasks:
             "exact": (questions, [question.images for question in questions]),
             "shuffled": (seen, shuffled_pictures(seen)),
         }
-        found = {}
+        hits = {}
         for measure, (some, pictures) in asked.items():
             answers = answer_all(engine, some, pictures, BATCH_SIZE, lambda count: None)
-            if (exact := score(some, answers)["exact"]) is not None:
-                found[measure] = float(exact)
+            hits[measure] = hits_of(some, answers)
+        found = {measure: sum(some) / len(some) for measure, some in hits.items() if some}
+        if seen:
+            right = [hit for hit, question in zip(hits["exact"], questions, strict=True) if question.images]
+            gains = [one - other for one, other in zip(right, hits["shuffled"], strict=True)]
+            found["gain"] = statistics.fmean(gains)
+            found["gain_error"] = statistics.pstdev(gains) / math.sqrt(len(gains))
         return found

@@ -60,6 +60,12 @@ def answer_all(
     return answers
 
 
+def hits_of(questions: Sequence[Question], answers: Sequence[str]) -> list[bool]:
+    """Whether each answer is exactly right."""
+    pairs = zip(questions, answers, strict=True)
+    return [normalise(answer) == normalise(question.answer) for question, answer in pairs]
+
+
 def score(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, Any]:
     """`exact` over all questions but captions, `types` per question type, `caption_f1` against the scene graphs."""
     right: dict[str, list[bool]] = defaultdict(list)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -47,10 +49,28 @@ def _float64_device(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device
 
 
+_CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+
 def cores_of_process() -> int:
-    """The CPU cores that each of the processes on this machine may keep busy."""
+    """The CPU cores that each of the processes here may keep busy, by their affinity and by a container's quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if _CPU_QUOTA.is_file():
+        quota, _, period = _CPU_QUOTA.read_text().partition(" ")
+        if quota.isdigit():  # `max` is none
+            cores = min(cores, math.ceil(int(quota) / int(period)))
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def set_threads(config: RunConfig) -> None:
+    """`num_threads`; or torch's own number, but no more than the cores that this process may use.
+
+    torch counts the machine's cores, of which a container may have a few: threads beyond them wait for each other.
+    """
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    elif torch.get_num_threads() > (cores := cores_of_process()):
+        torch.set_num_threads(cores)
 
 
 def gather_all(accelerator: Any, values: dict[_Key, _Value]) -> dict[_Key, _Value]:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,10 @@ class FeatureCache:
                             "data.cache_features out")  # fmt: skip
         if is_first:
             print(f"feature cache: {told}")
+            others = [one for one in self.root.glob("features-*") if one != self.folder]
+            if others and not self.folder.is_dir():
+                print(f"feature cache: {len(others)} other folder(s) in {self.root}: of other towers or transforms, "
+                      "or of a release that named them by a path. What no run uses can go")  # fmt: skip
 
     def fill(self, device: torch.device, *, rank: int = 0, world_size: int = 1) -> None:
         """Encodes what is missing. Processes, of this run or of others, take different files and wait at the end.
@@ -113,6 +117,9 @@ class FeatureCache:
                 for number in ((first + step) % NUM_FILES for step in range(NUM_FILES)):
                     if wanted[number]:
                         self._fill_file(number, wanted[number], images, device, wait=wait)
+        except KeyboardInterrupt:
+            print(f"feature cache: stopped; what is encoded stays in {self.folder}, and the next start goes on from it")
+            raise
         finally:
             tower.to(home).train(was_training)
         self._remember()
@@ -148,21 +155,23 @@ class FeatureCache:
         hashes.close()
 
     def _gain(self, device: torch.device) -> str:
-        """What a batch of pictures costs with the cache and without, measured once."""
+        """What a batch of pictures costs with the cache and without: the best of a few tries of each.
+
+        A first read waits for the disk, and a run reads each row many times.
+        """
         some, tower = self.images[:16], self.engine.model.vision_tower
         home = next((one.device for one in tower.parameters()), device)
         tower.to(device)
-        begun = time.perf_counter()
-        self._encode(some, device)
-        encoded = time.perf_counter()
-        self.get(some)
-        read = time.perf_counter()
+        encoded = _least_seconds(lambda: self._encode(some, device), tries=2)
+        read = _least_seconds(lambda: self.get(some), tries=4)
         tower.to(home)
-        ratio = (encoded - begun) / max(1e-9, read - encoded)
-        return (
-            f"feature cache: {len(some)} pictures in {1000 * (read - encoded):.3g} ms instead of "
-            f"{1000 * (encoded - begun):.3g} ms to decode and encode them: {ratio:.3g} times as fast"
+        text = (
+            f"feature cache: {len(some)} pictures in {1000 * read:.3g} ms instead of {1000 * encoded:.3g} ms to decode "
+            f"and encode them"
         )
+        if read > encoded:
+            return f"{text}: it gains nothing with this tower; data.cache_features=false is faster and needs no disk"
+        return f"{text}: {encoded / max(1e-9, read):.3g} times as fast, once a row has been read from the disk"
 
     def get(self, images: Sequence[Any]) -> Tensor:
         """Patch tokens of these images, [N, P, Dv] in float32. Raises DataError where a row has been damaged."""
@@ -187,13 +196,36 @@ def _image(image: Any) -> Any:
     return image if isinstance(image, bytes) else str(image)
 
 
+def _least_seconds(work: Callable[[], Any], *, tries: int) -> float:
+    """The CPU's or the GPU's time is what is compared, and a busy machine takes some of it away: so the least."""
+    taken = []
+    for _ in range(tries):
+        begun = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - begun)
+    return min(taken)
+
+
+_NAMES = ("source", "_name_or_path", "name_or_path", "transformers_version", "text_cfg", "text_config")
+
+
+def _without_names(value: Any) -> Any:
+    """A tower's description without what it is called, where it came from, and what belongs to its text side."""
+    if isinstance(value, dict):
+        return {key: _without_names(inner) for key, inner in value.items() if key not in _NAMES}
+    return [_without_names(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
 def _key(engine: Engine) -> str:
-    """The hash of the tower's weights and of what is done to a picture before it."""
+    """The hash of what decides a feature: the tower's weights, how it computes, and what is done to a picture before.
+
+    Not of names and paths: a tower that has been moved, or is named otherwise, is the same one.
+    """
+    tower = engine.model.vision_tower
     digest = hashlib.sha256()
-    for name, value in engine.model.vision_tower.state_dict().items():
+    for name, value in tower.state_dict().items():
         digest.update(name.encode())
         digest.update(value.cpu().float().numpy().tobytes())
-    transform: Any = engine.processor.image_processor
-    digest.update(json.dumps(transform.to_dict(), sort_keys=True, default=str).encode())
-    digest.update(json.dumps(engine.model.vision_tower.spec.to_json(), sort_keys=True).encode())
+    for described in (engine.processor.image_processor.to_dict(), tower.spec.to_json()):
+        digest.update(json.dumps(_without_names(described), sort_keys=True, default=str).encode())
     return f"features-{digest.hexdigest()[:20]}"

@@ -8,6 +8,7 @@ teach nothing, and layers that gradient checkpointing computes again: HFU, https
 
 from __future__ import annotations
 
+import functools
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -24,13 +25,18 @@ LINEAR_ONLY = "its weights alone are counted (6 N T), not what its layers do bet
 
 @dataclass(frozen=True)
 class Flops:
-    """Operations of one batch, forward and backward."""
+    """Operations of one batch, forward and backward; and how many of them are in bf16, the others being in fp32."""
 
     model: float = 0.0
     hardware: float = 0.0
+    model_bf16: float = 0.0
+    hardware_bf16: float = 0.0
 
     def __add__(self, other: Flops) -> Flops:
-        return Flops(self.model + other.model, self.hardware + other.hardware)
+        return Flops(
+            self.model + other.model, self.hardware + other.hardware,
+            self.model_bf16 + other.model_bf16, self.hardware_bf16 + other.hardware_bf16,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -105,11 +111,27 @@ def row_lengths(batch: Batch) -> list[int]:
     return lengths
 
 
-class StepFlops:
-    """What a batch costs under a model with its frozen and trained parts as they are now. Build it before DDP wraps."""
+def _computes_in_bf16(module: nn.Module) -> bool:
+    """Whether most products of a part are in bf16 without autocast: a frozen LLM computes in what it is held in."""
+    numbers = {True: 0, False: 0}
+    for part in module.modules():
+        weight = getattr(part, "weight", None)
+        if isinstance(weight, Tensor) and weight.ndim >= 2 and not isinstance(part, nn.Embedding):
+            dtype = weight.dtype if weight.is_floating_point() else getattr(part, "compute_dtype", None)  # quantised
+            numbers[dtype == torch.bfloat16] += weight.numel()
+    return numbers[True] > numbers[False]
 
-    def __init__(self, model: Any, *, plain_head: bool = True, recomputes_language: bool = False,
-                 recomputes_vision: bool = False):  # fmt: skip
+
+class StepFlops:
+    """What a batch costs under a model with its frozen and trained parts as they are now. Build it before DDP wraps.
+
+    `precision` is that of autocast: `bf16` computes all products in it.
+    """
+
+    def __init__(self, model: Any, *, precision: str = "fp32", plain_head: bool = True,
+                 recomputes_language: bool = False, recomputes_vision: bool = False):  # fmt: skip
+        parts = (model.language_model, model.vision_tower, model.projector)
+        self.in_bf16 = [precision == "bf16" or _computes_in_bf16(part) for part in parts]
         language_model, config = model.language_model, model.language_model.config
         self.plain_head, self.recomputes_language = plain_head, recomputes_language
         self.image_token_id, self.layout = model.config.image_token_id, model.layout
@@ -162,13 +184,15 @@ class StepFlops:
             padded = lengths
         views = self._num_views(batch)
         encoded = 0 if batch.image_features is not None else views
-        pictures = self.view.both * encoded + self.projected.both * views
+        seen, projected = self.view.both * encoded, self.projected.both * views
         again = self.recomputes_language and self.attends_backward
         model = self._of_language(lengths, supervised, again=False, windowed=True)
         rows = supervised if self.plain_head else positions
         hardware = self._of_language(padded, rows, again=again, windowed=False)
         hardware += (positions - sum(padded)) * self.token.both
-        return Flops(model + pictures, hardware + pictures + self.view_again * encoded)
+        costs = ((model, hardware), (seen, seen + self.view_again * encoded), (projected, projected))
+        counted = [Flops(*cost, *(cost if in_bf16 else ())) for cost, in_bf16 in zip(costs, self.in_bf16, strict=True)]
+        return sum(counted, Flops())
 
 
 def _language_cost(language_model: Any, head: Any, config: Any, *, reached: bool) -> tuple[_Cost, bool]:
@@ -260,7 +284,7 @@ class Peak:
 
 
 def device_peak(device: torch.device, precision: str) -> Peak:
-    """From the table for a known GPU; for any other device what one large matrix product reaches, `measured`."""
+    """From the table for a known GPU; for any other device the most that matrix products reach, `measured`."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         known = next((key for key in PEAKS if re.search(rf"\b{key}\b", name)), None)  # RTX A1000 is no A100
@@ -269,16 +293,59 @@ def device_peak(device: torch.device, precision: str) -> Peak:
             if precision == "fp32" and torch.get_float32_matmul_precision() != "highest":
                 fp32 = max(fp32, bf16 / 2)  # TF32
             return Peak(bf16 if precision == "bf16" else fp32, known)
-    return Peak(_measure_peak(device, torch.bfloat16 if precision == "bf16" else torch.float32), "measured")
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    return Peak(measure_peak(device, dtype, torch.get_num_threads()), "measured")
 
 
+PEAK_SECONDS = 0.2  # of measuring, for each size
+_SIDES = {"cuda": (4096, 8192), "cpu": (512, 1024, 2048)}
+
+
+def measure_peak(device: torch.device, dtype: torch.dtype, num_threads: int) -> float:
+    """Operations a second of the fastest matrix product of several sizes, with this many threads."""
+    return _measure_products(device, dtype, num_threads)[0]
+
+
+@functools.cache
 @torch.no_grad()
-def _measure_peak(device: torch.device, dtype: torch.dtype, rounds: int = 4) -> float:
-    side = 8192 if device.type == "cuda" else 1024
-    values = torch.ones(side, side, device=device, dtype=dtype)
-    times = []
-    for _ in range(rounds):
-        begun = time.perf_counter()
-        float((values @ values)[0, 0])  # waits for the device
-        times.append(time.perf_counter() - begun)
-    return 2 * side**3 / min(times)
+def _measure_products(device: torch.device, dtype: torch.dtype, num_threads: int) -> tuple[float, float]:
+    """Operations a second of the fastest product, and of all of them together.
+
+    Each size is tried for a while, since a busy machine makes a single product several times too slow. One that would
+    take too long is left out.
+    """
+    best, operations, seconds, before = 0.0, 0.0, 0.0, torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    for side in _SIDES.get(device.type, _SIDES["cpu"]):
+        count = 2 * side**3
+        if best and count / best > PEAK_SECONDS:
+            break
+        values = torch.ones(side, side, device=device, dtype=dtype)
+        product = values @ values
+        begun = now = time.perf_counter()
+        while now - begun < PEAK_SECONDS:
+            torch.mm(values, values, out=product)
+            float(product[0, 0])  # waits for the device
+            best = max(best, count / (time.perf_counter() - now))
+            operations += count
+            now = time.perf_counter()
+        seconds += now - begun
+    torch.set_num_threads(before)
+    return best, operations / seconds
+
+
+FEWER_ARE_FASTER = 1.3  # times what all threads do, from which on it is said that one does more
+
+
+def threads_text(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What to say where the threads of this process do less together than one of them alone."""
+    num_threads = torch.get_num_threads()
+    if device.type != "cpu" or num_threads == 1:
+        return None
+    alone, together = (_measure_products(device, dtype, count)[1] for count in (1, num_threads))
+    if alone < FEWER_ARE_FASTER * together:
+        return None
+    return (
+        f"one thread computes {alone / together:.1f} times as fast as {num_threads} here: other work keeps the cores "
+        "busy, and threads wait for each other. num_threads=1 is faster as long as that lasts"
+    )

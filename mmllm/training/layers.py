@@ -1,4 +1,4 @@
-"""The layers of tower and LLM: which there are, and how deep each parameter lies, and compiled code for them."""
+"""The layers of tower and LLM: which there are, how deep each parameter lies, its hidden matrices, compiled code."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from mmllm.config import ConfigError
+from mmllm.model.tower import VisionTower
 from mmllm.model.vlm import VisionLanguageModel
+from mmllm.training.lookup import ReadOut
 
 
 def decoder_layers(language_model: Any) -> list[nn.Module]:
@@ -72,3 +74,38 @@ def depths(model: VisionLanguageModel) -> dict[str, int]:
     for table in [*tables, model.get_input_embeddings()]:  # peft's rows of added tokens are in no nn.Embedding
         found |= dict.fromkeys(map(id, table.parameters()), len(layers))
     return {name: found.get(id(parameter), 0) for name, parameter in model.named_parameters()}
+
+
+def hidden_matrices(module: nn.Module) -> set[int]:
+    """The ids of the weights that Muon is made for: those of linear layers between hidden layers.
+
+    Chosen by the module that holds them, since names differ from one architecture to the next. Of an LLM and of a tower
+    they lie in the repeated layers: embeddings and heads lie outside. Position tables, routers, convolutions and the
+    parameters of a state space (Mamba's `A_log`) are held by other modules than linear layers.
+    """
+    from transformers import PreTrainedModel
+    from transformers.pytorch_utils import Conv1D  # GPT-2's linear layers
+
+    found: set[int] = set()
+    outer: set[int] = set()
+    for part in module.modules():
+        if isinstance(part, nn.Linear | Conv1D):
+            found.add(id(part.weight))
+        elif isinstance(part, nn.MultiheadAttention):  # its output layer is a linear one
+            names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+            found |= {id(weight) for name in names if (weight := getattr(part, name)) is not None}
+        if isinstance(part, VisionTower):
+            outer |= _outside(part, part.blocks())
+        elif isinstance(part, ReadOut):
+            outer |= _outside(part, [])
+        elif isinstance(part, VisionLanguageModel):
+            continue
+        elif isinstance(part, PreTrainedModel) and part.get_output_embeddings() is not None:
+            outer |= _outside(part, decoder_layers(part))
+    return found - outer
+
+
+def _outside(whole: nn.Module, layers: list[nn.Module]) -> set[int]:
+    """The ids of the parameters that lie in none of the layers."""
+    inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    return {id(parameter) for parameter in whole.parameters()} - inside

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import shutil
@@ -25,12 +24,13 @@ from mmllm.training.heartbeat import Heartbeat
 from mmllm.training.optim import Parts, rate_factor
 from mmllm.training.order import Item, Orders, seed_of
 from mmllm.training.state import check_room, load_state, read_newest, rehearse, save_state
+from mmllm.training.stopping import BrokenOffError, StopSignal
 from mmllm.training.strategy import STRATEGIES, launched_strategy, load_weights
 from mmllm.training.throughput import Throughput, step_flops
 from mmllm.training.tracking import Tracker
 
 BEST = "best"
-SAME_STOP_SECONDS = 2  # launchers pass a Ctrl-C on to their processes, which got it from the terminal already
+VALIDATION = "the validation is broken off, and made when the run goes on; the state is saved"
 
 
 class InterruptedRunError(RuntimeError):
@@ -60,27 +60,6 @@ class Stage(Protocol):
     def save(self, out: Path, log: list[dict[str, Any]]) -> None: ...
 
 
-@contextlib.contextmanager
-def _stop_signal() -> Iterator[list[float]]:
-    """Collects Ctrl-C and SIGTERM, so that the step in hand ends and its state is kept. A later, second one kills."""
-    received: list[float] = []
-    previous: dict[int, Any] = {}
-
-    def receive(number: int, frame: Any) -> None:
-        received.append(time.monotonic())
-        if received[-1] - received[0] > SAME_STOP_SECONDS:
-            signal.signal(number, previous[number])
-            signal.raise_signal(number)
-
-    for signal_number in (signal.SIGINT, signal.SIGTERM):
-        previous[signal_number] = signal.signal(signal_number, receive)
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
 def _ignore_interrupt(worker: int) -> None:
     """A worker process gets the terminal's Ctrl-C too; only the run itself decides when it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -105,7 +84,7 @@ class Run:
         trained = [parameter for named in stage.parts.values() for _, parameter in named]
         self.num_trained = sum(parameter.numel() for parameter in trained)
         self.trained_bytes = sum(parameter.nbytes for parameter in trained)
-        self.throughput = Throughput(step_flops(stage), accelerator, config.optim.precision)
+        self.throughput = Throughput(step_flops(stage), accelerator, stage.num_tokens)
         build = STRATEGIES[launched_strategy()]
         self.strategy = build(accelerator, stage.module, stage.parts, config.optim, stage.depths)
         optim = config.optim
@@ -178,8 +157,8 @@ class Run:
             raise TrainingError(f"step {step + 1}: nothing to learn, no token of these examples is supervised: {names}")
         return total
 
-    def step(self, step: int, data: Iterator[Any]) -> tuple[float, float, int]:
-        """One optimizer step: (loss per counted item, gradient norm, tokens of all ranks)."""
+    def step(self, step: int, data: Iterator[Any]) -> tuple[float, float]:
+        """One optimizer step: (loss per counted item, gradient norm)."""
         optim, world, beat = self.config.optim, self.accelerator.num_processes, self.heart.beat
         torch.manual_seed(seed_of(self.config.seed, step, self.accelerator.process_index))
         beat(step, "data")
@@ -202,8 +181,7 @@ class Run:
         self.strategy.step()
         self.throughput.stepped(batches)
         beat(step, "all processes to end the step", batches)
-        num_tokens = all_reduce_sum(self.accelerator, sum(self.stage.num_tokens(batch) for batch in batches))
-        return all_reduce_sum(self.accelerator, sum(losses)) / num_valid, norm, int(num_tokens)
+        return all_reduce_sum(self.accelerator, sum(losses)) / num_valid, norm
 
     def warn(self, tracker: Tracker) -> None:
         """What the guards of all ranks warned of goes to the log."""
@@ -221,27 +199,45 @@ class Run:
         save_state(self.out, step, self.strategy, **facts, best=self.best, keep=self.config.log.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
-    def validate(self, step: int, tracker: Tracker) -> None:
+    def validate(self, step: int, tracker: Tracker, stop: StopSignal) -> bool:
         """Judges the model, by the first process; one better than all before is kept in `best/`, but for the last.
 
         Where no process has the whole model, all of them judge it, on the same data, and the first one tells of it.
+        Whether it came to its end: a signal breaks it off, but for a model that all processes judge.
         """
         self.heart.beat(step, "validation, which the first process does")
-        is_main = self.accelerator.is_main_process
+        is_main, is_sharded = self.accelerator.is_main_process, self.strategy.is_sharded
         figures: dict[str, float] = {}
-        if is_main or self.strategy.is_sharded:
-            with self.strategy.gathered():
-                figures = self.stage.validate(step, writes=is_main)
+        is_whole = True
+        if is_main or is_sharded:
+            does = VALIDATION if step else "the validation is broken off; nothing has been trained yet"
+            if is_sharded:
+                does = "the validation, in which all processes take part, ends first"
+            try:
+                with stop.during(does, breaks=not is_sharded), self.strategy.gathered():
+                    figures = self.stage.validate(step, writes=is_main)
+            except BrokenOffError:
+                is_whole = False
+        if all_reduce_sum(self.accelerator, not is_whole):
+            return False
         if figures and is_main:
             tracker.log(step, figures)
-            for kind, text in new_alarms(tracker.rows, self.config.log, self.config.optim.max_steps):
+            for kind, text in new_alarms(tracker.rows, self.config):
                 tracker.alarm(step, kind, text)
         loss = all_reduce_sum(self.accelerator, figures.get("val_loss", math.nan) if is_main else 0.0)
         if step and loss < (self.best["val_loss"] if self.best else math.inf):
             self.best = {"step": step, "val_loss": loss}
             if self.config.log.keep_best and step < self.config.optim.max_steps:
-                self.save_model(self.out / BEST, tracker)
+                with stop.during(f"the best model so far is written to {self.out / BEST}, and then the state"):
+                    self.save_model(self.out / BEST, tracker)
         self.accelerator.wait_for_everyone()
+        return True
+
+    def is_judged(self, step: int, tracker: Tracker) -> bool:
+        """Whether the log has the validation after this step, which a stop may have broken off."""
+        others = {"loss", "warning", "alarm"}
+        told = [row for row in tracker.rows if row["step"] == step and not others & row.keys()]
+        return all_reduce_sum(self.accelerator, len(told)) > 0  # the first process alone has the log
 
     def save_model(self, folder: Path, tracker: Tracker) -> None:
         """The model as it is now, by the first process. Weights that are divided go into a stage that is built anew."""
@@ -284,6 +280,51 @@ def train(config: RunConfig, stage: Stage, accelerator: Any, rebuild: Callable[[
         _train(run)
 
 
+def _interrupted(step: int, max_steps: int) -> InterruptedRunError:
+    if not step:
+        return InterruptedRunError(
+            f"stopped before step 1 of {max_steps}; nothing was trained, the same command begins"
+        )
+    return InterruptedRunError(f"stopped after step {step} of {max_steps}; the same command goes on from there")
+
+
+def _is_validated(step: int, config: RunConfig) -> bool:
+    return _is_due(step, config.log.validate_every_steps) or step == config.optim.max_steps
+
+
+def _steps(run: Run, first: int, tracker: Tracker, stop: StopSignal) -> None:
+    """The steps from `first` to the end. Raises InterruptedRunError once the state is saved."""
+    config, log, max_steps = run.config, run.config.log, run.config.optim.max_steps
+    losses: list[float] = []
+    begun = time.monotonic()
+    data = run.batches(first)
+    run.throughput.restart()
+    with run.heart:
+        for step in range(first, max_steps):
+            loss, norm = run.step(step, data)
+            losses.append(loss)
+            done = step + 1
+            if _is_due(done, log.every_steps) or done == max_steps:
+                left = (time.monotonic() - begun) / (done - first) * (max_steps - done)
+                rate = run.strategy.optimizers[0].param_groups[0]["lr"]
+                values = {"loss": sum(losses) / len(losses), "learning_rate": rate, "grad_norm": norm}
+                tracker.log(done, {**values, **run.throughput.figures()}, seconds_left=left)
+                if told := run.throughput.beaten_text():
+                    tracker.say(told)
+                run.warn(tracker)
+                losses = []
+            is_judged = True
+            if _is_validated(done, config):
+                with run.throughput.paused():
+                    is_judged = run.validate(done, tracker, stop)
+            # on all ranks, or on none
+            stops = (done < max_steps or not is_judged) and all_reduce_sum(run.accelerator, len(stop.received)) > 0
+            if _is_due(done, log.save_every_steps) or stops or (done == max_steps and log.save_every_steps):
+                run.save_state(done)
+            if stops:
+                raise _interrupted(done, max_steps)
+
+
 def _train(run: Run) -> None:
     config, stage, accelerator = run.config, run.stage, run.accelerator
     first = run.resume(print if accelerator.is_main_process else lambda text: None)
@@ -297,8 +338,9 @@ def _train(run: Run) -> None:
         f"{config.stage}: {run.num_trained:,} trained parameters in {', '.join(stage.parts)}; "
         f"{'streamed' if stage.num_examples is None else f'{stage.num_examples:,}'} examples; {processes}"
     )
-    if told := run.throughput.describe():
-        tracker.say(told)
+    for told in (run.throughput.describe(), run.throughput.threads_text()):
+        if told:
+            tracker.say(told)
     if first:
         tracker.say(f"goes on from step {first}")
     else:
@@ -307,45 +349,19 @@ def _train(run: Run) -> None:
             tracker.say(f"begins at step 1: the run before this one saved no state ({dropped})")
         for note in stage.notes:
             tracker.say(note)
-    run.prepare(first, tracker.say)
-    if not first:
-        run.validate(0, tracker)  # where the curves begin; and what cannot be validated is known now, not at the end
-    losses: list[float] = []
-    tokens, since = 0, time.monotonic()
-    begun = since
     try:
-        data = run.batches(first)
-        with _stop_signal() as stopped, run.heart:
-            for step in range(first, max_steps):
-                loss, norm, num_tokens = run.step(step, data)
-                losses.append(loss)
-                tokens += num_tokens
-                done = step + 1
-                if _is_due(done, log.every_steps) or done == max_steps:
-                    now = time.monotonic()
-                    left = (now - begun) / (done - first) * (max_steps - done)
-                    rate = run.strategy.optimizers[0].param_groups[0]["lr"]
-                    values = {"loss": sum(losses) / len(losses), "learning_rate": rate, "grad_norm": norm}
-                    values["tokens_per_second"] = tokens / (now - since)
-                    tracker.log(done, {**values, **run.throughput.figures()}, seconds_left=left)
-                    run.warn(tracker)
-                    losses, tokens, since = [], 0, now
-                if _is_due(done, log.validate_every_steps) or done == max_steps:
-                    before = time.monotonic()
-                    with run.throughput.paused():
-                        run.validate(done, tracker)
-                    since += time.monotonic() - before
-                stops = done < max_steps and all_reduce_sum(accelerator, len(stopped)) > 0  # on all ranks, or on none
-                if _is_due(done, log.save_every_steps) or stops or (done == max_steps and log.save_every_steps):
-                    run.save_state(done)
-                if stops:
-                    raise InterruptedRunError(
-                        f"stopped after step {done} of {max_steps}; the same command goes on from there"
-                    )
+        run.prepare(first, tracker.say)
+        with StopSignal(speaks=accelerator.is_main_process) as stop:
+            # at step 0: where the curves begin; and what cannot be validated is known now, not at the end
+            is_judged = first > 0 and (not _is_validated(first, config) or run.is_judged(first, tracker))
+            if not is_judged and not run.validate(first, tracker, stop):
+                raise _interrupted(first, max_steps)
+            _steps(run, first, tracker, stop)
+            with stop.during("the training is done, and its model is being saved"):
+                tracker.finish()
+                run.finish(tracker)
     finally:
         tracker.close()
-    tracker.finish()
-    run.finish(tracker)
     num_alarms = all_reduce_sum(accelerator, len(tracker.alarms))  # the first process alone knows them
     if log.fail_on_alarm and num_alarms:
         last = tracker.alarms[-1]["text"] if tracker.alarms else "the first process says which"

@@ -60,6 +60,19 @@ def supervised_rows(labels: Tensor) -> tuple[Tensor, Tensor]:
     return mask, targets[mask]
 
 
+def supervised_counts(batch: Batch) -> list[int]:
+    """How many next tokens each example is taught, in the order in which they stand in the rows."""
+    mask = batch.labels[:, 1:] != IGNORE_INDEX
+    if batch.position_ids is None:
+        return [int(count) for count in mask.sum(1)]
+    begins = (batch.position_ids == 0) & (batch.attention_mask != 0)
+    counts: list[int] = []
+    for starts, supervised in zip(begins, mask, strict=True):
+        owner = starts.cumsum(0)[1:][supervised] - 1
+        counts += torch.bincount(owner, minlength=int(starts.sum())).tolist()
+    return counts
+
+
 _LARGE_LOGIT = 200.0  # far above any soft cap in use (Gemma 2: 30), far below what fp16 holds
 
 
@@ -127,8 +140,9 @@ def conversation_loss_sum(
     with_mask: bool = True,
     chunk_tokens: int | None = None,
     always_runs_tower: bool = False,
+    per_example: bool = False,
 ) -> Tensor:
-    """The loss of a batch of conversations, summed over its supervised tokens.
+    """The loss of a batch of conversations, summed over its supervised tokens []; or of each example [examples].
 
     `with_mask` says whether the LLM is told of the padding, see `needs_mask`.
 
@@ -149,9 +163,18 @@ def conversation_loss_sum(
     if plain_head:
         hidden = language_model.get_decoder()(**inputs).last_hidden_state[:, :-1]
         head = language_model.get_output_embeddings()
+        if per_example:
+            counts = supervised_counts(batch)
+            rows = zip(hidden[mask].split(counts), targets.split(counts), strict=True)
+            return torch.stack([head_loss_sum(head, some, wanted, chunk_tokens=chunk_tokens) for some, wanted in rows])
         return head_loss_sum(head, hidden[mask], targets, chunk_tokens=chunk_tokens)
     outputs = language_model(**inputs)
-    loss = token_loss_sum(outputs.logits[:, :-1][mask], targets)
+    logits = outputs.logits[:, :-1][mask]
+    if per_example:
+        counts = supervised_counts(batch)
+        rows = zip(logits.split(counts), targets.split(counts), strict=True)
+        return torch.stack([token_loss_sum(some, wanted) for some, wanted in rows])
+    loss = token_loss_sum(logits, targets)
     if _has_router_loss(language_model) and language_model.training:
         loss = loss + language_model.config.router_aux_loss_coef * outputs.aux_loss * len(targets)
     return loss

@@ -6,8 +6,11 @@ The one place of this advice: `mmllm plan` shows it with what each change saves,
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import resource
+import shlex
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,33 +19,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmllm.config import LanguageConfig, OptimConfig, RunConfig
+from mmllm.config import ConfigError, RunConfig, StageConfig
+from mmllm.config_file import with_overrides
 from mmllm.errors import is_out_of_memory
+from mmllm.training.strategy import launched_strategy
 from mmllm.training.throughput import recomputed
 
+NF4_BYTES = 0.5625  # of a weight: 4 bits, and a scale of 32 bits for 64 of them
 _CGROUP = Path("/sys/fs/cgroup/memory.max")
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one device at the peak of a step, by part."""
+    """Bytes of one device at the peak of a run, by part."""
 
     weights: float
     gradients: float
     optimizer: float
     activations: float  # what is kept for backward, and what the kernels need for themselves
+    process: float = 0.0  # of a CPU: program, libraries, data, and what the allocator has not given back
 
     @property
     def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.activations
+        return self.weights + self.gradients + self.optimizer + self.activations + self.process
 
 
 @dataclass(frozen=True)
 class Shape:
     """What the estimates need to know of model and batch."""
 
-    language: float  # bytes of the LLM's weights
-    language_trained: float  # of those, of the trained ones
+    language_trained: float  # bytes of the LLM's trained weights
+    language_numbers: float  # how many numbers the LLM's weights are
+    language_bytes: float  # of each of them
+    linear_numbers: float  # of those, in the linear layers within the LLM's layers, which QLoRA holds in few bits
     num_layers: int
     layer_inputs: float  # bytes of the inputs of all layers, which checkpointing keeps
 
@@ -57,9 +66,6 @@ class Change:
     left: float | None = None  # bytes at the peak with it and those above it
 
 
-_Rule = tuple[str, str, Callable[[Memory, Shape], Memory]]
-
-
 def size_text(num_bytes: float) -> str:
     """Bytes for people: 1.2 MB, 658 GB."""
     value, units = float(num_bytes), ["B", "kB", "MB", "GB", "TB"]
@@ -70,6 +76,30 @@ def size_text(num_bytes: float) -> str:
 
 def parameter_bytes(parameters: Iterable[Tensor]) -> int:
     return sum({id(one): one.numel() * one.element_size() for one in parameters}.values())
+
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def forget_peak() -> None:
+    """From here on `peak_bytes` is that of what follows, where the system can be told so (Linux).
+
+    What the allocator keeps for later is given back before, where it is glibc's.
+    """
+    give_back = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if give_back is not None:
+        give_back(0)
+    with contextlib.suppress(OSError):
+        _CLEAR.write_text("5")
+
+
+def peak_bytes() -> int:
+    """The most main memory that this process has held: its peak resident size."""
+    if _STATUS.is_file():
+        (line,) = [line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:")]
+        return 1024 * int(line.split()[1])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def available_bytes(device: torch.device) -> int:
@@ -84,97 +114,102 @@ def available_bytes(device: torch.device) -> int:
     return min(found)
 
 
-def _kinds() -> str:
-    return str(OptimConfig.model_fields["kind"].annotation)
+_Estimate = Callable[[Memory, Shape], Memory]
 
 
-def _smaller_batch(optim: Any) -> list[_Rule]:
-    """Halves of the micro-batch, the global batch staying what it is: another one would be another recipe."""
+def _smaller_batch(optim: Any) -> Iterator[tuple[list[str], str, _Estimate]]:
+    """Smaller micro-batches, the global batch staying what it is: another one would be another recipe."""
 
-    def rule(size: int, steps: int, kept: float) -> _Rule:
-        setting = f"optim.batch_size={size} optim.accumulate_steps={steps}"
-        return setting, "none but time", lambda m, _: replace(m, activations=m.activations * kept)
+    def shrunk(factor: int) -> _Estimate:
+        return lambda m, _: replace(m, activations=m.activations / factor)
 
-    rules: list[_Rule] = []
     size, steps = optim.batch_size, optim.accumulate_steps
-    while size % 2 == 0:
-        size, steps = size // 2, steps * 2
-        rules.append(rule(size, steps, 0.5))
-    return rules
+    while size > 1:
+        factor = next(number for number in range(2, size + 1) if size % number == 0)
+        size, steps = size // factor, steps * factor
+        yield [f"optim.batch_size={size}", f"optim.accumulate_steps={steps}"], "none but time", shrunk(factor)
 
 
-def _rules(config: Any) -> list[_Rule]:
-    """What this run can change. Estimates: see the arithmetic of each."""
-    optim, language, rules = config.optim, getattr(getattr(config, "model", None), "language", None), []
-    trains_language, lora = "language" in getattr(config, "train", ()), getattr(config, "lora", None)
-    if hasattr(config, "train") and not recomputed(config)[0]:
-        rules.append(
-            (
-                "optim.gradient_checkpointing=true",
-                "a third more time",
-                lambda m, s: replace(
-                    m, activations=min(m.activations, s.layer_inputs + m.activations / max(1, s.num_layers))
-                ),
-            )
-        )
-    rules += _smaller_batch(optim)
-    if optim.precision == "fp32":
+def _layers_again(config: Any) -> Iterator[tuple[list[str], str, _Estimate]]:
+    """Gradient checkpointing of the LLM, beside that of the tower where it is asked for already."""
+    language, vision = recomputed(config)
+    if language:
+        return
+    value = "'optim.gradient_checkpointing=[language,vision]'" if vision else "optim.gradient_checkpointing=true"
+    yield (
+        [value], "a third more time",
+        lambda m, s: replace(m, activations=min(m.activations, s.layer_inputs + m.activations / max(1, s.num_layers))),
+    )  # fmt: skip
+
+
+def _frozen_language(config: Any) -> Iterator[tuple[list[str], str, _Estimate]]:
+    """LoRA in place of training the LLM whole, and fewer bits for what is frozen of it then."""
+    trains, lora = "language" in config.train, config.lora
+    if trains and not lora:
+        yield (
+            ["lora.rank=64", "lora.alpha=128"], "the LLM learns less",
+            lambda m, s: replace(
+                m,
+                gradients=max(0.0, m.gradients - 0.97 * s.language_trained),
+                optimizer=max(0.0, m.optimizer * (1 - 0.97 * s.language_trained / max(1.0, m.gradients))),
+            ),
+        )  # fmt: skip
+    is_quantised = lora and lora.quantise
+    halves = getattr(config.model.language, "dtype", "fp32") == "fp32" and not is_quantised
+    if halves:
+        yield (
+            ["model.language.dtype=bf16"], "rounding of the frozen LLM",
+            lambda m, s: replace(m, weights=m.weights - s.language_numbers * max(0.0, s.language_bytes - 2)),
+        )  # fmt: skip
+    if trains and not is_quantised:
+        yield (
+            ["lora.quantise=nf4"], "a coarser frozen LLM (QLoRA); needs the extra `quant`",
+            lambda m, s: replace(m, weights=m.weights - s.linear_numbers * (min(2, s.language_bytes) - NF4_BYTES)),
+        )  # fmt: skip
+
+
+def _suggestions(config: Any) -> Iterator[tuple[list[str], str, _Estimate]]:
+    """(settings, cost, estimate) of all that may need less memory, what costs least first."""
+    is_stage = isinstance(config, StageConfig)
+    if is_stage:
+        yield from _layers_again(config)
+    yield from _smaller_batch(config.optim)
+    if config.optim.precision == "fp32":
         cost = "rounding to 3 digits in what is computed"
-        rules.append(("optim.precision=bf16", cost, lambda m, s: replace(m, activations=m.activations / 2)))
-    if language and language.dtype == "fp32" and (lora or not trains_language):
-        rules.append(
-            (
-                "model.language.dtype=bf16",
-                "rounding of the frozen LLM",
-                lambda m, s: replace(m, weights=m.weights - (s.language - s.language_trained) / 2),
-            )
-        )
-    if optim.kind == "adamw" and "adamw8bit" in _kinds():
-        cost = "coarser averages of gradients"
-        rules.append(("optim.kind=adamw8bit", cost, lambda m, s: replace(m, optimizer=m.optimizer / 4)))
-    if trains_language and not lora:
-        rules.append(
-            (
-                "lora={rank: 64, alpha: 128}",
-                "the LLM learns less",
-                lambda m, s: replace(
-                    m,
-                    gradients=max(0.0, m.gradients - 0.97 * s.language_trained),
-                    optimizer=max(0.0, m.optimizer * (1 - 0.97 * s.language_trained / max(1.0, m.gradients))),
-                ),
-            )
-        )
-    if language and "quantise" in LanguageConfig.model_fields and not getattr(language, "quantise", None):
-        rules.append(
-            (
-                "model.language.quantise=nf4 (with lora)",
-                "a coarser frozen LLM",
-                lambda m, s: replace(m, weights=max(0.0, m.weights - 0.7 * s.language)),
-            )
-        )
-    if data := getattr(config, "data", None):
-        length = data.max_length_tokens // 2
-        rules.append(
-            (
-                f"data.max_length_tokens={length}",
-                "leaves longer examples out",
-                lambda m, s: replace(m, activations=m.activations / 2),
-            )
-        )
-    return rules
+        yield ["optim.precision=bf16"], cost, lambda m, _: replace(m, activations=m.activations / 2)
+    works_on_whole_tensors = launched_strategy() == "ddp"  # see check_divisible
+    if config.optim.kind == "adamw" and works_on_whole_tensors:
+        cost = "coarser averages of gradients; needs the extra `quant`"
+        yield ["optim.kind=adamw8bit"], cost, lambda m, _: replace(m, optimizer=m.optimizer / 4)
+    if is_stage:
+        for one in _frozen_language(config):
+            if works_on_whole_tensors or one[0] != ["lora.quantise=nf4"]:
+                yield one
+        length = f"data.max_length_tokens={config.data.max_length_tokens // 2}"
+        yield [length], "leaves longer examples out", lambda m, _: replace(m, activations=m.activations / 2)
 
 
-def changes(config: Any, memory: Memory | None = None, shape: Shape | None = None) -> list[Change]:
-    """What this run can change to need less memory, what costs least first; with estimates where memory is known."""
+def changes(config: RunConfig, memory: Memory | None = None, shape: Shape | None = None) -> list[Change]:
+    """What this run can change to need less memory, what costs least first; with estimates where memory is known.
+
+    Each stands on those above it. What the settings do not allow together is left out.
+    """
     found: list[Change] = []
-    for setting, cost, apply in _rules(config):
-        if memory is None or shape is None:
-            found.append(Change(setting, cost))
+    for settings, cost, estimate in _suggestions(config):
+        try:
+            changed = with_overrides(config, [shlex.split(setting)[0] for setting in settings])
+        except ConfigError:
             continue
-        after = apply(memory, shape)
-        if (saves := memory.total - after.total) > 0.005 * memory.total:
-            found.append(Change(setting, cost, saves, after.total))
+        text = " ".join(settings)
+        if memory is None or shape is None:
+            found.append(Change(text, cost))
+        else:
+            after = estimate(memory, shape)
+            if (saves := memory.total - after.total) <= 0.005 * memory.total:
+                continue
+            found.append(Change(text, cost, saves, after.total))
             memory = after
+        config = changed
     return found
 
 

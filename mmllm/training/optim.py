@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -12,18 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from mmllm.config import BITSANDBYTES_KINDS, ConfigError, OptimConfig
+from mmllm.training.layers import hidden_matrices
 
 Parts = Mapping[str, Sequence[tuple[str, nn.Parameter]]]  # part -> its trained parameters with their names
 
 
-def _is_decayed(parameter: nn.Parameter) -> bool:
-    return parameter.ndim >= 2  # biases and norms are not
-
-
-def _is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """What Muon is made for: 2-D weights between hidden layers, so no embeddings, heads or convolutions."""
-    outer = ("embed", "lm_head", "read_out", "visual.proj", "text_projection")
-    return parameter.ndim == 2 and not any(word in name for word in outer)
+def _is_decayed(name: str, parameter: nn.Parameter) -> bool:
+    """Biases and norms are not, nor is a state space's `A_log`, as in Mamba: https://arxiv.org/abs/2312.00752"""
+    return parameter.ndim >= 2 and name.rpartition(".")[2] != "A_log"
 
 
 def match(patterns: Sequence[str], names: Sequence[str], *, setting: str) -> dict[str, str]:
@@ -44,11 +40,13 @@ def match(patterns: Sequence[str], names: Sequence[str], *, setting: str) -> dic
     return found
 
 
-def parameter_rates(parts: Parts, config: OptimConfig, depths: Mapping[str, int]) -> dict[str, float]:
+def parameter_rates(
+    parts: Parts, config: OptimConfig, depths: Mapping[str, int], matrices: Collection[int]
+) -> dict[str, float]:
     """The peak learning rate of every trained parameter by its name.
 
-    That of `rates_of`, or else its part's (Muon's matrices have their own), times `layer_decay` for each layer between
-    it and the top of its part, as in BEiT (https://arxiv.org/abs/2106.08254). Raises ConfigError.
+    That of `rates_of`, or else its part's (`matrices`, which Muon takes, have their own), times `layer_decay` for each
+    layer between it and the top of its part, as in BEiT (https://arxiv.org/abs/2106.08254). Raises ConfigError.
     """
     names = [name for named in parts.values() for name, _ in named]
     special = match(list(config.rates_of), names, setting="optim.rates_of")
@@ -56,31 +54,31 @@ def parameter_rates(parts: Parts, config: OptimConfig, depths: Mapping[str, int]
     for part, named in parts.items():
         decay = config.layer_decay if isinstance(config.layer_decay, float) else config.layer_decay.get(part, 1.0)
         for name, parameter in named:
-            is_matrix = config.kind == "muon" and _is_hidden_matrix(name, parameter)
-            rate = config.matrix_learning_rate if is_matrix else config.learning_rates[part]
+            rate = config.matrix_learning_rate if id(parameter) in matrices else config.learning_rates[part]
             rates[name] = config.rates_of[special[name]] if name in special else rate * decay ** depths.get(name, 0)
     return rates
 
 
 def build_optimizers(
-    parts: Parts, config: OptimConfig, *, depths: Mapping[str, int] | None = None
+    module: nn.Module, parts: Parts, config: OptimConfig, *, depths: Mapping[str, int] | None = None
 ) -> list[torch.optim.Optimizer]:
-    """AdamW over all parts, whole or bitsandbytes' in 8 bits, or Muon on hidden matrices and AdamW on the rest.
+    """AdamW over all parts, whole or bitsandbytes' in 8 bits, or Muon on `module`'s hidden matrices, AdamW on the rest.
 
     Muon: https://kellerjordan.github.io/posts/muon/, 8 bits: https://arxiv.org/abs/2110.02861
 
     Every parameter group carries `peak`, the learning rate that the schedule scales. `depths` are those of
     `mmllm.training.layers`. Raises ConfigError for patterns that fit no parameter.
     """
-    rates = parameter_rates(parts, config, depths or {})
+    chosen_matrices = hidden_matrices(module) if config.kind == "muon" else set()
+    rates = parameter_rates(parts, config, depths or {}, chosen_matrices)
     groups: dict[tuple[str, bool, float], list[nn.Parameter]] = {}
     matrices: dict[float, list[nn.Parameter]] = {}
     for part, named in parts.items():
         for is_decayed in (True, False):
             for name, parameter in named:
-                if _is_decayed(parameter) != is_decayed:
+                if _is_decayed(name, parameter) != is_decayed:
                     continue
-                if config.kind == "muon" and _is_hidden_matrix(name, parameter):
+                if id(parameter) in chosen_matrices:
                     matrices.setdefault(rates[name], []).append(parameter)
                 else:
                     groups.setdefault((part, is_decayed, rates[name]), []).append(parameter)

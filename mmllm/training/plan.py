@@ -10,15 +10,28 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmllm.batch import Batch
 from mmllm.config import ConfigError, RunConfig
 from mmllm.errors import is_out_of_memory
-from mmllm.training.memory import Change, Memory, Shape, available_bytes, changes, parameter_bytes, size_text
+from mmllm.training.memory import (
+    Change,
+    Memory,
+    Shape,
+    available_bytes,
+    changes,
+    forget_peak,
+    parameter_bytes,
+    peak_bytes,
+    size_text,
+)
+
+if TYPE_CHECKING:
+    from mmllm.training.validation import Tasks
 
 TYPICAL_STEPS = 2  # steps of the run's own order, for its speed
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -113,23 +126,37 @@ def longest_batch(stage: Any, batch_size: int, max_length: int) -> Any:
 
 
 def _measure(run: Any, batch: Any) -> Memory:
-    """The parts of memory at the peak of a step, the second one: the optimizer has its state by then."""
+    """The parts of memory at the peak of a step, the second one: the optimizer has its state by then.
+
+    On a CPU what autograd keeps is counted in the first step, since counting holds some of it for longer.
+    """
     device, module = run.accelerator.device, run.stage.module
-    run.step(0, itertools.repeat(batch))
+    saved = _Saved(itertools.chain(module.parameters(), module.buffers()))
+    if device.type == "cuda":
+        run.step(0, itertools.repeat(batch))
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
+            run.step(0, itertools.repeat(batch))
+        forget_peak()
+    run.step(1, itertools.repeat(batch))
     weights = parameter_bytes(itertools.chain(module.parameters(), module.buffers()))
     gradients = parameter_bytes(run.strategy.trained.values())
     states = [value for one in run.strategy.optimizers for state in one.state.values() for value in state.values()]
     optimizer = parameter_bytes(value for value in states if isinstance(value, Tensor))
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        run.step(1, itertools.repeat(batch))
         peak = torch.cuda.max_memory_allocated(device)
         return Memory(weights, gradients, optimizer, max(0, peak - weights - gradients - optimizer))
-    saved = _Saved(itertools.chain(module.parameters(), module.buffers()))
-    with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
-        run.step(1, itertools.repeat(batch))
     return Memory(weights, gradients, optimizer, saved.peak)
+
+
+def _of_process(parts: Memory, peak: int) -> Memory:
+    """The parts of a process that held `peak` bytes. Gradients come as activations go: together they are fewer."""
+    together = min(parts.gradients + parts.activations, max(0.0, peak - parts.weights - parts.optimizer))
+    activations = max(0.0, together - parts.gradients)
+    parts = replace(parts, gradients=together - activations, activations=activations)
+    return replace(parts, process=max(0.0, peak - parts.total))
 
 
 def _shape_of(stage: Any, config: Any, batch: Any) -> Shape:
@@ -137,9 +164,18 @@ def _shape_of(stage: Any, config: Any, batch: Any) -> Shape:
     settings = language.config.get_text_config()
     layers = int(getattr(settings, "num_hidden_layers", 1) or 1)
     numbers = batch.input_ids.numel() * int(getattr(settings, "hidden_size", 0)) * layers
-    trained = [one for one in language.parameters() if one.requires_grad]
+    weights = {id(one): one for one in language.parameters()}.values()
+    linear = {id(one.weight): one.weight for one in language.get_decoder().modules() if isinstance(one, nn.Linear)}
+    held = sum(one.numel() for one in weights)
     width = 2 if config.optim.precision == "bf16" else 4
-    return Shape(parameter_bytes(language.parameters()), parameter_bytes(trained), layers, numbers * width)
+    return Shape(
+        language_trained=parameter_bytes(one for one in weights if one.requires_grad),
+        language_numbers=held,
+        language_bytes=parameter_bytes(weights) / max(1, held),
+        linear_numbers=sum(weight.numel() for weight in linear.values()),
+        num_layers=layers,
+        layer_inputs=numbers * width,
+    )
 
 
 def _disk(stage: Any, config: Any, memory: Memory | None) -> dict[str, int]:
@@ -158,18 +194,23 @@ def _disk(stage: Any, config: Any, memory: Memory | None) -> dict[str, int]:
     return found
 
 
-def make_plan(config: RunConfig, *, gpus: int = 1, memory: int | None = None) -> Plan:
-    """Builds the run's stage and model, makes a few steps that are thrown away, and measures them."""
-    from mmllm.training.distributed import build_accelerator
+def make_plan(
+    config: RunConfig, *, gpus: int = 1, memory: int | None = None, tasks: Tasks | None = None
+) -> Plan:  # fmt: skip
+    """Builds the run's stage and model, makes a few steps that are thrown away, and measures them.
+
+    On a CPU the memory is the peak of this process, which loads, trains and validates as the run will.
+    """
+    from mmllm.training.distributed import build_accelerator, set_threads
     from mmllm.training.loop import Run
     from mmllm.training.stages import build_stage
 
     if not hasattr(config, "data"):
         raise ConfigError(f"stage: mmllm plan is for stage1 and stage2; {config.stage} trains a small model in minutes")
-    if config.num_threads:
-        torch.set_num_threads(config.num_threads)
+    set_threads(config)
+    forget_peak()
     accelerator = build_accelerator(config)
-    stage: Any = build_stage(config)
+    stage: Any = build_stage(config, tasks)
     limit = memory or available_bytes(accelerator.device)
     measured: Memory | None = None
     speed: dict[str, float] = {}
@@ -179,8 +220,9 @@ def make_plan(config: RunConfig, *, gpus: int = 1, memory: int | None = None) ->
         features.blank = True  # a plan encodes nothing: rows of zeros take as much memory
         notes.append("the feature cache is not filled yet; its time is not counted")
     try:
-        run = Run(config, stage, accelerator, lambda: build_stage(config))
+        run = Run(config, stage, accelerator, lambda: build_stage(config, tasks))
         batch = longest_batch(stage, config.optim.batch_size, config.data.max_length_tokens)
+        loading = peak_bytes()
         measured = _measure(run, batch)
         run.throughput.figures()
         last = min(TYPICAL_STEPS + 1, config.optim.max_steps)
@@ -191,8 +233,12 @@ def make_plan(config: RunConfig, *, gpus: int = 1, memory: int | None = None) ->
             run.step(step, data)
         seconds = (time.monotonic() - begun) / (last - first)
         speed = run.throughput.figures()
-        if told := run.throughput.describe():
-            notes.append(told)
+        stage.rehearse_validation()
+        if accelerator.device.type == "cpu":
+            measured = _of_process(measured, max(loading, peak_bytes()))
+        if stage.validates:
+            notes.append("the time of validations is not counted")
+        notes += [told for told in (run.throughput.describe(), run.throughput.threads_text()) if told]
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -257,7 +303,8 @@ def show(plan: Plan) -> None:
             f"memory of {plan.device}", f"{size_text(plan.memory.total)} of {size_text(plan.limit)}: {verdict}"
         )
         for name, value in asdict(plan.memory).items():
-            table.add_row(f"  {name}", size_text(value))
+            if value or name != "process":
+                table.add_row(f"  {name}", size_text(value))
     else:
         table.add_row(f"memory of {plan.device}", f"more than there is ({size_text(plan.limit)}): DOES NOT FIT")
     table.add_row("longest batch", plan.longest, end_section=True)

@@ -6,6 +6,7 @@ the text alone, however well its loss falls.
 
 from __future__ import annotations
 
+import math
 import random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -13,6 +14,9 @@ from dataclasses import replace
 from typing import Any
 
 from mmllm.batch import Example
+
+RELIANCE, RELIANCE_ERROR = "image_reliance", "image_reliance_error"
+MIN_EXAMPLES = 8  # with fewer a standard error says little, and none is given
 
 
 def exchange_pictures(
@@ -40,3 +44,18 @@ def exchange_pictures(
         if other is not None and fits(shown := replace(example, images=other)):
             exchanged[index] = shown
     return exchanged
+
+
+def reliance_of(own: Sequence[float], others: Sequence[float], counts: Sequence[int]) -> dict[str, float]:
+    """Image reliance and its standard error, from the losses of each example summed over its `counts` tokens.
+
+    `own` are those with its own pictures, `others` those with another example's. The error is that of a ratio of two
+    means over examples: the tokens of one example are not independent of each other.
+    """
+    total = max(1, sum(counts))
+    reliance = (sum(others) - sum(own)) / total
+    found = {RELIANCE: reliance}
+    if (number := len(counts)) >= MIN_EXAMPLES:
+        rests = [other - one - reliance * count for one, other, count in zip(own, others, counts, strict=True)]
+        found[RELIANCE_ERROR] = math.sqrt(number / (number - 1) * sum(rest * rest for rest in rests)) / total
+    return found

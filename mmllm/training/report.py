@@ -18,8 +18,9 @@ import yaml
 from PIL import Image
 
 from mmllm.model.checkpoint import MANIFEST, library_versions
-from mmllm.training.alarms import RELIANCE, TEXT_LOSS, forgetting_of
+from mmllm.training.alarms import TEXT_LOSS, forgetting_of
 from mmllm.training.charts import Curve, chart
+from mmllm.training.reliance import RELIANCE, RELIANCE_ERROR
 from mmllm.training.tracking import LOG_FILE, figures_of, read_log
 
 REPORT, ABOUT, SETTINGS = "report.html", "about.json", "config.yaml"
@@ -90,6 +91,7 @@ def _charts(curves: dict[str, Curve], settings: Any) -> str:
 
     def taken(*parts: str) -> dict[str, Curve]:
         found = [name for part in parts for name in curves if name == part or name.startswith((f"{part}/", f"{part}_"))]
+        found = [name for name in found if name != RELIANCE_ERROR]  # of another size: it is under More curves
         return {name: curves.pop(name) for name in dict.fromkeys(found)}
 
     groups: list[tuple[str, dict[str, Curve], float | None, str]] = [

@@ -66,9 +66,7 @@ def run(config: RunConfig, tasks: Tasks | None = None) -> None:
 
 
 def _run(config: RunConfig, tasks: Tasks | None) -> None:
-    import torch
-
-    from mmllm.training.distributed import build_accelerator
+    from mmllm.training.distributed import build_accelerator, set_threads
     from mmllm.training.loop import train
     from mmllm.training.memory import advised
     from mmllm.training.report import write_about, write_report
@@ -81,8 +79,7 @@ def _run(config: RunConfig, tasks: Tasks | None) -> None:
         if is_first_process():
             _tidy(out)
         return
-    if config.num_threads:
-        torch.set_num_threads(config.num_threads)
+    set_threads(config)
     accelerator = build_accelerator(config)
     with accelerator.main_process_first():
         stage = build_stage(config, tasks)

@@ -51,7 +51,7 @@ from mmllm.training.warmup_vision import WarmupVision
 
 
 class _ConversationLoss(nn.Module):
-    """What DDP wraps: batch -> summed loss, so that every trained part takes part in every forward.
+    """What DDP wraps: batch -> summed loss, or that of each example; every trained part takes part in every forward.
 
     `always_runs_tower` is set where ranks wait for each other's tower although it is frozen: ZeRO-3.
     """
@@ -65,11 +65,11 @@ class _ConversationLoss(nn.Module):
         self.plain_head = has_plain_head(model.language_model)
         self.with_mask = needs_mask(model.language_model)
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch, *, per_example: bool = False) -> Tensor:
         batch = batch.to(self.model.get_input_embeddings().weight.device)
         return conversation_loss_sum(
             self.model, batch, plain_head=self.plain_head, with_mask=self.with_mask, chunk_tokens=self.chunk_tokens,
-            always_runs_tower=self.always_runs_tower,
+            always_runs_tower=self.always_runs_tower, per_example=per_example,
         )  # fmt: skip
 
 
@@ -236,9 +236,25 @@ class ConversationStage:
     def validate(self, step: int, *, writes: bool = True) -> dict[str, float]:
         """What `Validation` finds, with the model in eval mode while it looks."""
         self.model.eval()
-        figures = self.validation.figures(step, writes=writes)
-        self._set_modes()
-        return figures
+        try:
+            return self.validation.figures(step, writes=writes)
+        finally:  # also where a signal breaks it off
+            self._set_modes()
+
+    @property
+    def validates(self) -> bool:
+        """Whether a validation has anything to look at."""
+        validation = self.validation
+        return bool(validation.examples or validation.text or validation.task_names)
+
+    @torch.no_grad()
+    def rehearse_validation(self) -> None:
+        """What needs most memory in a validation; nothing is kept of it."""
+        self.model.eval()
+        try:
+            self.validation.rehearse()
+        finally:
+            self._set_modes()
 
     def save(self, out: Path, log: list[dict[str, Any]]) -> None:
         """A checkpoint with its golden answers; of an LLM with LoRA the adapter and not the base's weights.

@@ -47,7 +47,7 @@ class Strategy:
 
     def _prepare(self, module: nn.Module) -> nn.Module:
         prepared: nn.Module = self.accelerator.prepare(module)
-        self.optimizers = build_optimizers(self.parts, self.config, depths=self.depths)
+        self.optimizers = build_optimizers(module, self.parts, self.config, depths=self.depths)
         return prepared
 
     @property

@@ -80,7 +80,7 @@ class FSDP2(Strategy):
             part: [(name, sharded[names[id(parameter)]]) for name, parameter in named]
             for part, named in self.parts.items()
         }
-        self.optimizers = build_optimizers(self.parts, self.config, depths=self.depths)
+        self.optimizers = build_optimizers(module, self.parts, self.config, depths=self.depths)
         return module
 
     @contextlib.contextmanager

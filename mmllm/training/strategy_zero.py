@@ -53,7 +53,7 @@ class ZeRO(Strategy):
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 10**9,
         }
-        (optimizer,) = self.optimizers = build_optimizers(self.parts, self.config, depths=self.depths)
+        (optimizer,) = self.optimizers = build_optimizers(module, self.parts, self.config, depths=self.depths)
         module.to(self.accelerator.device)
         self.engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=settings, dist_init_required=False

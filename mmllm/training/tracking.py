@@ -42,7 +42,7 @@ def figures_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[tuple[int, f
 
 
 _SHOWN = {  # how the terminal shows figures of each log line; what has none here is `name value`
-    "learning_rate": "lr {:.4g}", "tokens_per_second": "{:,.0f} tokens/s", "samples_per_second": "{:.1f} samples/s",
+    "learning_rate": "lr {:.4g}", "tokens_per_second": "{:,.0f} tokens/s", "samples_per_second": "{:.3g} samples/s",
     "padding": "padding {:.0%}", "data_wait": "waiting {:.0%}", "mfu": "MFU {:.1%}", "hfu": "", "grad_norm": "",
 }  # fmt: skip
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, Protocol
@@ -17,11 +17,13 @@ from torch import nn
 
 from mmllm.batch import Batch, Example, ImageRef
 from mmllm.config import ConfigError, StageConfig
-from mmllm.inference.engine import Engine
-from mmllm.training.alarms import RELIANCE, TEXT_LOSS
+from mmllm.inference.engine import Engine, Sampling
+from mmllm.training.alarms import TEXT_LOSS
 from mmllm.training.data import spread
-from mmllm.training.reliance import exchange_pictures
+from mmllm.training.losses import supervised_counts
+from mmllm.training.reliance import exchange_pictures, reliance_of
 
+REHEARSED_QUESTIONS = 32  # of a task: a batch
 _NO_FILE_NAME = re.compile(r"[^\w.-]")  # characters of an id that a file name better does without
 
 
@@ -89,14 +91,19 @@ class Validation:
             )
         return notes
 
-    def _losses(self, examples: Sequence[Example]) -> tuple[float, int]:
-        """(loss summed over supervised tokens, their number)"""
-        total, count, size = 0.0, 0, self.config.optim.batch_size
+    def _losses(self, examples: Sequence[Example]) -> tuple[list[float], list[int]]:
+        """Of each example, in their order: its loss summed over supervised tokens, and their number."""
+        losses, counts, size = [0.0] * len(examples), [0] * len(examples), self.config.optim.batch_size
         for start in range(0, len(examples), size):
             batch = self.collate(examples[start : start + size])
-            total += float(self.module(batch))
-            count += batch.num_supervised
-        return total, count
+            places: dict[str, deque[int]] = defaultdict(deque)  # packing puts the examples of a batch in another order
+            for place, example in enumerate(examples[start : start + size], start=start):
+                places[example.id].append(place)
+            found = self.module(batch, per_example=True).tolist()
+            for name, loss, count in zip(batch.example_ids, found, supervised_counts(batch), strict=True):
+                place = places[name].popleft()
+                losses[place], counts[place] = loss, count
+        return losses, counts
 
     def figures(self, step: int, *, writes: bool = True) -> dict[str, float]:
         """Every figure after `step` steps. Needs a model in eval mode, and no gradients.
@@ -105,8 +112,8 @@ class Validation:
         """
         found = self._validation_losses()
         if self.text:
-            total, count = self._losses(self.text)
-            found[TEXT_LOSS] = total / max(1, count)
+            losses, counts = self._losses(self.text)
+            found[TEXT_LOSS] = sum(losses) / max(1, sum(counts))
         for task, name in self.task_names.items():
             assert self.tasks is not None
             scores = self.tasks.scores(self.engine, task, self.config.log.task_questions)
@@ -115,29 +122,39 @@ class Validation:
             self._write_samples(step, writes=writes)
         return found
 
+    def rehearse(self) -> None:
+        """What needs most memory of `figures`: the longest batch, the longest prompt, and a batch of each task."""
+        examples = [*self.examples, *self.exchanged.values(), *self.text]
+        longest = sorted(examples, key=lambda one: -len(self.engine.renderer.render_example(one).input_ids))
+        self._losses(longest[: self.config.optim.batch_size])
+        if self.examples and self.config.log.num_samples:
+            self.engine.reply(_first_question(longest[0]), Sampling(max_new_tokens=2))
+        for task in self.task_names:
+            assert self.tasks is not None
+            self.tasks.scores(self.engine, task, min(self.config.log.task_questions, REHEARSED_QUESTIONS))
+
     def _validation_losses(self) -> dict[str, float]:
         """The loss, that of each source, and image reliance: the same batches are shown twice, so it costs one pass."""
         groups: dict[tuple[str, bool], list[int]] = defaultdict(list)
         for index, example in enumerate(self.examples):
             groups[example.source, index in self.exchanged].append(index)
         sums: dict[str, tuple[float, int]] = defaultdict(lambda: (0.0, 0))
-        shuffled = (0.0, 0)
-        right = (0.0, 0)
+        own: list[float] = []
+        others: list[float] = []
+        counts: list[int] = []
         for (source, has_exchange), indices in groups.items():
-            own = self._losses([self.examples[index] for index in indices])
-            sums[source] = (sums[source][0] + own[0], sums[source][1] + own[1])
+            losses, numbers = self._losses([self.examples[index] for index in indices])
+            sums[source] = (sums[source][0] + sum(losses), sums[source][1] + sum(numbers))
             if has_exchange:
-                other = self._losses([self.exchanged[index] for index in indices])
-                right = (right[0] + own[0], right[1] + own[1])
-                shuffled = (shuffled[0] + other[0], shuffled[1] + other[1])
+                others += self._losses([self.exchanged[index] for index in indices])[0]
+                own += losses
+                counts += numbers
         if not sums:
             return {}
         total, count = (sum(column) for column in zip(*sums.values(), strict=True))
         found = {"val_loss": total / max(1, count)}
         found |= {f"val_loss/{name}": sums[path][0] / max(1, sums[path][1]) for path, name in self.names.items()}
-        if shuffled[1]:
-            found[RELIANCE] = shuffled[0] / shuffled[1] - right[0] / max(1, right[1])
-        return found
+        return found | (reliance_of(own, others, counts) if counts else {})
 
     def _write_samples(self, step: int, *, writes: bool) -> None:
         """`samples/step_N.md` for people and `step_N.json` for the report, with the pictures as the model saw them."""
