@@ -180,7 +180,7 @@ def make_plan(config: RunConfig, *, gpus: int = 1, memory: int | None = None) ->
         notes.append("the feature cache is not filled yet; its time is not counted")
     try:
         run = Run(config, stage, accelerator, lambda: build_stage(config))
-        batch = longest_batch(stage, config.optim.batch_size, config.data.max_length_tokens)
+        batch = longest_batch(stage, config.optim.batch_size, stage.data.max_length_tokens)
         measured = _measure(run, batch)
         run.throughput.figures()
         last = min(TYPICAL_STEPS + 1, config.optim.max_steps)
