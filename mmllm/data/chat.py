@@ -14,11 +14,12 @@ from typing import Any
 
 from mmllm.batch import IGNORE_INDEX, Example, ImageRef, Message, Role
 from mmllm.data.images import image_size
+from mmllm.user_error import UserError
 
 Size = tuple[int, int]  # height and width
 
 
-class ChatError(ValueError):
+class ChatError(UserError):
     """Messages or a template that cannot be rendered exactly."""
 
 

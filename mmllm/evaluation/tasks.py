@@ -12,6 +12,7 @@ from typing import Any
 from mmllm.batch import Example, Message, message
 from mmllm.scenes.talk import picture_marks
 from mmllm.scenes.world import Scene
+from mmllm.user_error import UserError
 
 TASKS: dict[str, Path] = {
     "scenes-val": Path("data/scenes/val"),
@@ -20,7 +21,7 @@ TASKS: dict[str, Path] = {
 CAPTION = "caption"  # the one type that is scored by its facts and not word by word
 
 
-class TaskError(ValueError):
+class TaskError(UserError):
     """A task that does not exist or cannot be read."""
 
 
