@@ -128,6 +128,15 @@ def test_compressed_lines_are_streamed_without_a_copy(folder: Path, layout: str)
     assert said(stream(folder / name)) == EXPECTED
 
 
+@pytest.mark.parametrize(
+    "layout", ["UTF-16", "a list in .jsonl", "a pretty list in .jsonl", "objects over several lines"]
+)
+def test_json_that_is_not_in_lines_is_not_streamed_and_says_so(folder: Path, layout: str) -> None:
+    (folder / "x.jsonl").write_bytes(LAYOUTS[layout][1])
+    (reason,) = reasons(folder / "x.jsonl", streaming=True)
+    assert "x.jsonl cannot be streamed, as it" in reason
+
+
 def test_a_copy_follows_the_file_that_it_was_made_of(folder: Path) -> None:
     path = folder / "x.jsonl.gz"
     for count in (3, 1, 2):
@@ -155,6 +164,8 @@ def test_one_row_alone_is_a_row_in_every_layout(folder: Path) -> None:
     ("x.json", b'"text"', ["must hold a list of rows", "got a string"]),
     ("x.parquet", b"PAR1 and no more", ["x.parquet is not parquet that can be read"]),
     ("x.csv", "image,caption\n0.png,a\n1.png,gr\xfcn\n".encode("cp1252"), ["x.csv", "line 3", "CSV UTF-8"]),
+    ("x.csv", b"image,caption\n", ["x.csv holds no rows"]),
+    ("x.csv", b"", ["x.csv holds no rows"]),
     ("x.csv", b"image,caption\n0.png,a\n1.png,b,c,d\n", ["x.csv is not csv that can be read"]),
 ])  # fmt: skip
 def test_what_cannot_be_read_names_the_place_and_what_to_do(
@@ -296,6 +307,16 @@ def test_files_with_other_columns_are_named(folder: Path) -> None:
     (reason,) = reasons(folder / "*.parquet")
     assert "b.parquet has other columns than" in reason
     assert "(caption, title)" in reason
+
+
+@pytest.mark.parametrize("kind", ["large types", "views", "categories", "maps"])
+def test_arrow_files_of_other_tools_are_read(folder: Path, kind: str) -> None:
+    table = pa.table(columns(kind))
+    with pa.ipc.new_file(str(folder / "x.feather"), table.schema) as file:
+        file.write_table(table, max_chunksize=2)
+    examples, report = read(folder / "x.feather")
+    assert (report.unreadable, report.bad) == ([], [])
+    assert said(examples) == EXPECTED
 
 
 # Tars

@@ -12,8 +12,9 @@ from PIL import Image
 
 from mmllm.batch import Example, ImageRef, Message
 from mmllm.data.files import RowError, Stored
-from mmllm.data.formats import SHAPES, UNSUPPORTED, Context, to_example, unread_keys
+from mmllm.data.formats import SHAPES, UNSUPPORTED, to_example, unread_keys
 from mmllm.data.images import load_image
+from mmllm.data.turns import Context
 
 Row = dict[str, Any]
 

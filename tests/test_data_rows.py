@@ -179,7 +179,7 @@ EXPECTED = [(str(number), caption(number), (4 + number, 4)) for number in range(
 
 
 def test_every_reader_is_tried() -> None:
-    assert set(READERS) <= {*KINDS, ".tsv"}  # which is CSV
+    assert set(READERS) <= {*KINDS, ".tsv", ".feather"}  # which are CSV and Arrow
 
 
 @pytest.mark.parametrize("kind", KINDS)

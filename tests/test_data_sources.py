@@ -323,7 +323,7 @@ BAD_FILES: list[tuple[str, bytes, str]] = [
     ("data.json", f"[{GOOD},\n{GOOD[:-4]}".encode(), "the list that it begins with is never closed"),
     ("data.json", f"[{GOOD}]\n[{GOOD}]".encode(), "data.json is not one JSON list: behind its end stands b'["),
     ("data.json", b"[" * 100_000, "the list that it begins with is never closed"),
-    ("data.xml", b"<a/>", "data.xml has the suffix '.xml'; allowed: .json, .jsonl, .parquet, .arrow, .csv, .tsv, .tar"),
+    ("data.xml", b"<a/>", "data.xml has the suffix '.xml'; allowed: .json, .jsonl, .parquet, .arrow, .feather,"),
     ("data", b"[]", "data has the suffix ''; allowed: .json, .jsonl"),
 ]
 

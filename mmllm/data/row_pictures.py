@@ -178,7 +178,7 @@ def _other_paths(name: str, folder: str) -> Iterator[str]:
     for one in names:
         yield join(folder, one)
         for form in ("NFC", "NFD"):
-            yield join(folder, unicodedata.normalize(form, one))  # type: ignore[arg-type]
+            yield join(folder, unicodedata.normalize(form, one))
         try:
             yield join(folder, os.fsdecode(unicodedata.normalize("NFC", one).encode("latin-1")))
         except UnicodeEncodeError:

@@ -92,6 +92,7 @@ READERS: dict[str, Callable[[list[str]], Rows]] = {
     ".jsonl": functools.partial(JsonRows, is_lines=True),
     ".parquet": parquet_rows,
     ".arrow": arrow_rows,
+    ".feather": arrow_rows,
     ".csv": csv_rows,
     ".tsv": functools.partial(csv_rows, delimiter="\t"),
     ".tar": TarRows,

@@ -72,7 +72,9 @@ def _check_lines(path: str) -> None:
     what = "is in UTF-16" if b"\0" in head[:4] else "has rows over several lines" if head in (b"{", b"[") else None
     what = "is one list" if head.startswith(b"[") else what
     if what:
-        raise DataError(f"{path} cannot be streamed, as it {what}: write one row a line, or take `streaming` out")
+        raise DataError(
+            f"{path} cannot be streamed, as it {what}: write a row a line as UTF-8, or take `streaming` out"
+        )
 
 
 class ParquetShards:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import csv
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mmllm.data.files import DataError, RowError, Stored, fingerprint, is_url, open_file
 from mmllm.data.plain_copy import plain_copy
 
+_ARROW_MAGIC = b"ARROW1"  # of a file that ends with a list of what is in it; a stream has none
 # Arrow has maps and `datasets` has none: in its files a map is a list of pairs, told from others by these names.
 MAP_KEY, MAP_VALUE = "__map_key__", "__map_value__"
 
@@ -120,10 +122,11 @@ def open_parquet(path: str) -> Any:
 
 def parquet_rows(files: list[str]) -> ArrowRows:
     """Rows of parquet files with the same columns."""
-    schemas = []
+    schemas, num_rows = [], []
     for path in files:
         with open_parquet(path) as file:
             schemas.append(file.schema_arrow)
+            num_rows.append(file.metadata.num_rows)
     for path, schema in zip(files, schemas, strict=True):
         if set(schema.names) != set(schemas[0].names):
             differing = ", ".join(sorted(set(schema.names) ^ set(schemas[0].names)))
@@ -131,9 +134,27 @@ def parquet_rows(files: list[str]) -> ArrowRows:
                 f"{path} has other columns than {files[0]} ({differing}); give each as a source of its own, or write "
                 "them with the same columns"
             )
+    if not any(num_rows):
+        raise DataError(f"{files[0]} holds no rows; give a file with at least one conversation")
     if all(_has_features(field.type) for schema in schemas for field in schema):
         return _load("parquet", files)
-    return _arrow_copy(files)
+    return _arrow_copy(files, _parquet_batches)
+
+
+@contextmanager
+def _parquet_batches(path: str) -> Iterator[tuple[Any, Iterable[Any]]]:
+    """(schema, record batches) of a parquet file."""
+    with open_parquet(path) as file:
+        yield file.schema_arrow, file.iter_batches(batch_size=256)
+
+
+@contextmanager
+def _arrow_batches(path: str) -> Iterator[tuple[Any, Iterable[Any]]]:
+    """(schema, record batches) of an Arrow file that can be read from any place, as pandas and polars write them."""
+    import pyarrow as pa
+
+    with pa.memory_map(path) as source, pa.ipc.open_file(source) as file:
+        yield file.schema, (file.get_batch(number) for number in range(file.num_record_batches))
 
 
 def _has_features(type_: Any) -> bool:
@@ -147,8 +168,8 @@ def _has_features(type_: Any) -> bool:
     return True
 
 
-def _arrow_copy(files: list[str]) -> ArrowRows:
-    """Parquet with types that `datasets` lacks, as Arrow files in its cache that say the same in others."""
+def _arrow_copy(files: list[str], open_table: Callable[[str], Any]) -> ArrowRows:
+    """Tables with types that `datasets` lacks, as Arrow files in its cache that say the same in others."""
     import datasets
     import pyarrow as pa
 
@@ -159,10 +180,10 @@ def _arrow_copy(files: list[str]) -> ArrowRows:
             copy.parent.mkdir(parents=True, exist_ok=True)
             partial = copy.with_suffix(f".{id(path)}.part")
             try:
-                with open_parquet(path) as file:
-                    schema = pa.schema([(field.name, _known_type(field.type)) for field in file.schema_arrow])
+                with open_table(path) as (old, batches):
+                    schema = pa.schema([(field.name, _known_type(field.type)) for field in old])
                     with pa.ipc.new_stream(str(partial), schema) as out:
-                        for batch in file.iter_batches(batch_size=256):
+                        for batch in batches:
                             columns = [_as_type(batch.column(field.name), field.type) for field in schema]
                             out.write_batch(pa.record_batch(columns, schema=schema))
                 partial.replace(copy)
@@ -187,7 +208,7 @@ def _known_type(type_: Any) -> Any:
         return pa.list_(_known_type(type_.value_type))
     if pa.types.is_dictionary(type_):
         return _known_type(type_.value_type)
-    if pa.types.is_fixed_size_binary(type_):
+    if pa.types.is_fixed_size_binary(type_) or type_ == pa.binary_view():
         return pa.binary()
     return type_ if _has_features(type_) else pa.string()
 
@@ -225,9 +246,11 @@ def csv_rows(files: list[str], delimiter: str | None = None) -> ArrowRows:
 
     copies = [plain_copy(path) for path in files]
     heads = [_csv_head(path, copy, delimiter) for path, copy in zip(files, copies, strict=True)]
-    names, delimiter = heads[0]
+    names, delimiter, _ = heads[0]
+    if not any(has_rows for _, _, has_rows in heads):
+        raise DataError(f"{files[0]} holds no rows; give a file with at least one conversation")
     for path, head in zip(files, heads, strict=True):
-        if head != heads[0]:
+        if head[:2] != heads[0][:2]:
             raise DataError(f"{path} has the columns {', '.join(head[0])}, but {files[0]} has {', '.join(names)}")
     features = datasets.Features({name: datasets.Value("string") for name in names})
     rows = _load("csv", copies, features=features, names=names, header=0, sep=delimiter,
@@ -245,8 +268,8 @@ class CsvRows(ArrowRows):
         return {name: value if value != "" else None for name, value in super().__getitem__(index).items()}
 
 
-def _csv_head(path: str, copy: str, delimiter: str | None) -> tuple[list[str], str]:
-    """The columns and what stands between them. Raises DataError where the file is not UTF-8 or has no columns."""
+def _csv_head(path: str, copy: str, delimiter: str | None) -> tuple[list[str], str, bool]:
+    """The columns, what stands between them, and whether more follows. Raises DataError for text that is not UTF-8."""
     with open_file(copy) as file:
         number = 1
         try:
@@ -264,20 +287,24 @@ def _csv_head(path: str, copy: str, delimiter: str | None) -> tuple[list[str], s
     names = [name or f"column_{number}" for number, name in enumerate(names)]  # pandas' index has no name
     if len(set(names)) != len(names):
         raise DataError(f"the first line of {path} must name its columns, each by another name; got {', '.join(names)}")
-    return names, delimiter
+    return names, delimiter, number > 1
 
 
 # Arrow files
 
 
 def arrow_rows(files: list[str]) -> ArrowRows:
-    """Rows of the Arrow files that `datasets` wrote."""
+    """Rows of the Arrow files that `datasets` wrote, or of those that pandas and polars call feather and IPC."""
     import datasets
     import pyarrow as pa
 
     if any(map(is_url, files)):
         raise DataError(f"{files[0]} is an .arrow file elsewhere, and those are memory-mapped: copy it to a local disk")
     try:
+        with open_file(files[0]) as file:
+            is_file_format = file.read(len(_ARROW_MAGIC)) == _ARROW_MAGIC
+        if is_file_format:
+            return _arrow_copy(files, _arrow_batches)
         parts = [datasets.Dataset.from_file(path) for path in files]
         return ArrowRows(files[0], datasets.concatenate_datasets(parts))
     except (pa.ArrowException, OSError, ValueError) as error:
