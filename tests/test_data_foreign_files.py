@@ -285,8 +285,9 @@ def test_parquet_of_other_tools_is_read_by_number_and_streamed(folder: Path, kin
 def test_dates_are_harmless_and_text_that_is_none_has_a_reason(folder: Path) -> None:
     old = pa.array([-(10**15)] * NUM_ROWS, pa.timestamp("s"))
     captions = pa.Array.from_buffers(pa.string(), 3, pa.array([b"a", b"gr\xfcn", b"c"]).buffers())
+    times = {"when": old, "took": pa.array([10**15] * NUM_ROWS, pa.duration("s"))}
     pq.write_table(
-        pa.table({"image": ["0.png", "1.png", "2.png"], "caption": captions, "when": old}), folder / "x.parquet"
+        pa.table({"image": [f"{n}.png" for n in range(NUM_ROWS)], "caption": captions, **times}), folder / "x.parquet"
     )
     examples, report = read(folder / "x.parquet")
     assert [example.messages[-1].text for example in examples] == ["a", "c"]

@@ -93,7 +93,7 @@ def _parsed(value: Any, key: str) -> Any:
     text = value.load().decode(errors="replace") if isinstance(value, Stored) else value
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if text.lstrip().startswith(("[{'", "{'")):
             raise RowError(f"{key} is a list as Python prints it; write json.dumps of it") from error
         raise RowError(f"{key} is a string; it must be a list, or JSON text of one ({error})") from error

@@ -95,6 +95,11 @@ def plain_copy(path: str, *, is_text: bool = True) -> str:
     except UnicodeError as error:
         raise DataError(f"{path} is not {encoding} text to its end ({error}); save it as UTF-8") from error
     except DAMAGE as error:
+        if isinstance(error, OSError) and error.errno:
+            raise DataError(
+                f"{path} is read through a copy in {_cache()}, which failed ({error.strerror}); make room there, or "
+                "name another folder in HF_DATASETS_CACHE"
+            ) from error
         raise DataError(f"{path} is compressed, and damaged or cut off ({error}); copy or download it again") from error
     return str(copy)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import functools
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,8 @@ def arrow_to_python(scalar: Any, name: str) -> Any:
         return _list_to_python(scalar, name)
     if isinstance(scalar, pa.BinaryScalar) and not isinstance(scalar, pa.StringScalar):
         return Stored(name, scalar.as_py)
+    if pa.types.is_duration(scalar.type):
+        return scalar.value
     if pa.types.is_temporal(scalar.type):  # some of which Python's own dates cannot hold
         scalar = scalar.cast(pa.string())
     try:
@@ -178,7 +181,7 @@ def _arrow_copy(files: list[str], open_table: Callable[[str], Any]) -> ArrowRows
         copy = Path(datasets.config.HF_DATASETS_CACHE) / "mmllm" / f"{fingerprint([path])}.arrow"
         if not copy.is_file():
             copy.parent.mkdir(parents=True, exist_ok=True)
-            partial = copy.with_suffix(f".{id(path)}.part")
+            partial = copy.with_suffix(f".{os.getpid()}.part")
             try:
                 with open_table(path) as (old, batches):
                     schema = pa.schema([(field.name, _known_type(field.type)) for field in old])
