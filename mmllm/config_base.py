@@ -6,8 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from mmllm.user_error import UserError
 
-class ConfigError(ValueError):
+
+class ConfigError(UserError):
     """A setting that cannot be used; the message says which, what was given and what is allowed."""
 
 

@@ -16,6 +16,8 @@ from yaml import YAMLError
 
 from mmllm.config import CONFIGS, ConfigError, RunConfig
 
+MAX_SHOWN = 200  # characters of a value that is given where another one is allowed
+
 
 def _read(path: Path) -> Any:
     if not path.is_file():
@@ -51,11 +53,16 @@ def _problem(error: Any, tree: Any) -> str:
     allowed = error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
         parent: Any = tree
-        return f"{path}: unknown key (given: {error['input']!r}){_near(error['loc'], parent)}"
+        return f"{path}: unknown key (given: {_shown(error['input'])}){_near(error['loc'], parent)}"
     if error["type"] == "missing":
         return f"{path}: missing, and it has no default"
-    given = "" if isinstance(error["input"], dict | BaseModel) else f" (given: {error['input']!r})"
+    given = "" if isinstance(error["input"], dict | BaseModel) else f" (given: {_shown(error['input'])})"
     return f"{path or 'config'}: {allowed}{given}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}... ({len(text):,} characters)"
 
 
 def _near(location: tuple[Any, ...], tree: Any) -> str:

@@ -9,6 +9,8 @@ import re
 import sys
 from collections.abc import Iterator
 
+from mmllm.user_error import shorten
+
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # How writers that are not Python's own tell the operating system's error: safetensors, in the words of Rust.
 _RUST_ERROR = re.compile(r"code: (\d+), kind|\(os error (\d+)\)")
@@ -75,5 +77,5 @@ def report_errors(*, debug: bool = False) -> Iterator[None]:
         explained = _explain(error)
         if explained is None or debug or os.environ.get("MMLLM_DEBUG"):
             raise
-        print(f"error: {explained[0]}", file=sys.stderr)
+        print(f"error: {shorten(explained[0])}", file=sys.stderr)
         sys.exit(explained[1])

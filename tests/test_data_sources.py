@@ -208,7 +208,8 @@ BAD_ROWS: list[tuple[Any, str]] = [
     (row(image=3), "image is a number; it must be a string"),
     (row(image={"file": "a.png"}), "image is an object; it must be a string, a path, or an object with path or bytes"),
     (row(image=["a.png", None]), "image is null; it must be a string"),
-    (row(image=""), "image is an empty path; leave image out of a row without images"),
+    (row(image=""), "1 <image> mark in the human turns but 0 images"),
+    (row(image=["a.png", ""]), "image has an empty path beside others; leave it out"),
     (row(image="gone.png"), "no image file at {folder}/gone.png; image paths start from {folder}, which `images`"),
     (row(image="sub"), "no image file at {folder}/sub; image paths start from"),
     (row(image="a\0.png"), "no image file at {folder}/a"),
@@ -229,7 +230,7 @@ BAD_ROWS: list[tuple[Any, str]] = [
     # turns
     (row(conversations=None), "the row has none of conversations, messages, texts, caption, text; its keys: id, image"),
     (row(conversations=[]), "conversations is empty; it must be a list of turns"),
-    (row(conversations="Hi"), "conversations is a string; it must be a list of turns"),
+    (row(conversations="Hi"), "conversations is a string; it must be a list, or JSON"),
     (row(conversations=["Hi"]), "turn 0 is a string; it must be an object with from and value"),
     (row(conversations=turn(**{"from": "user"})), "turn 1 is from 'user'; allowed: human, gpt, system"),
     (row(conversations=turn(**{"from": ["gpt"]})), "turn 1 is from ['gpt']; allowed: human, gpt, system"),
@@ -282,7 +283,7 @@ def test_an_id_can_always_be_printed(folder: Path) -> None:
 GOOD = json.dumps(row())
 
 UNPARSED: list[tuple[str, bytes, str]] = [
-    ("data.json", b'[{"id": "1", "x": 2,}, %b]', "the row is not JSON at character"),
+    ("data.json", b'[{"id": "1", "x": 2,}, %b]', "(JSON has no comma before a closing bracket)"),
     ("data.json", b"[9%b, %%b]" % (b"9" * 5000), "the row cannot be read as JSON: Exceeds the limit"),
     (
         "data.json",
@@ -290,8 +291,8 @@ UNPARSED: list[tuple[str, bytes, str]] = [
         "the row cannot be read as JSON: maximum recursion",
     ),
     ("data.json", b'["\xe4", %b]', "the row is not UTF-8 text at byte"),
-    ("data.json", b"[, %b]", "the row is not JSON at character 0"),
-    ("data.jsonl", b'{"conversations": [\n%b\n', "the row is not JSON at character"),
+    ("data.json", b"[, %b]", "nothing stands before a comma or a bracket in line 1"),
+    ("data.jsonl", b'{"conversations": [\n%b\n', "the row is not JSON at line "),
     ("data.jsonl", b'"\xe4"\n\n%b', "the row is not UTF-8 text at byte 1"),
 ]
 
@@ -318,14 +319,11 @@ BAD_FILES: list[tuple[str, bytes, str]] = [
     ("data.json", b" \n", "data.json is empty; give a file with at least one conversation"),
     ("data.jsonl", b"\n\n", "data.jsonl holds no rows; give a file with at least one conversation"),
     ("data.json", b"[]", "data.json holds no rows; give a file with at least one conversation"),
-    ("data.json", b'{"rows": []}', "data.json must hold a list of rows, got an object; put the rows in [ ]"),
-    ("data.json", b'"text"', "data.json must hold a list of rows, got a string; put the rows in [ ]"),
+    ("data.json", b'"text"', "data.json must hold a list of rows, or one row a line, got a string; put the rows in"),
     ("data.json", f"[{GOOD},\n{GOOD[:-4]}".encode(), "the list that it begins with is never closed"),
     ("data.json", f"[{GOOD}]\n[{GOOD}]".encode(), "data.json is not one JSON list: behind its end stands b'["),
-    ("data.json", f"{GOOD}\n{GOOD}".encode(), "or name the file .jsonl where each row is one line"),
-    ("data.jsonl", f"[\n{GOOD}\n]".encode(), "a list over several lines is plain JSON: name the file .json"),
     ("data.json", b"[" * 100_000, "the list that it begins with is never closed"),
-    ("data.xml", b"<a/>", "data.xml has the suffix '.xml'; allowed: .json, .jsonl, .parquet, .arrow, .csv, .tar"),
+    ("data.xml", b"<a/>", "data.xml has the suffix '.xml'; allowed: .json, .jsonl, .parquet, .arrow, .feather,"),
     ("data", b"[]", "data has the suffix ''; allowed: .json, .jsonl"),
 ]
 

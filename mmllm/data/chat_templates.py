@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mmllm.batch import IMAGE_TOKEN, PICTURE_LABEL
+from mmllm.user_error import UserError
 
 
-class ChatError(ValueError):
+class ChatError(UserError):
     """Messages or a template that cannot be rendered exactly."""
 
 

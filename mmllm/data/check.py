@@ -33,10 +33,12 @@ MAX_LISTED = 10_000  # bad rows that stay in memory; the list that `mmllm check`
 _PARTICULARS = re.compile(r"'[^']*'|\S*/\S*|\b\S+\.\w{3,4}\b|\d[\d,]*")
 
 
-def left_out(example: Example, renderer: Renderer, config: DataConfig) -> str | None:
+def left_out(
+    example: Example, renderer: Renderer, config: DataConfig, *, max_positions: int | None = None
+) -> str | None:
     """Why a run with these settings does not use this example; None where it does."""
     try:
-        check_tokens(example, renderer, config.max_length_tokens)
+        check_tokens(example, renderer, config.max_length_tokens, max_positions=max_positions)
     except (RowError, ChatError) as error:
         return str(error)
     return None
@@ -268,9 +270,10 @@ def load_examples(
     *,
     quarantine: Quarantine | None = None,
     num_processes: int | None = None,
+    max_positions: int | None = None,
 ) -> tuple[Examples, Report]:
     """Every usable example, and the report. Raises DataError with the `refusal` where there is one."""
-    rules = Rules(renderer, config.max_length_tokens, quarantine=quarantine or {})
+    rules = Rules(renderer, config.max_length_tokens, quarantine=quarantine or {}, max_positions=max_positions)
     examples, report = inspect_sources(sources, rules, num_processes=num_processes)
     if reason := refusal(report, config):
         raise DataError(reason)

@@ -9,15 +9,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from mmllm.user_error import UserError
+
 SAMPLED_BLOCKS = 1024  # of large files, read to tell their contents from others
 BLOCK_BYTES = 1 << 20
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """A data file that cannot be used at all; the message names it, says what is wrong and what to do."""
 
 
-class RowError(ValueError):
+class RowError(UserError):
     """Why one row cannot be used."""
 
 

@@ -5,76 +5,66 @@
     texts           Cauldron, FineVision              [{"user": str, "assistant": str}], beside `images`
     caption, text   captions                          str, beside one image
 
-A message's content is a string or a list of parts: `{"type": "text" | "image" | "image_url", ...}`. Beside them stand
-`id`, `system` (str) and `image` or `images`: one picture or a list, each a path, `{"path", "bytes"}`, or bytes.
+A message's content is a string or a list of parts, see `message_rows.py`. Beside them stand `id`, `system` (str) and
+`image` or `images`: one picture or a list, see `row_pictures.py`. Tables may have the names of a tar's members instead.
 `<image>` in a text is the place of a picture. A turn's text is stripped at both ends and otherwise kept.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 import functools
+import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 from mmllm.batch import IMAGE_TOKEN, Example, Message, Role, message
-from mmllm.data.files import RowError, Stored, is_url, join, local_path, read_range
+from mmllm.data.files import RowError, Stored
+from mmllm.data.index import ROW_LISTS
+from mmllm.data.message_rows import message_turns
+from mmllm.data.row_pictures import RowPicture, check_text, find_picture, kind, row_pictures
+from mmllm.data.tars import CAPTION_SUFFIXES, PICTURE_SUFFIXES, member_row
+from mmllm.data.turns import Context, Turn, list_of, object_of, role_of, text_turn
+from mmllm.user_error import shorten
 
 # LLaVA's names, https://github.com/haotian-liu/LLaVA/blob/main/docs/Finetune_Custom_Data.md
 ROLES: dict[str, Role] = {"human": "user", "gpt": "assistant", "system": "system"}
-MESSAGE_ROLES: dict[str, Role] = {"user": "user", "assistant": "assistant", "system": "system"}
+PLAIN_ROLES: dict[str, Role] = {"user": "user", "assistant": "assistant", "system": "system"}
 PAIR: tuple[Role, Role] = ("user", "assistant")
-PART_KEYS = {"text": "text", "image": "image", "image_url": "image_url"}  # a part's type: the key that holds it
-
-Picture = str | bytes | Stored
-
-
-@dataclass(frozen=True)
-class Turn:
-    """Who speaks, under which name, and what; `pictures` has one place a mark: None where the row's images fill it."""
-
-    role: Role
-    name: str
-    text: str
-    pictures: tuple[Picture | None, ...]
-
-
-@dataclass(frozen=True)
-class Context:
-    """What a row does not say itself: where image paths start from, and the question that a caption answers."""
-
-    images: str
-    prompt: str
-
-
-def kind(value: Any) -> str:
-    """What a value is in JSON's words."""
-    kinds = {dict: "an object", list: "a list", str: "a string", bool: "a truth value", type(None): "null"}
-    return kinds.get(type(value), "bytes" if isinstance(value, bytes | Stored) else "a number")
 
 
 def row_id(fields: Any, row: int) -> str:
     """The row's own id, or `#<row>`. Ids are the files' own: several rows may have the same."""
-    own = fields.get("id") if isinstance(fields, dict) else None
-    return str(own).encode(errors="replace").decode() if _is_id(own) else f"#{row}"  # a log takes no half characters
+    own = _id_text(fields.get("id", fields.get("__key__"))) if isinstance(fields, dict) else None
+    # a log takes no half characters, and nobody reads a picture as an id
+    return f"#{row}" if own is None else shorten(own.encode(errors="replace").decode())
 
 
-def _is_id(value: Any) -> bool:
-    return isinstance(value, str | int) and not isinstance(value, bool) and value != ""
+def _id_text(value: Any) -> str | None:
+    """An id as text: 1.0 of a table with gaps is 1, and bytes are their text, or as UUIDs their hexadecimal digits."""
+    if isinstance(value, Stored):
+        value = value.load()
+    if isinstance(value, bytes):
+        try:
+            text = value.decode()
+        except UnicodeDecodeError:
+            text = ""
+        return text if text.isprintable() and text else value.hex() or None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    is_id = isinstance(value, str | int | UUID) and not isinstance(value, bool) and value != ""
+    return str(value) if is_id else None
 
 
 def to_example(fields: Any, row: int, source: str, context: Context) -> Example:
     """The Example of a raw row, its pictures not yet read. Raises RowError with the reason where it cannot be one."""
     if not isinstance(fields, dict):
         raise RowError(f"the row is {kind(fields)}; it must be an object with {' or '.join(SHAPES)}")
-    fields = {key: value for key, value in fields.items() if value is not None}
+    fields = _row_of_columns({key: value for key, value in fields.items() if value is not None})
     own = fields.get("id", "")
-    if own != "" and not _is_id(own):
+    if own != "" and _id_text(own) is None:
         raise RowError(f"id is {kind(own)}; it must be a string or a whole number")
-    shapes = [name for name in SHAPES if name in fields]
+    shapes = [name for name in SHAPES if fields.get(name, "") != ""] or [name for name in SHAPES if name in fields]
     if len(shapes) != 1:
         raise RowError(
             f"the row has {' and '.join(shapes)}, which say the same thing twice; keep one of them"
@@ -84,81 +74,64 @@ def to_example(fields: Any, row: int, source: str, context: Context) -> Example:
     for key in UNSUPPORTED & fields.keys():
         if fields[key]:
             raise RowError(f"the row has {key}, which cannot be learnt from here; take the key or the row out")
-    pictures = _pictures(fields)
+    fields[shapes[0]] = _parsed(fields[shapes[0]], shapes[0])
+    pictures = row_pictures(fields)
     turns = SHAPES[shapes[0]](fields, context)
     if system := fields.get("system"):
-        turns.insert(0, _text_turn("system", "system", system, "system"))
-    names = {role: name for name, role in (ROLES if shapes[0] == "conversations" else MESSAGE_ROLES).items()}
+        turns.insert(0, text_turn("system", "system", system, "system"))
+    names = {role: name for name, role in (ROLES if shapes[0] == "conversations" else PLAIN_ROLES).items()}
     messages = _messages(turns, names)
     # what is `Stored` is read before an example leaves this room
     images: Any = tuple(_place(turns, pictures, names["user"], context))
     return Example(row_id(fields, row), source, messages, images)
 
 
+def _parsed(value: Any, key: str) -> Any:
+    """The turns of a row; tables have them as JSON in a column of text. Raises RowError."""
+    if key not in ROW_LISTS or not isinstance(value, str | Stored):
+        return value
+    text = value.load().decode(errors="replace") if isinstance(value, Stored) else value
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if text.lstrip().startswith(("[{'", "{'")):
+            raise RowError(f"{key} is a list as Python prints it; write json.dumps of it") from error
+        raise RowError(f"{key} is a string; it must be a list, or JSON text of one ({error})") from error
+
+
+def _row_of_columns(fields: dict[str, Any]) -> dict[str, Any]:
+    """The row of a table that has the names of a tar's members as columns: `jpg`, `txt`, `json`, `__key__`."""
+    endings = {key: key.rsplit(".", 1)[-1].lower() for key in fields}
+    has_picture = any(ending in PICTURE_SUFFIXES for ending in endings.values())
+    if not (has_picture or "__key__" in fields) or fields.get("image") or fields.get("images"):
+        return fields
+    members = {key: value for key, value in fields.items() if endings[key] in COLUMNS and not key.startswith("__")}
+    own = _id_text(fields.get("id", fields.get("__key__")))
+    row = member_row({"__key__": own, **members}, _column_text)
+    others = {key: value for key, value in fields.items() if key not in members and not key.startswith("__")}
+    return {key: value for key, value in {**others, **row}.items() if value is not None}
+
+
+def _column_text(value: Any) -> Any:
+    """A column as `add_member` takes it: what is parsed already stays."""
+    return value.load() if isinstance(value, Stored) else value
+
+
 # Pictures
 
 
-def _pictures(fields: Mapping[str, Any]) -> list[Picture]:
-    """What stands beside the turns, paths as they are given."""
-    given = [(key, fields[key]) for key in ("image", "images") if fields.get(key) not in (None, [])]
-    if len(given) > 1:
-        raise RowError("the row has image and images; keep one of them")
-    if not given:
-        return []
-    key, value = given[0]
-    return [_picture(one, key) for one in (value if isinstance(value, list) else [value])]
-
-
-def _picture(value: Any, where: str) -> Picture:
-    """A path as it is given, the bytes, or where they are stored."""
-    if isinstance(value, dict) and {"path", "bytes"} & value.keys() and value.keys() <= {"path", "bytes"}:
-        value = value.get("path") if value.get("bytes") is None else value["bytes"]
-    if isinstance(value, bytes | Stored):
-        return value
-    if not isinstance(value, str):
-        raise RowError(f"{where} is {kind(value)}; it must be a string, a path, or an object with path or bytes")
-    name = check_text(value, where)
-    if not name:
-        raise RowError(f"{where} is an empty path; leave {where} out of a row without images")
-    if name.startswith("data:"):
-        return _data_url(name, where)
-    return local_path(name)
-
-
-def _data_url(url: str, where: str) -> bytes:
-    head, comma, data = url.partition(",")
-    if not comma or not head.endswith(";base64"):
-        raise RowError(f"{where} begins with {head[:40]!r}; a data: URL must be data:image/...;base64,...")
-    try:
-        return base64.b64decode(data, validate=True)
-    except binascii.Error as error:
-        raise RowError(f"{where} is a data: URL whose base64 is damaged ({error})") from error
-
-
-def _find(name: Picture, folder: str) -> Picture:
-    if not isinstance(name, str):
-        return name
-    if is_url(name) and not (is_url(folder) and name.split("://")[0] == folder.split("://")[0]):
-        raise RowError(
-            f"{name[:200]} is an address; images are read from where the data is, so download it first"
-        )  # a row must not decide which servers this machine asks
-    path = name if is_url(name) else join(folder, name)
-    if is_url(path):
-        return Stored(path, functools.partial(read_range, path))
-    try:
-        is_there = Path(path).is_file()
-    except OSError as error:
-        raise RowError(f"{path} cannot be read ({error.strerror})") from error
-    if not is_there:
-        raise RowError(f"no image file at {path}; image paths start from {folder}, which `images` of the source sets")
-    return path
-
-
-def _place(turns: list[Turn], pictures: list[Picture], user: str, context: Context) -> Iterator[Picture]:
+def _place(turns: list[Turn], pictures: list[RowPicture], user: str, context: Context) -> Iterator[RowPicture]:
     """One picture a mark, in order. LLaVA lets one image without a mark pass, and then trains blind on that row."""
     places = [place for turn in turns for place in turn.pictures]
+    numbers = {place for place in places if isinstance(place, int)}
     num_open, num_images = sum(place is None for place in places), len(pictures)
-    if num_open != num_images:
+    if numbers and (num_open or numbers != set(range(num_images))):
+        given = ", ".join(map(str, sorted(numbers)))
+        raise RowError(
+            f"the parts have the index {given} and {num_open} have none, but the row has {num_images} pictures; give "
+            "every part the number of one, from 0, and use each"
+        )
+    if not numbers and num_open != num_images:
         marks = f"{num_open} {IMAGE_TOKEN} mark{'s' * (num_open != 1)}"
         images = f"{num_images} image{'s' * (num_images != 1)}"
         raise RowError(
@@ -166,106 +139,36 @@ def _place(turns: list[Turn], pictures: list[Picture], user: str, context: Conte
         )
     waiting = iter(pictures)
     for place in places:
-        yield _find(next(waiting) if place is None else place, context.images)
+        held = pictures[place] if isinstance(place, int) else next(waiting) if place is None else place
+        yield find_picture(held, context.images)
 
 
 # Turns
 
 
-def check_text(value: Any, where: str) -> str:
-    """A string that can be tokenised. Raises RowError."""
-    if not isinstance(value, str):
-        raise RowError(f"{where} is {kind(value)}; it must be a string")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise RowError(f"{where} holds half a character (\\u{ord(value[error.start]):04x}) at {error.start}") from error
-    return value
-
-
-def _text_turn(role: Role, name: str, value: Any, where: str) -> Turn:
-    text = check_text(value, where)
-    return Turn(role, name, text, (None,) * text.count(IMAGE_TOKEN))
-
-
-def _list_of(value: Any, key: str, what: str) -> list[Any]:
-    if not isinstance(value, list) or not value:
-        raise RowError(f"{key} is {'empty' if value == [] else kind(value)}; it must be a list of {what}")
-    return value
-
-
-def _object(value: Any, where: str, keys: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise RowError(f"{where} is {kind(value)}; it must be an object with {keys}")
-    return {key: one for key, one in value.items() if one is not None}
-
-
-def _role(name: Any, roles: Mapping[str, Role], where: str) -> Role:
-    if not isinstance(name, str) or name not in roles:
-        raise RowError(f"{where} is from {name!r}; allowed: {', '.join(roles)}")
-    return roles[name]
-
-
 def _conversations(fields: Mapping[str, Any], context: Context) -> list[Turn]:
     turns = []
-    for index, value in enumerate(_list_of(fields["conversations"], "conversations", "turns")):
-        turn = _object(value, f"turn {index}", "from and value")
-        role = _role(turn.get("from"), ROLES, f"turn {index}")
-        turns.append(_text_turn(role, turn["from"], turn.get("value"), f"value of turn {index}"))
+    for index, value in enumerate(list_of(fields["conversations"], "conversations", "turns")):
+        turn = object_of(value, f"turn {index}", "from and value")
+        role = role_of(turn.get("from"), ROLES, f"turn {index}")
+        turns.append(text_turn(role, turn["from"], turn.get("value"), f"value of turn {index}"))
     return turns
-
-
-def _messages_shape(fields: Mapping[str, Any], context: Context) -> list[Turn]:
-    turns = []
-    for index, value in enumerate(_list_of(fields["messages"], "messages", "turns")):
-        turn = _object(value, f"turn {index}", "role and content")
-        role = _role(turn.get("role"), MESSAGE_ROLES, f"turn {index}")
-        if others := sorted(turn.keys() - {"role", "content"}):
-            raise RowError(f"turn {index} has {', '.join(others)}; allowed: role, content")  # such as `loss: false`
-        content = turn.get("content")
-        if isinstance(content, list):
-            turns.append(_parts_turn(role, content, f"turn {index}"))
-        else:
-            turns.append(_text_turn(role, role, content, f"content of turn {index}"))
-    return turns
-
-
-def _parts_turn(role: Role, parts: list[Any], where: str) -> Turn:
-    text, pictures = "", list[Picture | None]()
-    for number, value in enumerate(parts):
-        here = f"part {number} of {where}"
-        part = _object(value, here, "a type")
-        type_ = part.get("type")
-        if not isinstance(type_, str) or type_ not in PART_KEYS:
-            raise RowError(f"{here} is of type {type_!r}; allowed: {', '.join(PART_KEYS)}")
-        held = part.get(PART_KEYS[type_])
-        if type_ == "text":
-            piece = check_text(held, f"text of {here}")
-            text += piece
-            pictures += [None] * piece.count(IMAGE_TOKEN)
-            continue
-        if type_ == "image_url":
-            held = held.get("url", "") if isinstance(held, dict) else "" if held is None else held
-        text += IMAGE_TOKEN
-        pictures.append(None if held is None else _picture(held, f"{type_} of {here}"))
-    return Turn(role, role, text, tuple(pictures))
 
 
 def _texts(fields: Mapping[str, Any], context: Context) -> list[Turn]:
     """Cauldron's pairs. Its texts have no marks: the pictures come first, as its own loaders place them."""
     turns = []
-    for index, value in enumerate(_list_of(fields["texts"], "texts", "pairs")):
-        pair = _object(value, f"text {index}", "user and assistant")
-        turns += [_text_turn(role, role, pair.get(role), f"{role} of text {index}") for role in PAIR]
-    given = fields.get("images", fields.get("image", []))
-    num_images = len(given) if isinstance(given, list) else 1
+    for index, value in enumerate(list_of(fields["texts"], "texts", "pairs")):
+        pair = object_of(value, f"text {index}", "user and assistant")
+        turns += [text_turn(role, role, pair.get(role), f"{role} of text {index}") for role in PAIR]
+    num_images = len(row_pictures(fields))
     if num_images and not any(turn.pictures for turn in turns):
-        turns[0] = _text_turn("user", "user", IMAGE_TOKEN * num_images + "\n" + turns[0].text, "text 0")
+        turns[0] = text_turn("user", "user", IMAGE_TOKEN * num_images + "\n" + turns[0].text, "text 0")
     return turns
 
 
 def _caption(key: str, fields: Mapping[str, Any], context: Context) -> list[Turn]:
-    if not fields.get("image", fields.get("images")):
+    if not row_pictures(fields):
         raise RowError(f"the row has {key} but no image; a caption needs the picture that it tells about")
     answer = check_text(fields[key], key)
     if IMAGE_TOKEN in answer:
@@ -279,19 +182,21 @@ def _caption(key: str, fields: Mapping[str, Any], context: Context) -> list[Turn
 # A row has exactly one of these keys.
 SHAPES: dict[str, Callable[[Mapping[str, Any], Context], list[Turn]]] = {
     "conversations": _conversations,
-    "messages": _messages_shape,
+    "messages": message_turns,
     "texts": _texts,
     "caption": functools.partial(_caption, "caption"),
     "text": functools.partial(_caption, "text"),
 }
 # Keys of the same formats that change what is to be learnt, so that leaving them out would be wrong.
 UNSUPPORTED = {"videos", "video", "audios", "audio", "tools", "objects", "chosen", "rejected", "rejected_response"}
+COLUMNS = {*PICTURE_SUFFIXES, *CAPTION_SUFFIXES, "json"}  # of tables that were made out of tars
 READ = {*SHAPES, *UNSUPPORTED, "id", "image", "images", "system"}
 
 
 def unread_keys(fields: Any) -> list[str]:
     """The keys of a row that say something which is not read, such as `source` or ratings."""
-    return [str(key) for key, value in fields.items() if key not in READ and value not in (None, "", [], {})]
+    said = (shorten(str(key)) for key, value in fields.items() if key not in READ and value not in (None, "", [], {}))
+    return [key for key in said if not key.startswith("__") and key.rsplit(".", 1)[-1].lower() not in COLUMNS]
 
 
 def _messages(turns: list[Turn], names: Mapping[Role, str]) -> tuple[Message, ...]:

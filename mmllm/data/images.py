@@ -20,6 +20,8 @@ from typing import IO, Any
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
+from mmllm.user_error import UserError
+
 # Pillow warns from this many pixels on, see Image.MAX_IMAGE_PIXELS: a quarter of a gigabyte as RGB.
 MAX_PIXELS = 89_478_485
 
@@ -59,7 +61,7 @@ _STEPS = {"1": 255, "L;2": 85, "L;4": 17}
 _PILLOWS_WARNINGS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 
 
-class ImageError(ValueError):
+class ImageError(UserError):
     """An image that cannot be used; the message names it, says what is wrong and what to do."""
 
 

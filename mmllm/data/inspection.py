@@ -27,6 +27,7 @@ class Rules:
     renderer: Renderer | None
     max_length_tokens: int
     decode: bool = False
+    max_positions: int | None = None  # the longest row that the LLM can be given; None where it has no such end
     quarantine: Quarantine = field(default_factory=dict)
 
 
@@ -112,21 +113,33 @@ class Inspector:
             return 0
         if not isinstance(self.rules.renderer.num_image_tokens, int):  # then pictures are looked into
             example = load_pictures(example)
-        tokens = check_tokens(example, self.rules.renderer, self.rules.max_length_tokens)
+        tokens = check_tokens(
+            example, self.rules.renderer, self.rules.max_length_tokens, max_positions=self.rules.max_positions
+        )
         self.part.counts["image_tokens"] += tokens.num_image_tokens
         self.part.counts["supervised"] += sum(tokens.is_answer)
         return len(tokens.input_ids)
 
 
-def check_tokens(example: Example, renderer: Renderer, max_length_tokens: int) -> Rendered:
+def positions_note(max_length_tokens: int, max_positions: int) -> str:
+    """What is said once where data.max_length_tokens allows more than the LLM can be given."""
+    return (
+        f"data.max_length_tokens = {max_length_tokens} is more than the {max_positions} positions of the LLM: "
+        f"examples of more than {max_positions} tokens are left out"
+    )
+
+
+def check_tokens(
+    example: Example, renderer: Renderer, max_length_tokens: int, *, max_positions: int | None = None
+) -> Rendered:
     """The example's tokens. Raises RowError where it is too long, or does not teach every answer to its end."""
     rendered = renderer.render_example(example)
     length = len(rendered.input_ids)
-    if length > max_length_tokens:
-        raise RowError(
-            f"{length} tokens ({rendered.num_image_tokens} of them for images) are more than "
-            f"data.max_length_tokens = {max_length_tokens}"
-        )
+    limit, of = max_length_tokens, f"data.max_length_tokens = {max_length_tokens}"
+    if max_positions is not None and max_positions < max_length_tokens:
+        limit, of = max_positions, f"the {max_positions} positions of the LLM, which cannot be given a longer row"
+    if length > limit:
+        raise RowError(f"{length} tokens ({rendered.num_image_tokens} of them for images) are more than {of}")
     answer_ids = [i for i, is_answer in zip(rendered.input_ids, rendered.is_answer, strict=True) if is_answer]
     num_answers = sum(message.role == "assistant" for message in example.messages)
     num_ends = answer_ids.count(renderer.end_token_id)

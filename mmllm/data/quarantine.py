@@ -16,6 +16,7 @@ from typing import IO, Any
 from mmllm.config import SourceConfig
 from mmllm.data.files import DataError, expand, fingerprint, is_folder, join, list_folder, local_path
 from mmllm.data.inspection import Part
+from mmllm.data.plain_copy import inner_suffix
 from mmllm.data.rows import READERS
 from mmllm.data.shards import STREAMS
 from mmllm.data.sources import BadRow
@@ -31,7 +32,7 @@ def source_fingerprint(source: SourceConfig) -> str:
     if not is_folder(path):
         return fingerprint(expand(path))
     names = list_folder(path, recursive=True)
-    files = [join(path, name) for name in names if Path(name).suffix in (*READERS, *STREAMS, ".txt")]
+    files = [join(path, name) for name in names if inner_suffix(name) in (*READERS, *STREAMS, ".txt")]
     return fingerprint(files, names)
 
 

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from mmllm.batch import Example
 from mmllm.config import SourceConfig
 from mmllm.data.files import DataError, RowError, Stored, is_folder, local_path, parent
-from mmllm.data.formats import Context, row_id, to_example
+from mmllm.data.formats import row_id, to_example
 from mmllm.data.rows import open_rows
+from mmllm.data.turns import Context
 
 __all__ = ["BadRow", "DataError", "DataFile", "Examples", "RowError", "Source", "read_source"]
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from mmllm.batch import PICTURE_LABEL, Example, Message, message, picture_marks
 from mmllm.scenes.world import Scene
+from mmllm.user_error import UserError
 
 TASKS: dict[str, Path] = {
     "scenes-val": Path("data/scenes/val"),
@@ -19,7 +20,7 @@ TASKS: dict[str, Path] = {
 CAPTION = "caption"  # the one type that is scored by its facts and not word by word
 
 
-class TaskError(ValueError):
+class TaskError(UserError):
     """A task that does not exist or cannot be read."""
 
 

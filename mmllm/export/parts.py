@@ -16,10 +16,11 @@ from torch import Tensor
 
 from mmllm.config import ProjectorConfig, VisionConfig
 from mmllm.model.tower import VisionTower
+from mmllm.user_error import UserError
 from projector import Projector
 
 
-class ModelImportError(ValueError):
+class ModelImportError(UserError):
     """A foreign model that cannot be read; the message says what is missing or does not fit."""
 
 

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from mmllm.model.tower import VisionTower
+from mmllm.user_error import UserError
 
 
-class ExportError(ValueError):
+class ExportError(UserError):
     """A model that cannot be written in another format; the message says which part and why."""
 
 

@@ -18,13 +18,14 @@ from mmllm.config import ConfigError, ModelConfig, SourceConfig, StageConfig
 from mmllm.config_file import load_config
 from mmllm.data.chat import Renderer
 from mmllm.data.check import Report, inspect_sources, num_shared, refusal
-from mmllm.data.inspection import Part, Rules
+from mmllm.data.inspection import Part, Rules, positions_note
 from mmllm.data.quarantine import Writer
 from mmllm.data.sources import Examples
 from mmllm.model.build import fitting_projector
 from mmllm.model.checkpoint import read_manifest
 from mmllm.model.language import load_tokenizer
 from mmllm.model.layout import Layout, new_layout
+from mmllm.model.positions import position_limit_of
 from mmllm.model.processor import VisionLanguageProcessor
 from mmllm.model.vision import load_tower
 from mmllm.model.vlm import VisionLanguageConfig
@@ -35,12 +36,17 @@ FILE_WIDTH = 140  # of tables where no terminal gives one
 
 @dataclass(frozen=True)
 class TextSide:
-    """What turns conversations into tokens, without the LLM. `max_positions` is None where the LLM has no limit."""
+    """What turns conversations into tokens, without the LLM.
+
+    `max_positions` is the longest row that the LLM can be given, None where it has no such end; `trained_length_tokens`
+    is the longest that it was made for, where its config says so.
+    """
 
     renderer: Renderer
     layout: Layout
     max_positions: int | None
     picture_label: str
+    trained_length_tokens: int | None
 
 
 @dataclass
@@ -93,8 +99,9 @@ def load_text_side(config: ModelConfig) -> TextSide:
         saved=saved,
     )
     renderer.require_end()
+    trained_length = getattr(text_config, "max_position_embeddings", None)
     label = label if config.picture_label is None else config.picture_label
-    return TextSide(renderer, layout, getattr(text_config, "max_position_embeddings", None), label)
+    return TextSide(renderer, layout, position_limit_of(text_config), label, trained_length)
 
 
 def check_data(config_path: Path, overrides: list[str], *, as_json: bool) -> bool:
@@ -115,7 +122,10 @@ def check_data(config_path: Path, overrides: list[str], *, as_json: bool) -> boo
         problems.append(f"model: {error}\nso no tokens are counted")
     sources = _splits(config)
     writer = Writer(config.out, [source for files in sources.values() for source in files])
-    rules = Rules(text_side.renderer if text_side else None, config.data.max_length_tokens, decode=True)
+    renderer, max_positions = (text_side.renderer, text_side.max_positions) if text_side else (None, None)
+    rules = Rules(renderer, config.data.max_length_tokens, decode=True, max_positions=max_positions)
+    if max_positions and max_positions < config.data.max_length_tokens:
+        notes.append(positions_note(config.data.max_length_tokens, max_positions))
     found = {}
     for name, files in sources.items():
         with _progress(f"looking at {name}") as advance:
@@ -157,7 +167,7 @@ def _judge(name: str, found: Findings, text_side: TextSide | None, problems: lis
     report = found.report
     if found.refusal:
         problems.append(f"{name}: {found.refusal}")
-    longest, limit = int(report.lengths.max(initial=0)), text_side.max_positions if text_side else None
+    longest, limit = int(report.lengths.max(initial=0)), text_side.trained_length_tokens if text_side else None
     if limit and longest > limit:
         notes.append(f"{name}: the longest example has {longest} tokens, but the LLM was made for {limit}")
     if report.unread:

@@ -21,6 +21,7 @@ from mmllm.data.images import load_image
 from mmllm.inference.placement import answer_dtype, spread_model
 from mmllm.inference.seen import as_seen
 from mmllm.model.checkpoint import load_checkpoint
+from mmllm.model.positions import position_limit
 from mmllm.model.processor import VisionLanguageProcessor
 from mmllm.model.vlm import VisionLanguageModel
 
@@ -104,6 +105,7 @@ class Engine:
     def __init__(self, model: VisionLanguageModel, processor: VisionLanguageProcessor, *, name: str):
         self.model, self.processor, self.name = model, processor, name
         self.renderer = self.renderer_of(processor)
+        self.max_positions = position_limit(model.language_model)  # None where rows of any length can be computed
         self._lock = threading.Lock()
 
     @staticmethod
@@ -151,7 +153,8 @@ class Engine:
     @property
     def max_length_tokens(self) -> int:
         """The longest prompt and reply together that the LLM has positions for."""
-        return int(getattr(self.model.config.text_config, "max_position_embeddings", 0) or 2**31)
+        trained_length = getattr(self.model.config.text_config, "max_position_embeddings", 0) or 2**31
+        return min(int(trained_length), self.max_positions or 2**31)
 
     def prompt(self, example: Example) -> str:
         """The exact prompt as text; each picture is one `<image>`."""

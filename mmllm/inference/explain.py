@@ -171,7 +171,7 @@ def explain(config_path: Path, overrides: list[str], *, sample: str | None = Non
     split, example, also_in = _find(config.data, sample)
     text_side = load_text_side(config.model)
     renderer = text_side.renderer
-    if reason := left_out(example, renderer, config.data):
+    if reason := left_out(example, renderer, config.data, max_positions=text_side.max_positions):
         raise DataError(f"{example.source}: the run would leave out {example.id}: {reason}")
     transform = _transform(config.model, text_side.layout)
     rendered = renderer.render_example(example)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from mmllm.config import ConfigError, ModelConfig
 from mmllm.model.vlm import VisionLanguageModel
+from mmllm.user_error import UserError
 
 MANIFEST = "manifest.json"
 ADAPTER = "adapter"
@@ -34,7 +35,7 @@ _PEFT_WRAPPERS = re.compile(
 _PICKLES = ("*.bin", "*.bin.index.json")  # read by transformers only where there is no safetensors file
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A directory that is not a complete checkpoint of this project."""
 
 

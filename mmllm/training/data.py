@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from mmllm.batch import Example
 from mmllm.config import SourceConfig, StageConfig
 from mmllm.data.chat import Renderer
 from mmllm.data.check import Report, load_examples
-from mmllm.data.inspection import Rules
+from mmllm.data.inspection import Rules, positions_note
 from mmllm.data.mix import mix
 from mmllm.data.quarantine import BAD_LIST, FOLDER, read_quarantine
 from mmllm.data.sources import DataError, Examples
@@ -27,8 +28,12 @@ class TrainingData:
     Raises DataError where they cannot be used.
     """
 
-    def __init__(self, config: StageConfig, renderer: Renderer):
+    def __init__(self, config: StageConfig, renderer: Renderer, *, max_positions: int | None = None):
         self.config, self.renderer, data = config, renderer, config.data
+        self.max_positions = max_positions  # the longest row that the LLM can be given; None: no such end
+        self.max_length_tokens = min(data.max_length_tokens, max_positions or data.max_length_tokens)
+        if self.max_length_tokens < data.max_length_tokens:
+            print(positions_note(data.max_length_tokens, self.max_length_tokens), file=sys.stderr)
         replay = [data.replay.as_source()] if data.replay else []
         self._all = (*data.train, *data.val, *replay)
         self.quarantine = read_quarantine(config.out, self._all)
@@ -36,7 +41,7 @@ class TrainingData:
         self.examples, self.report = self._load(indexed) if indexed else (Examples(), Report())
         self.stream: Stream | None = None
         if data.is_streamed:
-            rules = Rules(renderer, data.max_length_tokens, quarantine=self.quarantine)
+            rules = Rules(renderer, data.max_length_tokens, quarantine=self.quarantine, max_positions=max_positions)
             self.stream = Stream(data.train, rules, seed=config.seed, max_bad_fraction=data.max_bad_fraction)
         self.num_examples = None if self.stream else len(self.examples)
         self.lengths: NDArray[np.int64] | None = None if self.stream else self.report.lengths
@@ -45,14 +50,20 @@ class TrainingData:
         """Raises DataError where too much cannot be used; where less cannot, says so."""
         try:
             found, report = load_examples(
-                sources, self.renderer, self.config.data, quarantine=self.quarantine, num_processes=cores_of_process()
+                sources,
+                self.renderer,
+                self.config.data,
+                quarantine=self.quarantine,
+                num_processes=cores_of_process(),
+                max_positions=self.max_positions,
             )
         except DataError as error:
             listed = f"\n{len(self.quarantine)} rows stand in {Path(self.config.out) / FOLDER / BAD_LIST}, which "
             listed += "`mmllm check` wrote; run it again where pictures were mended"
             raise DataError(f"{error}{listed if self.quarantine else ''}") from error
         if report.num_bad:
-            print(f"left out: {report.num_bad} of {report.num_rows} rows; `mmllm check` lists them with their reasons")
+            told = f"left out: {report.num_bad} of {report.num_rows} rows; `mmllm check` lists them with their reasons"
+            print(told, file=sys.stderr)
         return found, report
 
     @property

@@ -11,11 +11,13 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+from mmllm.user_error import UserError
+
 LOCK_FILE = "run.lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # file systems that are mounted without them
 
 
-class LockedError(ValueError):
+class LockedError(UserError):
     """Another process trains into this folder; the message says which."""
 
 

@@ -221,7 +221,7 @@ def make_plan(
         notes.append("the feature cache is not filled yet; its time is not counted")
     try:
         run = Run(config, stage, accelerator, lambda: build_stage(config, tasks))
-        batch = longest_batch(stage, config.optim.batch_size, config.data.max_length_tokens)
+        batch = longest_batch(stage, config.optim.batch_size, stage.data.max_length_tokens)
         loading = peak_bytes()
         measured = _measure(run, batch)
         run.throughput.figures()

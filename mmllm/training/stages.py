@@ -88,7 +88,7 @@ class ConversationStage:
             raise ConfigError(f"model.template: {error}") from error
         self.engine.settle()
         check_reload(self.engine)
-        self.data = TrainingData(config, self.engine.renderer)
+        self.data = TrainingData(config, self.engine.renderer, max_positions=self.engine.max_positions)
         self.examples, self.lengths, self.num_examples = self.data.examples, self.data.lengths, self.data.num_examples
         self._freeze()
         self.features: FeatureCache | None = None
@@ -98,7 +98,8 @@ class ConversationStage:
         self.module: nn.Module = _ConversationLoss(self.model, config.optim.loss_chunk_tokens)
         if config.optim.precision == "bf16" and not config.optim.compile and not torch.accelerator.is_available():
             use_blocked_attention(self.model.language_model)
-        self.packer = Packer(self.model.language_model, config.data)
+        limited = config.data.model_copy(update={"max_length_tokens": self.data.max_length_tokens})
+        self.packer = Packer(self.model.language_model, limited)
         self._recompute_layers()
         if config.optim.liger:
             use_liger(self.model.language_model)

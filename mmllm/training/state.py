@@ -27,13 +27,14 @@ from mmllm.config import CONFIGS, ConfigError
 from mmllm.training.distributed import gather_all
 from mmllm.training.shards import damaged_shards, shard_sums
 from mmllm.training.strategy import Strategy
+from mmllm.user_error import UserError
 
 STATE_FILE = "state.pt"
 STATE_OF_WEIGHTS = 3  # a state is at most so many times the trained weights: AdamW keeps two numbers for each
 SHARDS = "shards"  # of strategies whose ranks hold a part each
 
 
-class StateError(ValueError):
+class StateError(UserError):
     """A saved state that cannot be used; the message says which and what is wrong with it."""
 
 

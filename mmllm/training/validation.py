@@ -78,7 +78,7 @@ class Validation:
 
     def _fits(self, example: Example) -> bool:
         length = len(self.engine.renderer.render_example(example).input_ids)
-        return length <= self.config.data.max_length_tokens
+        return length <= min(self.config.data.max_length_tokens, self.engine.max_positions or length)
 
     def _notes(self) -> list[str]:
         notes = []

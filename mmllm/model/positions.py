@@ -1,0 +1,55 @@
+"""How many positions an LLM has: a row that is longer ends a run with an index out of range.
+
+Rotary embeddings, most ALiBi and state-space models have no such end; `max_position_embeddings` is then the length that
+the LLM was trained on, and does not say what can be computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmllm.model.hub import quiet_transformers
+
+# What an architecture may raise that cannot be built on the meta device. None of them has a table of positions.
+_FAILURES = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
+
+
+def _table_sizes(language_model: Any, num_positions: int) -> Iterator[int]:
+    """The usable rows of every table that has a row for each position."""
+    tokens = language_model.get_input_embeddings()
+    for module in language_model.modules():
+        if not isinstance(module, nn.Embedding) or module is tokens:
+            continue
+        offset = getattr(module, "offset", 0)  # OPT's and BART's tables begin with two rows that no position has
+        if module.num_embeddings - offset == num_positions:
+            # RoBERTa counts positions from behind the padding's row
+            yield num_positions if offset or module.padding_idx is None else num_positions - module.padding_idx - 1
+    for buffer in language_model.buffers():  # GPT-J's sines, CTRL's table, GPT-Neo's mask
+        if buffer.ndim >= 2 and num_positions in buffer.shape:
+            yield num_positions
+
+
+def position_limit(language_model: Any) -> int | None:
+    """The longest row in tokens that an LLM can be given; None where nothing but memory limits it."""
+    config = language_model.config.get_text_config()
+    if config.model_type == "mpt":  # its ALiBi is a table too, made anew in every forward
+        return int(config.max_seq_len)
+    num_positions = getattr(config, "max_position_embeddings", None)
+    if not isinstance(num_positions, int):
+        return None
+    return min(_table_sizes(language_model, num_positions), default=None)
+
+
+def position_limit_of(config: Any) -> int | None:
+    """The `position_limit` of the LLM with this config, built without its weights."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with quiet_transformers(), torch.device("meta"):
+            return position_limit(AutoModelForCausalLM.from_config(config))
+    except _FAILURES:
+        return None
