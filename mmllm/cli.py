@@ -146,7 +146,7 @@ def chat(
             _usage("--json prints one answer: give the question with --prompt")
         images = list(image or [])
         for path in images:
-            load_image(path)  # a wrong one is told before the model is loaded
+            load_image(path, may_shrink=True)  # a wrong one is told before the model is loaded
         engine = Engine.load(model, device=device)
         if prompt is not None:
             ask_once(engine, prompt, images, sampling, as_json=as_json)

@@ -18,7 +18,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from mmllm.cli import app
-from mmllm.inference.caption import SUFFIXES, Ledger, _Failures, _Job, _Progress, find_pictures
+from mmllm.data.folders import PICTURE_ENDINGS
+from mmllm.inference.caption import Ledger, _Failures, _Job, _Progress, find_pictures
 from mmllm.inference.engine import Engine, Reply, Sampling
 from mmllm.model.checkpoint import load_checkpoint, save_checkpoint
 
@@ -54,10 +55,10 @@ def names(path: Path) -> list[str]:
 
 
 def test_folders_are_searched_for_pictures_and_files_are_always_tried(pictures: Path) -> None:
-    found, closed = find_pictures([pictures, pictures / "b.png", pictures / "notes.txt", pictures / "gone.png"])
-    relative = [str(Path(path).relative_to(pictures)) for path in found]
+    found = find_pictures([pictures, pictures / "b.png", pictures / "notes.txt", pictures / "gone.png"])
+    relative = [str(Path(path).relative_to(pictures)) for path in found.paths]
     assert relative == ["a.JPG", "b.png", "broken.png", "deep/c.webp", "deep/er/d.gif", "gone.png", "notes.txt"]
-    assert closed == {}
+    assert not found.failed
 
 
 def test_every_picture_gets_one_line_and_a_broken_one_stops_nothing(
@@ -158,7 +159,7 @@ def test_a_killed_job_goes_on_and_captions_each_picture_once(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{empty}", "--out", "{out}"], "no pictures in {empty}; searched for files that end in " + " ".join(SUFFIXES)),
+        (["{empty}", "--out", "{out}"], "no pictures in {empty}; searched for files that end in " + " ".join(PICTURE_ENDINGS)),
         (["{picture}", "--out", "{empty}"], "is a folder or a device"),
         (["{picture}", "--out", "/dev/full"], "is a folder or a device"),
         (["{picture}", "--out", "{out}", "--prompt", " "], "the prompt is empty"),

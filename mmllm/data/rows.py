@@ -28,10 +28,18 @@ from mmllm.data.files import (
     read_range,
     stored_part,
 )
+from mmllm.data.folders import (
+    PICTURE_ENDINGS,
+    SIDECAR_ENDINGS,
+    ending_of,
+    missing_package,
+    sort_files,
+    tell_passed_over,
+)
 from mmllm.data.index import Offsets, line_offsets, list_offsets
 
-PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "ppm")
-CAPTION_SUFFIXES = ("txt", "text", "caption")
+PICTURE_SUFFIXES = tuple(ending[1:] for ending in PICTURE_ENDINGS)
+CAPTION_SUFFIXES = tuple(ending[1:] for ending in SIDECAR_ENDINGS if ending != ".json")
 METADATA = ("metadata.jsonl", "metadata.csv")  # of datasets' imagefolder
 
 
@@ -154,22 +162,25 @@ class FolderRows:
 
     def __init__(self, folder: str):
         self.folder = folder
-        names = list_folder(folder, recursive=True)
-        self._pictures = [name for name in names if PurePosixPath(name).suffix[1:].lower() in PICTURE_SUFFIXES]
-        self._beside = {name for name in names if PurePosixPath(name).suffix[1:] in ("json", *CAPTION_SUFFIXES)}
+        files = sort_files(list_folder(folder, recursive=True))
+        self._pictures = files.pictures
+        self._beside = {name[: -len(ending_of(name))] + ending_of(name): name for name in files.sidecars}
+        self.passed_over = files.passed_over + files.unread_by_reason()
 
     def __len__(self) -> int:
         return len(self._pictures)
 
     def __getitem__(self, index: int) -> Any:
         name = self._pictures[index]
+        if reason := missing_package(name):
+            raise RowError(reason)
         stem = name.rsplit(".", 1)[0]
         row: dict[str, Any] = {"id": stem}
-        found = [suffix for suffix in ("json", *CAPTION_SUFFIXES) if f"{stem}.{suffix}" in self._beside]
+        found = [ending for ending in SIDECAR_ENDINGS if stem + ending in self._beside]
         if not found:
             raise RowError(f"no {stem}.txt or {stem}.json beside {name}, so there is nothing to learn about it")
-        for suffix in found:
-            _add_member(row, suffix, read_range(join(self.folder, f"{stem}.{suffix}")))
+        for ending in found:
+            _add_member(row, ending[1:], read_range(join(self.folder, self._beside[stem + ending])))
         return {**{key: value for key, value in row.items() if key not in ("image", "images")}, "image": name}
 
 
@@ -212,9 +223,10 @@ def _open_folder(folder: str) -> Rows:
             return MetadataRows(READERS[PurePosixPath(name).suffix]([join(folder, name)]))
     rows = FolderRows(folder)
     if not len(rows):
+        others = tell_passed_over(rows.passed_over)
         raise DataError(
-            f"{folder} is a folder without pictures or {', '.join(METADATA)}; give a folder that holds them, one that "
-            "`datasets` saved, or the path of the data file in it"
+            f"{folder} is a folder without pictures or {', '.join(METADATA)}{f' ({others})' if others else ''}; give a "
+            "folder that holds them, one that `datasets` saved, or the path of the data file in it"
         )
     return rows
 

@@ -10,53 +10,61 @@ import fcntl
 import json
 import os
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mmllm.batch import Example
-from mmllm.data.images import ImageError, load_image
+from mmllm.batch import Example, PreparedImage
+from mmllm.data.folders import PICTURE_ENDINGS, sort_files, tell_passed_over
+from mmllm.data.images import ImageError
 from mmllm.inference.conversation import user_message
 from mmllm.inference.engine import Engine, Reply, Sampling
 from mmllm.model.checkpoint import MANIFEST, file_hash, read_manifest
 
-# By these a picture is recognised in a folder; what it is, its content says. See FORMATS of mmllm.data.images.
-# fmt: off
-SUFFIXES = (
-    ".avif", ".bmp", ".dib", ".gif", ".jfif", ".jp2", ".j2k", ".jpe", ".jpeg", ".jpg", ".jpx", ".mpo", ".pbm", ".pgm",
-    ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp",
-)
-# fmt: on
 NUM_READERS = 4  # threads that decode the next batch
 SECONDS_BETWEEN_LINES = 10.0
 LINE_START = b'{"image": '
 
 
-def find_pictures(inputs: Sequence[Path]) -> tuple[list[str], dict[str, str]]:
-    """(paths of pictures, sorted, each once; folders that cannot be searched, with the reason).
+@dataclass
+class FoundPictures:
+    """What a job was given: pictures, sorted, each once, and what of it is none."""
 
-    Folders are searched all the way down for SUFFIXES; links to other folders are not followed. What is given by name
-    and is no folder counts as a picture.
+    paths: list[str]
+    failed: dict[str, str]  # folders that cannot be searched, and pictures of a kind that is not read, with the reason
+    passed_over: Counter[str]  # other files; reason: how many
+
+
+def find_pictures(inputs: Sequence[Path]) -> FoundPictures:
+    """Folders are searched all the way down; links to other folders are not followed.
+
+    What is given by name and is no folder counts as a picture.
     """
-    found: set[str] = set()
-    closed: dict[str, str] = {}
+    paths: set[str] = set()
+    failed: dict[str, str] = {}
+    passed_over: Counter[str] = Counter()
 
     def remember(error: OSError) -> None:
-        closed[str(error.filename)] = f"{error.filename} cannot be searched ({error.strerror}); check its rights"
+        failed[str(error.filename)] = f"{error.filename} cannot be searched ({error.strerror}); check its rights"
 
-    for given in inputs:
+    for given in dict.fromkeys(inputs):
         if not given.is_dir():
-            found.add(str(given))
-        for folder, _, names in os.walk(given, onerror=remember) if given.is_dir() else ():
-            found |= {str(Path(folder, name)) for name in names if name.lower().endswith(SUFFIXES)}
-    return sorted(found), closed
+            paths.add(str(given))
+            continue
+        walked = os.walk(given, onerror=remember)
+        names = [str(Path(folder, name).relative_to(given)) for folder, _, names in walked for name in names]
+        files = sort_files(names)
+        paths |= {str(given / name) for name in files.pictures}
+        failed |= {str(given / name): f"{given / name} is {reason}" for name, reason in files.unread.items()}
+        passed_over += files.passed_over
+    return FoundPictures(sorted(paths), failed, passed_over)
 
 
 class Ledger:
@@ -171,24 +179,27 @@ def caption_pictures(
     if not prompt.strip():
         raise ValueError("the prompt is empty; say what the model is asked for each picture")
     read_manifest(model)  # a wrong path is told before anything is searched or written
-    pictures, closed = find_pictures(inputs)
-    if not pictures and not closed:
-        searched = ", ".join(map(str, inputs))
-        raise ValueError(f"no pictures in {searched}; searched for files that end in {' '.join(SUFFIXES)}")
+    found = find_pictures(inputs)
+    passed_over = tell_passed_over(found.passed_over)
+    if not found.paths and not found.failed:
+        searched = ", ".join(map(str, inputs)) + (f" ({passed_over})" if passed_over else "")
+        raise ValueError(f"no pictures in {searched}; searched for files that end in {' '.join(PICTURE_ENDINGS)}")
     stamp = {"model": model.resolve().name, "model_hash": file_hash(model / MANIFEST)[:16], "prompt": prompt}
     with Ledger(out) as ledger:
-        todo = [path for path in pictures if path not in ledger.done]
-        _say_what_is_done(ledger, pictures, todo, stamp)
+        todo = [path for path in found.paths if path not in ledger.done]
+        _say_what_is_done(ledger, found.paths, todo, stamp)
         engine = Engine.load(model, device=device) if todo else None
         progress = _Progress(len(todo))
         failures = _Failures(out, progress)
-        for folder, reason in closed.items():
-            failures.add(folder, reason)
+        for path, reason in found.failed.items():
+            failures.add(path, reason)
         if engine is not None:
             job = _Job(engine, ledger, failures, progress, stamp)
             with progress.bar:
                 job.run(todo, batch_size, Sampling(max_new_tokens=max_new_tokens))
             print(job.summary(out))
+    if passed_over:
+        print(passed_over)
     if failures.count:
         print(f"{failures.count} failed: {failures.path} lists them, and the next run tries them again")
     return failures.count
@@ -214,8 +225,8 @@ class _Job:
 
     def run(self, paths: Sequence[str], batch_size: int, sampling: Sampling) -> None:
         message = user_message(self.stamp["prompt"], 1)
-        for batch in _decoded(paths, batch_size):
-            good = [(path, picture) for path, picture in batch if isinstance(picture, Image.Image)]
+        for batch in _prepared(self.engine, paths, batch_size):
+            good = [(path, picture) for path, picture in batch if isinstance(picture, PreparedImage)]
             examples = [Example(path, "caption", (message,), (picture,)) for path, picture in good]
             replies = self._replies(examples, sampling)
             records = [
@@ -269,20 +280,25 @@ class _Job:
         return text
 
 
-def _load(path: str) -> Image.Image | ImageError:
+def _prepare(engine: Engine, path: str) -> PreparedImage | ImageError:
     try:
-        return load_image(path)
+        return engine.prepare(path)
     except ImageError as error:
         return error
 
 
-def _decoded(paths: Sequence[str], batch_size: int) -> Iterator[list[tuple[str, Image.Image | ImageError]]]:
-    """Batches of (path, picture or why there is none); the next batch is read while the last one is used."""
-    waiting: deque[list[tuple[str, Future[Image.Image | ImageError]]]] = deque()
+def _prepared(
+    engine: Engine, paths: Sequence[str], batch_size: int
+) -> Iterator[list[tuple[str, PreparedImage | ImageError]]]:
+    """Batches of (path, picture or why there is none); the next batch is read while the last one is used.
+
+    What waits are pictures as the model takes them, however large their files are.
+    """
+    waiting: deque[list[tuple[str, Future[PreparedImage | ImageError]]]] = deque()
     pool = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="read")
     try:
         for start in range(0, len(paths), batch_size):
-            waiting.append([(path, pool.submit(_load, path)) for path in paths[start : start + batch_size]])
+            waiting.append([(path, pool.submit(_prepare, engine, path)) for path in paths[start : start + batch_size]])
             if len(waiting) > 1:
                 yield [(path, future.result()) for path, future in waiting.popleft()]
         for batch in waiting:

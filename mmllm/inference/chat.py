@@ -21,8 +21,9 @@ from types import FrameType
 import torch
 from rich.console import Console
 
-from mmllm.data.images import ImageError, load_image
-from mmllm.inference.conversation import Conversation, Picture
+from mmllm.batch import ImageSource
+from mmllm.data.images import ImageError
+from mmllm.inference.conversation import Conversation
 from mmllm.inference.engine import Engine, Reply, Sampling
 
 HELP = """\
@@ -51,7 +52,7 @@ def ask_once(engine: Engine, prompt: str, images: list[Path], sampling: Sampling
 
 def talk(engine: Engine, images: list[Path], sampling: Sampling) -> None:
     """Talks until the end of input or /quit. Raises ImageError for a wrong one of `images`, of the first question."""
-    Terminal(engine, sampling, [load_image(path) for path in images]).run()
+    Terminal(engine, sampling, [engine.prepare(path) for path in images]).run()
 
 
 def printable(text: str) -> str:
@@ -89,10 +90,10 @@ def _stopped_by_ctrl_c(stop: threading.Event) -> Iterator[None]:
 class Terminal:
     """One chat. Pictures are read when they are shown, so that a file that changes later changes no earlier turn."""
 
-    def __init__(self, engine: Engine, sampling: Sampling, pictures: list[Picture]):
+    def __init__(self, engine: Engine, sampling: Sampling, pictures: list[ImageSource]):
         self.engine, self.sampling = engine, sampling
         self.conversation = Conversation()
-        self.waiting = list(pictures)  # for the next question
+        self.waiting = pictures  # for the next question
         self.is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
         self.out = Console(markup=False, highlight=False, emoji=False)
         self.notes = Console(stderr=True, markup=False, highlight=False, emoji=False, soft_wrap=True)
@@ -152,14 +153,13 @@ class Terminal:
             return
         for path in _paths(text):
             try:
-                picture = load_image(path)
+                picture = self.engine.prepare(path)
             except ImageError as error:
                 self._error(error)
                 continue
             self.waiting.append(picture)
-            self.notes.print(
-                f"picture {len(self.waiting)}: {path} ({picture.width} x {picture.height}); now ask about it"
-            )
+            height, width = picture.size
+            self.notes.print(f"picture {len(self.waiting)}: {path} ({width} x {height}); now ask about it")
 
     def _undo(self) -> None:
         if self.waiting:

@@ -12,6 +12,7 @@ from mmllm.batch import Example
 from mmllm.config import SourceConfig, StageConfig
 from mmllm.data.chat import Renderer
 from mmllm.data.check import Report, load_examples
+from mmllm.data.folders import tell_passed_over
 from mmllm.data.inspection import Rules
 from mmllm.data.mix import mix
 from mmllm.data.quarantine import BAD_LIST, FOLDER, read_quarantine
@@ -53,6 +54,8 @@ class TrainingData:
             raise DataError(f"{error}{listed if self.quarantine else ''}") from error
         if report.num_bad:
             print(f"left out: {report.num_bad} of {report.num_rows} rows; `mmllm check` lists them with their reasons")
+        if passed_over := tell_passed_over(report.passed_over):
+            print(passed_over)
         return found, report
 
     @property
