@@ -25,6 +25,7 @@ from mmllm.batch import ImageSource
 from mmllm.data.images import ImageError
 from mmllm.inference.conversation import Conversation
 from mmllm.inference.engine import Engine, Reply, Sampling
+from mmllm.paths import expand_path
 
 HELP = """\
 /image FILE ...  show pictures; they belong to your next question
@@ -151,7 +152,12 @@ class Terminal:
         if not text:
             self._error("/image needs the path of a picture")
             return
-        for path in _paths(text):
+        try:
+            paths = _paths(text)
+        except ValueError as error:
+            self._error(error)
+            return
+        for path in paths:
             try:
                 picture = self.engine.prepare(path)
             except ImageError as error:
@@ -213,10 +219,10 @@ class Terminal:
 
 def _paths(text: str) -> list[str]:
     """One path with spaces where there is such a file, else several, quoted as in a shell."""
-    if Path(text).expanduser().exists():
-        return [str(Path(text).expanduser())]
+    if Path(expand_path(text)).exists():
+        return [expand_path(text)]
     try:
         words = shlex.split(text)
     except ValueError:  # a quote without its twin
         words = [text]
-    return [str(Path(word).expanduser()) for word in words]
+    return [expand_path(word) for word in words]
