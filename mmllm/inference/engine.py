@@ -19,7 +19,7 @@ from mmllm.batch import Example, ImageSource, PreparedImage
 from mmllm.data.chat import Rendered, Renderer, jinja_template
 from mmllm.data.images import image_size, load_image
 from mmllm.inference.placement import answer_dtype, spread_model
-from mmllm.inference.seen import as_seen
+from mmllm.inference.seen import as_seen, preview
 from mmllm.model.checkpoint import load_checkpoint
 from mmllm.model.processor import VisionLanguageProcessor
 from mmllm.model.vlm import VisionLanguageModel
@@ -165,6 +165,11 @@ class Engine:
     def prepare(self, image: ImageSource | Path) -> PreparedImage:
         """A picture as this model takes it, to be asked about any number of times. Raises ImageError."""
         return load_prepared(self.processor, image)
+
+    def prepare_shown(self, image: str | Path, longest_px: int) -> tuple[PreparedImage, Image.Image]:
+        """A picture as this model takes it, and one for people, with no longer side than this; decoded once."""
+        picture = load_image(image, may_shrink=True)
+        return self.processor.prepare(picture, image_size(image)), preview(picture, longest_px)
 
     def seen(self, image: ImageSource | Path) -> Image.Image:
         """The picture as the vision tower sees it: resized, cropped or padded, values back in 0-255."""
