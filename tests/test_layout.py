@@ -17,7 +17,7 @@ ABOVE_LIBRARY = ("train", "demo", "bench", "tests")
 
 # A room of mmllm imports itself and rooms that stand before it; those of one row do not import each other.
 ROOMS = (
-    ("paths",),
+    ("paths", "locks"),
     ("config_base",),
     ("config_training",),
     ("batch", "config"),

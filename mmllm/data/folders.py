@@ -44,7 +44,10 @@ class FolderFiles:
     passed_over: Counter[str] = field(default_factory=Counter)  # all other files; reason: how many
 
     def unread_by_reason(self) -> Counter[str]:
-        return Counter(self.unread.values())
+        """How many there are of each kind, with the name of one."""
+        first = {reason: name for name, reason in reversed(self.unread.items())}
+        counts = Counter(self.unread.values())
+        return Counter({f"{reason} (such as {first[reason]})": count for reason, count in counts.items()})
 
 
 def ending_of(name: str) -> str:
@@ -75,9 +78,9 @@ def _is_nobodys(name: str) -> str | None:
     if "__MACOSX" in parts:
         return "in __MACOSX, where a Mac keeps attributes"
     if parts[-1].startswith("._"):
-        return "`._` file, where a Mac keeps attributes"
+        return "`._` files, where a Mac keeps attributes"
     if parts[-1].lower() in (*_SYSTEM_FILES, ".ds_store") or any(part.lower() in _SYSTEM_FOLDERS for part in parts):
-        return "file of the operating system"
+        return "of the operating system"
     if any(part.startswith(".") for part in parts):
         return "hidden, its name or folder begins with a dot"
     return None

@@ -37,6 +37,7 @@ from mmllm.data.folders import (
     tell_passed_over,
 )
 from mmllm.data.index import Offsets, line_offsets, list_offsets
+from mmllm.locks import NO_LOCKS
 
 PICTURE_SUFFIXES = tuple(ending[1:] for ending in PICTURE_ENDINGS)
 CAPTION_SUFFIXES = tuple(ending[1:] for ending in SIDECAR_ENDINGS if ending != ".json")
@@ -362,6 +363,11 @@ def open_rows(path: str) -> Rows:
     try:
         rows = _open_folder(path) if is_folder(path) else _open_files(path)
     except OSError as error:
+        if error.errno in NO_LOCKS:  # of `datasets`, which locks its cache
+            raise DataError(
+                f"{path} needs a cache on a disk with locks, and that of `datasets` has none ({error.strerror}); set "
+                "HF_DATASETS_CACHE to a folder of a local disk"
+            ) from error
         raise DataError(f"{path} cannot be read ({error.strerror or error}); check the path and its rights") from error
     if not len(rows):
         raise DataError(f"{path} holds no rows; give a file with at least one conversation")
