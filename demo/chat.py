@@ -7,6 +7,7 @@ and left out of the prompt; of a turn stopped before its first word, the picture
 from __future__ import annotations
 
 import html
+import re
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ MAX_FILE_SIZE = "64mb"  # a photo of 108 megapixels; how many pixels are too man
 SHOWN_PX = 1280  # the longer side of a picture in the chat
 # shown by page.css after a second, for most turns wait for nothing
 QUEUED = '<div class="thinking queued">waiting for another tab’s answer to end</div>'
+# a line that begins or ends a block of code: what stands before it (a list's indent, a quote's mark), fence, the rest
+FENCE = re.compile(r"([ \t>]*(?:(?:[-*+]|\d+[.)])[ \t]+)*)(`{3,}|~{3,})(.*)")
 TYPED = '<div class="typed">{}</div>'  # page.js knows it too
 THINKING = '<div class="thinking"><span>thinking</span></div>'
 
@@ -79,12 +82,8 @@ def numbered_messages(turns: Sequence[Turn]) -> list[tuple[int, dict[str, Any]]]
         if turn.pictures:
             messages.append((number, {"role": "user", "content": pictures_html(turn.pictures)}))
         messages.append((number, {"role": "user", "content": typed_html(turn.text)}))
-        # the note by itself: behind an answer that was cut off within a block of code, it would be code
-        messages += [
-            (number, {"role": "assistant", "content": text})
-            for text in (answer_markdown(turn), note_html(turn))
-            if text
-        ]
+        if answer := answer_markdown(turn):
+            messages.append((number, {"role": "assistant", "content": answer}))
     return messages
 
 
@@ -128,13 +127,21 @@ def answer_markdown(turn: Turn) -> str:
         text = turn.problem[0].upper() + turn.problem[1:]
         lines = html.escape(text).replace("\n", "<br>")
         return f'<div class="problem"><strong>No answer.</strong> {lines}</div>'
-    return turn.answer
-
-
-def note_html(turn: Turn) -> str:
-    """What there is to say about an answer that did not come to its end."""
     notes = {"stopped": "stopped", "length": "cut off: raise “Longest answer” for more"}
-    return f'<div class="note">{notes[turn.finish]}</div>' if turn.finish in notes and not turn.problem else ""
+    note = f'<div class="note">{notes[turn.finish]}</div>' if turn.finish in notes else ""
+    return f"{close_code(turn.answer)}\n\n{note}".strip() if note else turn.answer
+
+
+def close_code(markdown: str) -> str:
+    """The text with an end to a block of code that it is cut off in, so that what follows is no code."""
+    opened: re.Match[str] | None = None
+    for line in markdown.splitlines():
+        fence = FENCE.fullmatch(line)
+        if fence and opened is None and not ("`" in fence[2] and "`" in fence[3]):
+            opened = fence
+        elif fence and opened and fence[2].startswith(opened[2]) and not fence[3].strip():
+            opened = None
+    return f"{markdown}\n{re.sub('[^>]', ' ', opened[1])}{opened[2]}" if opened else markdown
 
 
 def read_pictures(

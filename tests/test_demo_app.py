@@ -24,7 +24,6 @@ from demo.chat import (
     Turn,
     answer_markdown,
     example_of,
-    note_html,
     pictures_html,
     read_pictures,
     shown,
@@ -148,16 +147,30 @@ def test_a_chat_shows_that_it_waits_or_thinks_until_the_first_word():
     assert "waiting" in answer_markdown(Turn("?"))
     assert "thinking" in answer_markdown(Turn("?", is_queued=False))
     assert answer_markdown(Turn("?", answer="a", is_queued=False)) == "a"
-    assert "stopped" in note_html(Turn("?", finish="stopped"))
+    assert "stopped" in answer_markdown(Turn("?", finish="stopped"))
 
 
 def test_a_chat_says_when_an_answer_was_stopped_or_cut_off():
-    assert "stopped" in note_html(Turn("?", answer="a red", finish="stopped"))
-    assert note_html(Turn("?", answer="a red", finish="end")) == ""
-    cut = Turn("?", answer="```python\nprint(", finish="length")
-    _, answer, note = shown([cut])
-    assert answer["content"] == cut.answer
-    assert note["content"].startswith('<div class="note">cut off')  # by itself, so that it is no code
+    assert "stopped" in answer_markdown(Turn("?", answer="a red", finish="stopped"))
+    assert "cut off" in answer_markdown(Turn("?", answer="a red", finish="length"))
+    assert answer_markdown(Turn("?", answer="a red", finish="end")) == "a red"
+
+
+@pytest.mark.parametrize(("answer", "end"), [
+    ("```python\nprint(", "\n```"),
+    ("so:\n\n~~~~\n```\nx", "\n~~~~"),
+    ("- do\n\n  ```sh\n  ls", "\n  ```"),
+    ("1. ```\n   ls", "\n   ```"),
+    ("> ```\n> ls", "\n> ```"),
+    ("```\nx\n```", ""),
+    ("```` \n```\n````", ""),
+    ("say ```x``` and", ""),
+    ("```x``` and", ""),
+    ("plain", ""),
+])  # fmt: skip
+def test_the_note_of_an_answer_that_was_cut_off_in_code_is_no_code(answer, end):
+    shown_answer = answer_markdown(Turn("?", answer=answer, finish="length"))
+    assert shown_answer.startswith(f'{answer}{end}\n\n<div class="note">cut off')
 
 
 @pytest.mark.parametrize(
@@ -272,7 +285,7 @@ def test_an_answer_streams_and_the_panel_tells_what_the_model_saw(events, pictur
     turn = events.sessions.of("a tab").turns[0]
     assert turn.finish == "length"
     chats = [chat for _, chat, _, _ in updates if isinstance(chat, list)]
-    assert chats[-1][-2]["content"] == turn.answer
+    assert chats[-1][-1]["content"].startswith(turn.answer)
     panel = next(seen for _, _, seen, _ in updates if isinstance(seen, str))
     assert "48×32 → 32×32" in panel
     assert "<mark>&lt;image&gt;</mark>\nwhat &lt;b&gt;is&lt;/b&gt; it?" in panel
@@ -348,7 +361,7 @@ def test_retry_undo_edit_and_clear(events, picture):
     assert [turn.is_open for turn in turns.turns] == [False, True]
     composer, chat, _ = events.undo(tab())
     assert composer == {"text": "two?", "files": []}
-    assert len(chat) == 4  # a picture, a question, its answer, and that it was cut off
+    assert len(chat) == 3
     ask(events, "two?")
     events.edit(SimpleNamespace(index=1, value="one more?"), tab())
     (turn,) = turns.turns

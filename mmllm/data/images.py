@@ -181,7 +181,7 @@ def _has_late_chunks(file: IO[bytes]) -> bool:
 
 def _upright_size(picture: Image.Image, orientation: int) -> tuple[int, int]:
     width, height = picture.size  # of a TIFF, Pillow gives the upright size already
-    is_turned = picture.format != "TIFF" and orientation >= 5  # from 5 on, sides change places
+    is_turned = picture.format != "TIFF" and orientation in (5, 6, 7, 8)  # by these, sides change places
     return (width, height) if is_turned else (height, width)
 
 
@@ -224,6 +224,8 @@ def _open_picture(file: IO[bytes], name: str) -> Image.Image:
             raise ImageError(f"{name} is {kind}, which is not read; convert it to PNG or JPEG") from error
         if (bare := _bare_png(file)) is not None:  # broken beside its pixels
             return _open_picture(bare, name)
+        if start.startswith(_PNG_SIGNATURE):
+            raise ImageError(_damaged(name, error)) from error
         raise ImageError(
             f"{name} is not an image that can be read, it starts with {start[:24]!r}; "
             f"give one of {', '.join(FORMATS)}, HEIF, or copy it again if it should be one"
