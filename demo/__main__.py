@@ -8,6 +8,7 @@ import sys
 
 from demo.app import DEFAULT_PORT, launch
 from mmllm.errors import FAILED, report_errors
+from mmllm.paths import expand_path
 
 
 def main() -> int:
@@ -24,7 +25,7 @@ def main() -> int:
         print("error: the page needs gradio; install it with: pip install 'mmllm[demo]'", file=sys.stderr)
         return FAILED
     with report_errors():
-        launch(arguments.model, port=arguments.port, open_browser=arguments.open)
+        launch(expand_path(arguments.model), port=arguments.port, open_browser=arguments.open)
     return 0
 
 

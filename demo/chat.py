@@ -7,23 +7,36 @@ and left out of the prompt; of a turn stopped before its first word, the picture
 from __future__ import annotations
 
 import html
+import re
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from mmllm.batch import PICTURE_LABEL, Example, Message
-from mmllm.data.images import ImageError, load_image
+from mmllm.batch import PICTURE_LABEL, Example, ImageSource, Message
+from mmllm.data.images import ImageError
 from mmllm.inference.conversation import user_message
 
 MAX_PICTURES = 4  # of one turn; a longer conversation is limited by what the model can read
-MAX_PIXELS = 40_000_000
-MAX_FILE_SIZE = "20mb"
+MAX_FILE_SIZE = "64mb"  # a photo of 108 megapixels; how many pixels are too many, `load_image` says
+SHOWN_PX = 1280  # the longer side of a picture in the chat
 # shown by page.css after a second, for most turns wait for nothing
 QUEUED = '<div class="thinking queued">waiting for another tab’s answer to end</div>'
+# a line that begins or ends a block of code: what stands before it (a list's indent, a quote's mark), fence, the rest
+FENCE = re.compile(r"([ \t>]*(?:(?:[-*+]|\d+[.)])[ \t]+)*)(`{3,}|~{3,})(.*)")
+TYPED = '<div class="typed">{}</div>'  # page.js knows it too
 THINKING = '<div class="thinking"><span>thinking</span></div>'
+
+
+@dataclass(frozen=True)
+class ChatPicture:
+    """A picture of a turn: its file, a file that every browser shows, and what the model takes of it."""
+
+    file: Path
+    shown: Path
+    image: ImageSource
 
 
 @dataclass(eq=False)
@@ -31,7 +44,7 @@ class Turn:
     """A question and what came of it. `finish` is that of the reply and None until there is one."""
 
     text: str
-    pictures: tuple[Path, ...] = ()
+    pictures: tuple[ChatPicture, ...] = ()
     answer: str = ""
     finish: str | None = None
     problem: str = ""  # why there is no answer
@@ -45,13 +58,13 @@ class Turn:
 def example_of(turns: Sequence[Turn], *, label: str = PICTURE_LABEL) -> Example:
     """The conversation that ends with the last turn's question; `label` is what the model reads before a picture."""
     messages: list[Message] = []
-    images: list[str] = []
-    waiting: list[str] = []  # pictures of turns that were stopped before the first word
+    images: list[ImageSource] = []
+    waiting: list[ImageSource] = []  # pictures of turns that were stopped before the first word
     for turn in turns:
         is_last = turn is turns[-1]
         if turn.problem and not is_last:
             continue
-        waiting += [str(path) for path in turn.pictures]
+        waiting += [picture.image for picture in turn.pictures]
         if not is_last and not turn.answer:
             continue
         messages.append(user_message(turn.text, len(waiting), len(images), label=label))
@@ -68,7 +81,7 @@ def numbered_messages(turns: Sequence[Turn]) -> list[tuple[int, dict[str, Any]]]
     for number, turn in enumerate(turns):
         if turn.pictures:
             messages.append((number, {"role": "user", "content": pictures_html(turn.pictures)}))
-        messages.append((number, {"role": "user", "content": turn.text}))
+        messages.append((number, {"role": "user", "content": typed_html(turn.text)}))
         if answer := answer_markdown(turn):
             messages.append((number, {"role": "assistant", "content": answer}))
     return messages
@@ -83,18 +96,31 @@ def turn_of_message(turns: Sequence[Turn], index: int) -> int:
     return numbered_messages(turns)[index][0]
 
 
-def pictures_html(pictures: Iterable[Path]) -> str:
+def typed_html(text: str) -> str:
+    """A question as it was typed: one line of HTML, in which Markdown finds nothing to make its own of."""
+    return TYPED.format(html.escape(text).replace("\n", "<br>"))
+
+
+def typed_text(shown: str) -> str:
+    """What was typed, of what `typed_html` made; any other text as it is."""
+    begin, end = TYPED.split("{}")
+    if not (shown.startswith(begin) and shown.endswith(end)):
+        return shown
+    return html.unescape(shown.removeprefix(begin).removesuffix(end).replace("<br>", "\n"))
+
+
+def pictures_html(pictures: Iterable[ChatPicture]) -> str:
     links = []
-    for number, path in enumerate(pictures, 1):
-        address = html.escape(f"gradio_api/file={quote(str(path))}")
-        label = html.escape(f"Picture {number}: {path.name}")
-        picture = f'<img src="{address}" alt="{label}" title="{label}">'
-        links.append(f'<a href="{address}" target="_blank" rel="noopener">{picture}</a>')
+    for number, picture in enumerate(pictures, 1):
+        address = html.escape(f"gradio_api/file={quote(str(picture.shown))}")
+        label = html.escape(f"Picture {number}: {picture.file.name}")
+        image = f'<img src="{address}" alt="{label}" title="{label}">'
+        links.append(f'<a href="{address}" target="_blank" rel="noopener">{image}</a>')
     return f'<div class="pictures">{"".join(links)}</div>'
 
 
 def answer_markdown(turn: Turn) -> str:
-    """The answer and what there is to say about it; a sign of life while there is none yet."""
+    """The answer, or why there is none; a sign of life while there is none yet."""
     if turn.is_open and not turn.answer:
         return QUEUED if turn.is_queued else THINKING
     if turn.problem:
@@ -103,27 +129,36 @@ def answer_markdown(turn: Turn) -> str:
         return f'<div class="problem"><strong>No answer.</strong> {lines}</div>'
     notes = {"stopped": "stopped", "length": "cut off: raise “Longest answer” for more"}
     note = f'<div class="note">{notes[turn.finish]}</div>' if turn.finish in notes else ""
-    return f"{turn.answer}\n\n{note}".strip() if note else turn.answer
+    return f"{close_code(turn.answer)}\n\n{note}".strip() if note else turn.answer
 
 
-def check_message(text: str, files: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """The pictures of a message that may stay attached, and what is wrong with the message, one sentence each."""
-    good: list[Path] = []
+def close_code(markdown: str) -> str:
+    """The text with an end to a block of code that it is cut off in, so that what follows is no code."""
+    opened: re.Match[str] | None = None
+    for line in markdown.splitlines():
+        fence = FENCE.fullmatch(line)
+        if fence and opened is None and not ("`" in fence[2] and "`" in fence[3]):
+            opened = fence
+        elif fence and opened and fence[2].startswith(opened[2]) and not fence[3].strip():
+            opened = None
+    return f"{markdown}\n{re.sub('[^>]', ' ', opened[1])}{opened[2]}" if opened else markdown
+
+
+def read_pictures(
+    files: Sequence[str], read: Callable[[Path], ChatPicture]
+) -> tuple[list[ChatPicture], list[Path], list[str]]:
+    """(pictures of a message, files that may stay attached, what is wrong with the others, one sentence each)."""
+    paths = [Path(file) for file in files]
+    if len(paths) > MAX_PICTURES:
+        return [], paths, [f"{len(files)} pictures are attached, one message takes up to {MAX_PICTURES}; remove some"]
+    pictures: list[ChatPicture] = []
     problems: list[str] = []
-    if len(files) > MAX_PICTURES:
-        problems.append(f"{len(files)} pictures are attached, one message takes up to {MAX_PICTURES}; remove some")
-        good = [Path(file) for file in files]
-    else:
-        for file in map(Path, files):
-            try:
-                load_image(file, max_pixels=MAX_PIXELS)
-            except ImageError as error:
-                problems.append(str(error).replace(str(file), file.name))
-            else:
-                good.append(file)
-    if not text.strip():
-        problems.append("There is no question yet; type one, then send")
-    return good, problems
+    for path in paths:
+        try:
+            pictures.append(read(path))
+        except ImageError as error:
+            problems.append(str(error).replace(str(path), path.name))
+    return pictures, [picture.file for picture in pictures], problems
 
 
 @dataclass
@@ -142,10 +177,11 @@ class Session:
             if turn.is_open:
                 turn.finish = "stopped"
 
-    def ask(self, text: str, pictures: Iterable[Path]) -> None:
+    def ask(self, text: str, pictures: Iterable[ChatPicture]) -> None:
         self.interrupt()
         self.turns.append(Turn(text.strip(), tuple(pictures)))
-        self.files |= set(self.turns[-1].pictures)
+        for picture in self.turns[-1].pictures:
+            self.files |= {picture.file, picture.shown}
 
     def ask_again(self, number: int, text: str | None = None) -> None:
         """Asks a turn anew, with other words if given; what came after it is forgotten."""

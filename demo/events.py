@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 import html
 import logging
 import time
@@ -14,10 +15,22 @@ from typing import Any
 
 import gradio as gr
 
-from demo.chat import Session, Sessions, check_message, example_of, shown, turn_of_message
+from demo.chat import (
+    SHOWN_PX,
+    ChatPicture,
+    Session,
+    Sessions,
+    example_of,
+    read_pictures,
+    shown,
+    turn_of_message,
+    typed_text,
+)
 from demo.examples import ExampleQuestion
 from demo.seen import NOTHING_YET, counts_html, seen_html
+from mmllm.batch import Example
 from mmllm.data.images import ImageError, load_image
+from mmllm.inference.conversation import user_message
 from mmllm.inference.engine import Engine, Sampling
 
 logger = logging.getLogger(__name__)
@@ -49,12 +62,31 @@ class Events:
         """(composer, chat, notice): takes the message, or says what is wrong with it and leaves it to be changed."""
         text, files = (message or {}).get("text") or "", (message or {}).get("files") or []
         session = self._session(request)
-        pictures, problems = check_message(text, files)
+        pictures, paths, problems = read_pictures(files, functools.partial(self._read, session))
+        problems += self._wrong_words(text)
         if problems:
-            kept = {"text": text, "files": [str(path) for path in pictures]}
-            return kept, gr.skip(), notice_html(problems)
+            return {"text": text, "files": [str(path) for path in paths]}, gr.skip(), notice_html(problems)
         session.ask(text, pictures)
         return {"text": "", "files": []}, shown(session.turns), ""
+
+    def _wrong_words(self, text: str) -> list[str]:
+        """Why a question cannot be asked, whatever its pictures: it would stay in the chat, and be asked every time."""
+        if not text.strip():
+            return ["There is no question yet; type one, then send"]
+        try:
+            self.engine.renderer.render_example(Example("question", "demo", (user_message(text.strip(), 0),)))
+        except ValueError as error:
+            return [f"This question cannot be asked: {error}"]
+        return []
+
+    def _read(self, session: Session, path: Path) -> ChatPicture:
+        """Reads a picture once: for the model, and for the chat, which shows what no browser would, such as HEIC."""
+        image, picture = self.engine.prepare_shown(path, SHOWN_PX)
+        shown = self.folder / uuid.uuid4().hex / f"{path.stem}.{'png' if max(picture.size) < SHOWN_PX else 'jpg'}"
+        shown.parent.mkdir(parents=True)
+        picture.save(shown, quality=90)
+        session.files |= {path, shown}
+        return ChatPicture(path, shown, image)
 
     def answer(
         self, temperature: float, top_p: float, max_new_tokens: int, seed: int, request: gr.Request
@@ -110,17 +142,18 @@ class Events:
         """(composer, chat, notice): the last turn goes back to where it was typed."""
         session = self._session(request)
         turn = session.take_back()
-        back = {"text": turn.text, "files": [str(path) for path in turn.pictures]} if turn else gr.skip()
+        back = {"text": turn.text, "files": [str(one.file) for one in turn.pictures]} if turn else gr.skip()
         return back, shown(session.turns), ""
 
     def edit(self, edited: gr.EditData, request: gr.Request) -> tuple[list[dict[str, Any]], str]:
         """(chat, notice): asks a turn with other words and forgets what came after it."""
         session = self._session(request)
         index = edited.index if isinstance(edited.index, int) else edited.index[0]
-        if not str(edited.value).strip():
-            return shown(session.turns), notice_html(["A question cannot be empty; the old one stays"])
+        text = typed_text(str(edited.value))
+        if problems := self._wrong_words(text):
+            return shown(session.turns), notice_html([f"{problem}. The old question stays" for problem in problems])
         if index < len(shown(session.turns)):
-            session.ask_again(turn_of_message(session.turns, index), str(edited.value))
+            session.ask_again(turn_of_message(session.turns, index), text)
         return shown(session.turns), ""
 
     def clear(self, request: gr.Request) -> tuple[list[dict[str, Any]], str, str, str]:
@@ -132,7 +165,8 @@ class Events:
         """(chat, notice): asks one of the examples."""
         session = self._session(request)
         example = self.examples[int(chosen.index)]
-        session.ask(example.question, example.pictures)
+        pictures = [ChatPicture(path, path, self.engine.prepare(path)) for path in example.pictures]
+        session.ask(example.question, pictures)
         return shown(session.turns), ""
 
     def attach_drawing(

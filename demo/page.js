@@ -14,11 +14,31 @@
     }
   }
 
+  // Questions are shown as HTML that reads as they were typed (typed_html of chat.py); to edit or copy one is to get it so.
+  const typed = /<div class="typed">([^]*?)<\/div>/g;
+  const asTyped = (text) => text.replace(typed, (_, inner) => {
+    const holder = document.createElement("textarea");
+    holder.innerHTML = inner.replaceAll("<br>", "\n");
+    return holder.value;
+  });
+  function editAsTyped() {
+    for (const box of document.querySelectorAll("#chat textarea")) {
+      const text = asTyped(box.value);
+      if (text === box.value) continue;
+      box.value = text;
+      box.dispatchEvent(new Event("input", { bubbles: true }));
+    }
+  }
+  if (navigator.clipboard) {
+    const write = navigator.clipboard.writeText.bind(navigator.clipboard);
+    navigator.clipboard.writeText = (text) => write(asTyped(text));
+  }
+
   let waits = false;
   new MutationObserver(() => {
     if (waits) return;
     waits = true;
-    requestAnimationFrame(() => { waits = false; name(); });
+    requestAnimationFrame(() => { waits = false; name(); editAsTyped(); });
   }).observe(document.body, { childList: true, subtree: true, attributes: true, attributeFilter: ["class"] });
   name();
 }

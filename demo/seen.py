@@ -8,9 +8,7 @@ import io
 
 from PIL import Image
 
-from demo.chat import MAX_PIXELS
-from mmllm.batch import IMAGE_TOKEN, Example
-from mmllm.data.images import load_image
+from mmllm.batch import IMAGE_TOKEN, Example, ImageSource
 from mmllm.inference.engine import Engine, Reply
 
 NOTHING_YET = '<p class="quiet">Ask about a picture, and this shows how the model got it.</p>'
@@ -22,16 +20,13 @@ def _data_address(picture: Image.Image) -> str:
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _size(picture: Image.Image) -> str:
-    return f"{picture.width}×{picture.height}"
-
-
-def _picture_html(engine: Engine, source: str | Image.Image, number: int) -> str:
-    given = load_image(source, max_pixels=MAX_PIXELS)
-    seen = engine.seen(given)
+def _picture_html(engine: Engine, source: ImageSource, number: int) -> str:
+    image = engine.prepare(source)
+    seen = engine.seen(image)
     return (
         f'<figure><img src="{_data_address(seen)}" alt="Picture {number} as the vision tower sees it">'
-        f"<figcaption><b>Picture {number}</b> {_size(given)} → {_size(seen)} px</figcaption></figure>"
+        f"<figcaption><b>Picture {number}</b> {image.size[1]}×{image.size[0]} → {seen.width}×{seen.height} px"
+        "</figcaption></figure>"
     )
 
 

@@ -6,7 +6,7 @@ Readers turn every file format into an Example; nothing behind them knows about 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -45,14 +45,25 @@ class Message:
         return "".join(part for part in self.parts if isinstance(part, str))
 
 
+@dataclass(frozen=True, eq=False)
+class PreparedImage:
+    """A picture as one model takes it, so that nothing is kept of a large one: `inputs` are a batch of one."""
+
+    size: tuple[int, int]  # (height, width) of the picture itself, upright, in pixels
+    inputs: Mapping[str, Tensor]
+
+
+ImageSource = str | bytes | Image.Image | PreparedImage  # a path, a file's bytes, or a picture in memory
+
+
 @dataclass(frozen=True)
 class Example:
-    """One conversation with its images: paths (read when needed), files' bytes, or pictures in memory."""
+    """One conversation with its images, which are read when they are needed."""
 
     id: str
     source: str
     messages: tuple[Message, ...]
-    images: tuple[str | bytes | Image.Image, ...] = ()
+    images: tuple[ImageSource, ...] = ()
 
 
 def message(role: Role, text: str, first_image: int = 0) -> Message:

@@ -20,7 +20,22 @@ app = typer.Typer(
 )  # fmt: skip
 _debug = False
 
-Model = Annotated[Path, typer.Argument(help="A checkpoint folder, such as runs/tiny/stage2.")]
+
+def source(text: str) -> str:
+    """A folder or the name of something else; `~` and the like are understood here, also where no shell has done it."""
+    from mmllm.paths import expand_path
+
+    try:
+        return expand_path(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def path(text: str) -> Path:
+    return Path(source(text))
+
+
+Model = Annotated[Path, typer.Argument(parser=path, help="A checkpoint folder, such as runs/tiny/stage2.")]
 
 
 def _device(name: Optional[str]) -> Optional[str]:  # noqa: UP045
@@ -47,7 +62,7 @@ def _options(debug: Annotated[bool, typer.Option("--debug", help="Show the trace
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def train(
     context: typer.Context,
-    config: Annotated[Path, typer.Argument(help="A YAML file of configs/.")],
+    config: Annotated[Path, typer.Argument(parser=path, help="A YAML file of configs/.")],
     overrides: Annotated[Optional[list[str]], typer.Argument(help="section.key=value ...")] = None,  # noqa: UP045
 ) -> None:
     """Train a stage; the same as `accelerate launch train/STAGE.py CONFIG`. Goes on where a run was stopped."""
@@ -65,7 +80,7 @@ def train(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="The folder of a run, also of one that is not finished.")],
+    run: Annotated[Path, typer.Argument(parser=path, help="The folder of a run, also of one that is not finished.")],
 ) -> None:
     """Write RUN/report.html anew: curves, answers, alarms and settings in one file."""
     with report_errors(debug=_debug):
@@ -76,7 +91,7 @@ def report(
 
 @app.command()
 def plan(
-    config: Annotated[Path, typer.Argument(help="A YAML file of configs/.")],
+    config: Annotated[Path, typer.Argument(parser=path, help="A YAML file of configs/.")],
     overrides: Annotated[Optional[list[str]], typer.Argument(help="section.key=value ...")] = None,  # noqa: UP045
     gpus: Annotated[int, typer.Option(min=1, help="Over how many devices such as this one the run is spread.")] = 1,
     memory: Annotated[Optional[str], typer.Option(help="Would it fit there? Such as 24GB; default: here.")] = None,  # noqa: UP045
@@ -97,7 +112,7 @@ def plan(
 
 @app.command()
 def check(
-    config: Annotated[Path, typer.Argument(help="A YAML file of configs/ with a data section.")],
+    config: Annotated[Path, typer.Argument(parser=path, help="A YAML file of configs/ with a data section.")],
     overrides: Annotated[Optional[list[str]], typer.Argument(help="section.key=value ...")] = None,  # noqa: UP045
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
@@ -111,10 +126,13 @@ def check(
 
 @app.command()
 def explain(
-    config: Annotated[Path, typer.Argument(help="A YAML file of configs/ with a data section.")],
+    config: Annotated[Path, typer.Argument(parser=path, help="A YAML file of configs/ with a data section.")],
     overrides: Annotated[Optional[list[str]], typer.Argument(help="section.key=value ...")] = None,  # noqa: UP045
     sample: Annotated[Optional[str], typer.Option(help="The id of an example; default: the first one.")] = None,  # noqa: UP045
-    html: Annotated[Optional[Path], typer.Option(help="Also write a page of one file for a browser.")] = None,  # noqa: UP045
+    html: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(parser=path, help="Also write a page of one file for a browser."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
     """Show what the model will see and be taught from one example, and whether it will be asked the same way."""
@@ -127,7 +145,10 @@ def explain(
 @app.command()
 def chat(
     model: Model,
-    image: Annotated[Optional[list[Path]], typer.Option(help="A picture to ask about; may be repeated.")] = None,  # noqa: UP045
+    image: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option(parser=path, help="A picture to ask about; may be repeated."),
+    ] = None,
     prompt: Annotated[Optional[str], typer.Option(help="Ask this one question and print the answer.")] = None,  # noqa: UP045
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total probability.")] = 1.0,
@@ -147,7 +168,7 @@ def chat(
             _usage("--json prints one answer: give the question with --prompt")
         images = list(image or [])
         for path in images:
-            load_image(path)  # a wrong one is told before the model is loaded
+            load_image(path, may_shrink=True)  # a wrong one is told before the model is loaded
         engine = Engine.load(model, device=device)
         if prompt is not None:
             ask_once(engine, prompt, images, sampling, as_json=as_json)
@@ -158,8 +179,12 @@ def chat(
 @app.command()
 def caption(
     model: Model,
-    inputs: Annotated[list[Path], typer.Argument(help="Pictures, or folders that are searched for pictures.")],
-    out: Annotated[Path, typer.Option(help="The JSON-lines file to write; a second run goes on behind its last line.")],
+    inputs: Annotated[
+        list[Path], typer.Argument(parser=path, help="Pictures, or folders that are searched for pictures.")
+    ],
+    out: Annotated[
+        Path, typer.Option(parser=path, help="The JSON-lines file to write; a second run goes on behind its last line.")
+    ],
     prompt: Annotated[str, typer.Option(help="What the model is asked for each picture.")] = "Describe the picture.",
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures captioned at once.")] = 16,
     max_new_tokens: Annotated[int, typer.Option(help="Longest caption.")] = 128,
@@ -179,8 +204,10 @@ def caption(
 @app.command("eval")
 def evaluate(
     model: Model,
-    tasks: Annotated[list[str], typer.Argument(help="scenes-val, scenes-compositions, or a folder of `mmllm scenes`.")],
-    out: Annotated[Optional[Path], typer.Option(help="Write the results to this JSON file.")] = None,  # noqa: UP045
+    tasks: Annotated[
+        list[str], typer.Argument(parser=source, help="scenes-val, scenes-compositions, or a folder of `mmllm scenes`.")
+    ],
+    out: Annotated[Optional[Path], typer.Option(parser=path, help="Write the results to this JSON file.")] = None,  # noqa: UP045
     max_pictures: Annotated[Optional[int], typer.Option(min=1, help="Ask about this many pictures only.")] = None,  # noqa: UP045
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
@@ -202,8 +229,10 @@ def evaluate(
 
 @app.command()
 def merge(
-    model: Annotated[Path, typer.Argument(help="A checkpoint that a LoRA run left.")],
-    out: Annotated[Path, typer.Argument(help="A new folder, for the same model as one checkpoint without adapter.")],
+    model: Annotated[Path, typer.Argument(parser=path, help="A checkpoint that a LoRA run left.")],
+    out: Annotated[
+        Path, typer.Argument(parser=path, help="A new folder, for the same model as one checkpoint without adapter.")
+    ],
     device: Device = None,
 ) -> None:
     """Merge a LoRA adapter into its base in full precision, and prove that the model has stayed the same."""
@@ -235,7 +264,7 @@ def demo(
 
 @app.command()
 def scenes(
-    out: Annotated[Path, typer.Argument(help="A new folder; data/scenes is where the configs look.")],
+    out: Annotated[Path, typer.Argument(parser=path, help="A new folder; data/scenes is where the configs look.")],
     train: Annotated[int, typer.Option(min=0, help="Pictures to train on.")] = 12000,
     val: Annotated[int, typer.Option(min=0, help="Pictures to judge by, of scenes that training never shows.")] = 500,
     compositions: Annotated[
@@ -265,7 +294,7 @@ def scenes(
 
 @app.command()
 def doctor(
-    model: Annotated[Optional[Path], typer.Argument(help="Also verify this checkpoint.")] = None,  # noqa: UP045
+    model: Annotated[Optional[Path], typer.Argument(parser=path, help="Also verify this checkpoint.")] = None,  # noqa: UP045
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Say what is installed, what works here, what is missing and why."""
@@ -278,11 +307,19 @@ def doctor(
 
 @app.command("import")
 def import_(
-    source: Annotated[str, typer.Argument(help="A folder or hub name: transformers' Llava, LLaVA's own, or an LLM.")],
-    out: Annotated[Path, typer.Argument(help="A new folder, for the checkpoint.")],
+    source: Annotated[
+        str, typer.Argument(parser=source, help="A folder or hub name: transformers' Llava, LLaVA's own, or an LLM.")
+    ],
+    out: Annotated[Path, typer.Argument(parser=path, help="A new folder, for the checkpoint.")],
     template: Annotated[Optional[str], typer.Option(help="Its chat template, where its files do not say.")] = None,  # noqa: UP045
-    vision: Annotated[Optional[str], typer.Option(help="Its vision tower, such as transformers:FOLDER.")] = None,  # noqa: UP045
-    base: Annotated[Optional[str], typer.Option(help="The LLM that a lone projector or LoRA belongs to.")] = None,  # noqa: UP045
+    vision: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(parser=source, help="Its vision tower, such as transformers:FOLDER."),
+    ] = None,
+    base: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(parser=source, help="The LLM that a lone projector or LoRA belongs to."),
+    ] = None,
     projector: Annotated[str, typer.Option(help="The fresh projector between an LLM and --vision.")] = "mlp",
 ) -> None:
     """Make a checkpoint of somebody else's model, compared with transformers where transformers can read it."""
@@ -301,7 +338,7 @@ app.add_typer(exports, name="export")
 @exports.command("hf")
 def export_hf(
     model: Model,
-    out: Annotated[Path, typer.Argument(help="A new folder.")],
+    out: Annotated[Path, typer.Argument(parser=path, help="A new folder.")],
 ) -> None:
     """Write a model for transformers, vLLM and TRL: LlavaForConditionalGeneration, compared before it is left there."""
     with report_errors(debug=_debug):

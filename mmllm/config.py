@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from mmllm.config_base import ConfigError as ConfigError
-from mmllm.config_base import Fraction, PositiveInt, Section
+from mmllm.config_base import Fraction, PathText, PositiveInt, Section
 from mmllm.config_training import BITSANDBYTES_KINDS as BITSANDBYTES_KINDS
 from mmllm.config_training import LanguageLoraConfig as LanguageLoraConfig
 from mmllm.config_training import LogConfig as LogConfig
@@ -30,8 +30,8 @@ class TowerConfig(Section):
     `transformers:FOLDER` or `transformers:ORG/NAME`; or `patches:16` for raw patches of 16 pixels and no encoder.
     """
 
-    source: str
-    pretrained: str | None = None  # an open_clip tag or a weights file; none where the source holds its own
+    source: PathText
+    pretrained: PathText | None = None  # an open_clip tag or a weights file; none where the source holds its own
     revision: str | None = None  # transformers: only: the commit, tag or branch
     layer: Annotated[int | tuple[int, ...], BeforeValidator(_check_layers)] = -2  # LLaVA reads the last but one
     image_size_px: PositiveInt | None = None  # default: that of the encoder's training
@@ -77,7 +77,7 @@ class LanguageConfig(Section):
     what is computed in.
     """
 
-    source: str
+    source: PathText
     revision: str | None = None  # of a hub name: a commit, so that it stays the same model
     attention: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] | None = None  # sdpa, or eager without
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -88,7 +88,7 @@ class LanguageConfig(Section):
 class ModelConfig(Section):
     """Either `checkpoint` (a model of an earlier stage) or all three parts."""
 
-    checkpoint: str | None = None
+    checkpoint: PathText | None = None
     vision: VisionConfig | None = None
     projector: ProjectorConfig | None = None
     language: LanguageConfig | None = None
@@ -108,8 +108,8 @@ class ModelConfig(Section):
 class _DataFile(Section):
     """A file, a folder, or a pattern such as `{000..123}.tar` or `*.parquet`; local, or an fsspec URL."""
 
-    path: str
-    images: str | None = None  # the folder that image paths start from; default: the file's own
+    path: PathText
+    images: PathText | None = None  # the folder that image paths start from; default: the file's own
     prompt: str = "Describe the picture."  # what a caption answers, where rows are captions without a question
     max_examples: PositiveInt | None = None  # the first usable ones
 
@@ -152,7 +152,7 @@ class DataConfig(Section):
         "auto"  # several examples in one row: where it pays, or in every batch
     )
     cache_features: bool = False  # keep the frozen tower's output of every training image on disk
-    cache_folder: str | None = None  # where; default: `cache` beside `out`, so that runs share it
+    cache_folder: PathText | None = None  # where; default: `cache` beside `out`, so that runs share it
     max_bad_fraction: Fraction = 0.01  # a run with more unusable examples than this does not start
 
     @model_validator(mode="after")
@@ -174,7 +174,7 @@ class RunConfig(Section):
     """What every run has. `stage` says which of CONFIGS this is."""
 
     stage: str
-    out: str
+    out: PathText
     seed: Annotated[int, Field(ge=0)] = 0
     num_threads: PositiveInt | None = None  # CPU threads of one process; default: torch's own
     optim: OptimConfig
@@ -257,7 +257,7 @@ class WarmupVisionConfig(RunConfig):
 
     stage: Literal["warmup_vision"]
     clip: dict[str, Any]  # open_clip's model config: embed_dim, vision_cfg, text_cfg
-    tokenizer: str  # folder of the text tower's tokenizer
+    tokenizer: PathText  # folder of the text tower's tokenizer
     num_scenes: PositiveInt  # each with its near misses
     num_val_scenes: PositiveInt = 100
     words_weight: Annotated[float, Field(ge=0)] = 1.0  # of the loss on the words of regions, beside the contrastive one

@@ -6,6 +6,8 @@ path, what was given and what is allowed.
 
 from __future__ import annotations
 
+import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,10 @@ from pydantic import BaseModel, ValidationError
 from yaml import YAMLError
 
 from mmllm.config import CONFIGS, ConfigError, RunConfig
+from mmllm.paths import expand_path
+
+# As shells write variables of the environment; OmegaConf would look for a setting of that name, and all are small.
+_ENVIRONMENT = re.compile(r"\$\{([A-Z_][A-Z0-9_]*)\}")
 
 MAX_SHOWN = 200  # characters of a value that is given where another one is allowed
 
@@ -23,7 +29,8 @@ def _read(path: Path) -> Any:
     if not path.is_file():
         raise ConfigError(f"no config file at {path}; configs/README.md lists those that come with the project")
     try:
-        tree = OmegaConf.load(path)
+        text = path.read_text(encoding="utf-8-sig")
+        tree = OmegaConf.load(io.StringIO(_ENVIRONMENT.sub(r"${oc.env:\1}", text)))
     except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not readable YAML: {error}") from error
     if not OmegaConf.is_dict(tree) or not tree:
@@ -79,14 +86,21 @@ def _near(location: tuple[Any, ...], tree: Any) -> str:
     return f"; allowed: {', '.join(model.model_fields)}"
 
 
+def _config_path(text: str) -> Path:
+    try:
+        return Path(expand_path(text))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     """The checked settings of a YAML file with `section.key=value` overrides. Raises ConfigError."""
-    path = Path(path)
+    path = _config_path(str(path))
     tree = _read(path)
     if parent := tree.pop("extends", None):
         if not isinstance(parent, str):
             raise ConfigError(f"{path}: extends must name one file, got {parent!r}")
-        base = _read(path.parent / parent)
+        base = _read(path.parent / _config_path(parent))
         if "extends" in base:
             raise ConfigError(f"{path} extends {parent}, which extends another file; one level is allowed")
         tree = _merge(base, tree)
@@ -105,7 +119,8 @@ def _checked(path: str | Path, tree: Any, overrides: list[str]) -> RunConfig:
         if not equals or not key:
             raise ConfigError(f"override {override!r} is not of the form section.key=value")
         try:
-            given = OmegaConf.merge(given, OmegaConf.from_dotlist([override]))
+            written = _ENVIRONMENT.sub(r"${oc.env:\1}", override)
+            given = OmegaConf.merge(given, OmegaConf.from_dotlist([written]))
             OmegaConf.merge(tree, given)
         except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
             raise ConfigError(f"override {override!r} cannot be read: {error}") from error

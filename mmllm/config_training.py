@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from mmllm.config_base import Fraction, NonNegative, PositiveInt, Precision, Section
+from mmllm.config_base import Fraction, NonNegative, PathText, PositiveInt, Precision, Section
 
 BITSANDBYTES_KINDS = ("adamw8bit", "paged_adamw", "paged_adamw8bit")  # of optimizers
 
@@ -69,12 +69,12 @@ class LogConfig(Section):
     stall_seconds: NonNegative = 300  # without progress, until each process says what it waits for; 0 is never
     num_samples: Annotated[int, Field(ge=0)] = 4  # answers shown at each validation, with their pictures
     max_val_examples: PositiveInt = 200
-    tasks: tuple[str, ...] = ()  # asked at each validation: what `mmllm eval` takes
+    tasks: tuple[PathText, ...] = ()  # asked at each validation: what `mmllm eval` takes
     task_questions: PositiveInt = 50
     min_image_reliance: float = 0.02  # nats per token; see reliance_alarm for the rule
     reliance_after: Fraction = 0.3  # of the run, in which the projector may still be blind
     reliance_validations: PositiveInt = 3
-    text_probe: str | None = None  # conversations without pictures; default: those of data.val
+    text_probe: PathText | None = None  # conversations without pictures; default: those of data.val
     max_text_examples: PositiveInt = 32
     forgetting_budget: NonNegative = 0.1  # nats per token that a trained LLM's loss on them may rise
     fail_on_alarm: bool = False  # a run with an alarm is saved, and ends with status 1

@@ -340,7 +340,7 @@ def zoo(tmp_path: Path) -> Path:
     ("gone.png", r"no image file at .*gone\.png; check the path \(now in /"),
     ("link.png", r"no image file at .*link\.png"),
     ("pipe.png", r"pipe\.png is a device or a pipe, not an image"),
-    ("drawing.png", r"drawing\.png is not an image that can be read, it starts with b'%!PS"),
+    ("drawing.png", r"drawing\.png is PostScript, which is not read; convert it to PNG or JPEG"),
     ("start.png", r"start\.png is (not an image|damaged).*copy it again"),
     ("n" * 5000, r"n\.\.\. cannot be opened \(File name too long\)"),
     ("half\0name.png", r"no image file at .*half"),

@@ -13,26 +13,22 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile, PngImagePlugin
 from tiny import red_picture
 
 from demo.app import free_port, private_folder
 from demo.chat import (
     MAX_PICTURES,
+    ChatPicture,
     Sessions,
     Turn,
-    answer_markdown,
-    check_message,
     example_of,
-    pictures_html,
-    shown,
-    turn_of_message,
-    user_message,
+    read_pictures,
 )
 from demo.events import ANY_SEED, DRAWING_PREFIX, Events
 from demo.examples import WANTED, draw_examples
 from demo.seen import counts_html, seen_html
-from mmllm.batch import ImageRef, Message, message, picture_marks
+from mmllm.data.images import load_image
 from mmllm.inference.engine import Engine
 
 ROOT = Path(__file__).parent.parent
@@ -55,6 +51,10 @@ def events(engine, tmp_path):
     return Events(engine, Sessions(folder / "examples"), draw_examples(folder / "examples"), folder)
 
 
+def chat_picture(name):
+    return ChatPicture(Path(name), Path(name), name)
+
+
 def tab(key="a tab"):
     return SimpleNamespace(session_hash=key)
 
@@ -69,82 +69,12 @@ def generating():
     return [thread for thread in threading.enumerate() if thread.name.startswith("generate")]
 
 
-# What the model is asked
-
-
-@pytest.mark.parametrize("num_pictures", [0, 1, 2, 3])
-def test_a_question_is_written_as_in_the_training_data(num_pictures):
-    in_data = message("user", picture_marks(num_pictures) + "what is it?", first_image=4)
-    assert user_message("what is it?", num_pictures, first_image=4) == in_data
-
-
-def test_an_image_mark_that_a_person_types_stays_words():
-    asked = user_message("what does <image> mean?", 1, 0)
-    assert asked.parts == (ImageRef(0), "\nwhat does <image> mean?")
-
-
-def test_pictures_of_earlier_turns_stay_where_they_stand():
-    a, b, c = Path("a.png"), Path("b.png"), Path("c.png")
-    turns = [Turn("one?", (a,), "yes", "end"), Turn("two?", (), "no", "end"), Turn("three?", (b, c))]
-    example = example_of(turns)
-    assert example.images == ("a.png", "b.png", "c.png")
-    assert [m.role for m in example.messages] == ["user", "assistant", "user", "assistant", "user"]
-    assert [[p.index for p in m.parts if isinstance(p, ImageRef)] for m in example.messages] == [
-        [0],
-        [],
-        [],
-        [],
-        [1, 2],
-    ]
-    assert example.messages[-1].text == "Picture 1: \nPicture 2: \nthree?"
-
-
-def test_a_turn_that_failed_is_left_out_of_the_next_prompt():
-    turns = [Turn("too long?", (Path("a.png"),), problem="it does not fit"), Turn("short?")]
-    assert example_of(turns).messages == (Message("user", ("short?",)),)
-    assert example_of(turns).images == ()
-
-
-def test_the_pictures_of_a_turn_stopped_before_its_first_word_go_over_to_the_next():
-    turns = [Turn("what is it?", (Path("a.png"),), finish="stopped"), Turn("what color?", (Path("b.png"),))]
-    example = example_of(turns)
-    assert example.images == ("a.png", "b.png")
-    assert example.messages == (message("user", "Picture 1: <image>\nPicture 2: <image>\nwhat color?"),)
-
-
-def test_an_answer_that_was_stopped_in_the_middle_is_part_of_the_next_prompt():
-    turns = [Turn("what is it?", (), "a red", "stopped"), Turn("go on")]
-    assert [m.text for m in example_of(turns).messages] == ["what is it?", "a red", "go on"]
-
-
-# What is shown
-
-
-def test_a_place_in_the_chat_leads_back_to_its_turn():
-    turns = [Turn("one?", (Path("a.png"),), "yes", "end"), Turn("two?", (), "no", "end"), Turn("three?")]
-    assert [m["role"] for m in shown(turns)] == ["user", "user", "assistant", "user", "assistant", "user", "assistant"]
-    assert [turn_of_message(turns, index) for index in range(7)] == [0, 0, 0, 1, 1, 2, 2]
-
-
-def test_names_of_files_and_errors_are_text_and_never_markup():
-    assert "<b>" not in pictures_html([Path('x"><b>.png')])
-    assert "<b>" not in answer_markdown(Turn("?", problem="the file <b> is missing"))
-
-
-def test_a_chat_shows_that_it_waits_or_thinks_until_the_first_word():
-    assert "waiting" in answer_markdown(Turn("?"))
-    assert "thinking" in answer_markdown(Turn("?", is_queued=False))
-    assert answer_markdown(Turn("?", answer="a", is_queued=False)) == "a"
-    assert "stopped" in answer_markdown(Turn("?", finish="stopped"))
-
-
-def test_a_chat_says_when_an_answer_was_stopped_or_cut_off():
-    assert "stopped" in answer_markdown(Turn("?", answer="a red", finish="stopped"))
-    assert "cut off" in answer_markdown(Turn("?", answer="a red", finish="length"))
-    assert answer_markdown(Turn("?", answer="a red", finish="end")) == "a red"
-
-
 # What is refused
+
+
+def read(path):
+    load_image(path, may_shrink=True)
+    return chat_picture(path)
 
 
 def test_a_file_that_is_no_picture_is_named(tmp_path, picture):
@@ -152,8 +82,8 @@ def test_a_file_that_is_no_picture_is_named(tmp_path, picture):
     notes.write_text("hello")
     Image.effect_noise((64, 64), 50).save(cut)
     cut.write_bytes(cut.read_bytes()[:2000])
-    good, problems = check_message("what is it?", [str(notes), str(picture), str(cut)])
-    assert good == [picture]
+    pictures, kept, problems = read_pictures([str(notes), str(picture), str(cut)], read)
+    assert [one.file for one in pictures] == kept == [picture]
     assert problems[0].startswith("notes.txt is not an image")
     assert problems[1].startswith("cut.png is damaged or cut off")
     assert str(tmp_path) not in "".join(problems)
@@ -161,14 +91,53 @@ def test_a_file_that_is_no_picture_is_named(tmp_path, picture):
 
 def test_a_picture_with_too_many_pixels_is_refused_by_its_size(tmp_path):
     path = tmp_path / "vast.png"
-    Image.new("1", (8000, 8000)).save(path)
-    good, problems = check_message("what is it?", [str(path)])
-    assert not good
-    assert "vast.png has 8000 x 8000" in problems[0]
+    Image.new("1", (10_000, 9_000)).save(path)
+    _, kept, problems = read_pictures([str(path)], read)
+    assert not kept
+    assert "vast.png has 10000 x 9000" in problems[0]
+
+
+def test_a_picture_that_no_browser_shows_is_shown_all_the_same(events, tmp_path):
+    pillow_heif = pytest.importorskip("pillow_heif", reason="pip install 'mmllm[heif]'")
+    path = tmp_path / "IMG_1.HEIC"
+    pillow_heif.from_pillow(Image.new("RGB", (3000, 2000), "red")).save(path)
+    ask(events, "what is it?", [path])
+    (turn,) = events.sessions.of("a tab").turns
+    (picture,) = turn.pictures
+    assert picture.image.size == (2000, 3000)
+    with Image.open(picture.shown) as shown_picture:
+        assert (shown_picture.format, shown_picture.size) == ("JPEG", (1280, 853))
+    assert turn.answer
+    events.leave(tab())
+    assert not path.exists()
+    assert not picture.shown.exists()
+
+
+def test_a_picture_is_decoded_once_whatever_is_asked_about_it(events, picture, monkeypatch):
+    decoded = []
+    load = ImageFile.ImageFile.load
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", lambda one: decoded.append(one) or load(one))
+    ask(events, "what is it?", [picture])
+    num_asked = len(decoded)
+    ask(events, "and what else?")
+    events.retry(tab())
+    list(events.answer(*GREEDY, tab()))
+    assert num_asked == len(decoded)
+    assert all(one is decoded[0] for one in decoded)  # Pillow asks one picture twice, and decodes it once
+
+
+def test_words_that_cannot_be_asked_are_refused_or_text_and_the_chat_goes_on(events):
+    _, _, notice = events.send({"text": "say <image> twice", "files": []}, tab())
+    list(events.answer(*GREEDY, tab()))
+    turns = events.sessions.of("a tab").turns
+    assert (not turns) == ("This question cannot be asked" in notice)  # either way nothing is in the way of the next
+    ask(events, "hello again")
+    assert turns[-1].answer
+    assert not turns[-1].problem
 
 
 def test_too_many_pictures_are_counted(picture):
-    _, problems = check_message("what is it?", [str(picture)] * (MAX_PICTURES + 1))
+    _, _, problems = read_pictures([str(picture)] * (MAX_PICTURES + 1), read)
     assert problems == [
         f"{MAX_PICTURES + 1} pictures are attached, one message takes up to {MAX_PICTURES}; remove some"
     ]
@@ -227,11 +196,11 @@ def test_a_conversation_that_does_not_fit_says_so_in_the_chat(events, engine):
     assert events.sessions.of("a tab").turns[1].answer
 
 
-def test_a_picture_that_is_gone_is_named_in_the_chat(events, picture):
+def test_a_picture_that_is_gone_by_now_was_read_when_it_was_sent(events, picture):
     events.send({"text": "what is it?", "files": [str(picture)]}, tab())
     picture.unlink()
     list(events.answer(*GREEDY, tab()))
-    assert "no image file at" in events.sessions.of("a tab").turns[0].problem
+    assert events.sessions.of("a tab").turns[0].answer
 
 
 def test_stop_ends_the_computation(events):
@@ -280,7 +249,8 @@ def test_retry_undo_edit_and_clear(events, picture):
     assert len(chat) == 3
     ask(events, "two?")
     events.edit(SimpleNamespace(index=1, value="one more?"), tab())
-    assert [(turn.text, turn.pictures, turn.is_open) for turn in turns.turns] == [("one more?", (picture,), True)]
+    (turn,) = turns.turns
+    assert (turn.text, turn.pictures[0].file, turn.is_open) == ("one more?", picture, True)
     list(events.answer(*GREEDY, tab()))
     composer, chat, _ = events.undo(tab())
     assert composer == {"text": "one more?", "files": [str(picture)]}
@@ -293,7 +263,7 @@ def test_retry_undo_edit_and_clear(events, picture):
 def test_an_edit_to_nothing_changes_nothing(events):
     ask(events, "one?")
     _, notice = events.edit(SimpleNamespace(index=0, value=" "), tab())
-    assert "cannot be empty" in notice
+    assert "The old question stays" in notice
     assert events.sessions.of("a tab").turns[0].text == "one?"
 
 
@@ -360,7 +330,7 @@ def test_an_example_is_asked_with_its_pictures(events):
     events.ask_example(SimpleNamespace(index=len(WANTED) - 1), tab())
     turn = events.sessions.of("a tab").turns[0]
     assert turn.text == events.examples[-1].question
-    assert turn.pictures == events.examples[-1].pictures
+    assert tuple(picture.file for picture in turn.pictures) == events.examples[-1].pictures
 
 
 def test_counts_are_dashes_until_there_is_a_reply():

@@ -216,7 +216,7 @@ def test_a_file_that_is_too_large_is_refused_with_the_limit(page, tmp_path):
     from demo.chat import MAX_FILE_SIZE
 
     huge = tmp_path / "huge.png"
-    huge.write_bytes(b"\x89PNG" + bytes(21 * 2**20))
+    huge.write_bytes(b"\x89PNG" + bytes(65 * 2**20))
     page.tab.set_input_files("#composer input[type=file]", str(huge))
     said = page.tab.get_by_test_id("toast-body").first
     page.expect(said).to_contain_text("huge.png")

@@ -18,7 +18,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from mmllm.cli import app
-from mmllm.inference.caption import SUFFIXES, Ledger, _Failures, _Job, _Progress, find_pictures
+from mmllm.data.folders import PICTURE_ENDINGS
+from mmllm.inference.caption import Ledger, _Failures, _Job, _Progress, find_pictures
 from mmllm.inference.engine import Engine, Reply, Sampling
 from mmllm.model.checkpoint import load_checkpoint, save_checkpoint
 
@@ -54,10 +55,10 @@ def names(path: Path) -> list[str]:
 
 
 def test_folders_are_searched_for_pictures_and_files_are_always_tried(pictures: Path) -> None:
-    found, closed = find_pictures([pictures, pictures / "b.png", pictures / "notes.txt", pictures / "gone.png"])
-    relative = [str(Path(path).relative_to(pictures)) for path in found]
+    found = find_pictures([pictures, pictures / "b.png", pictures / "notes.txt", pictures / "gone.png"])
+    relative = [str(Path(path).relative_to(pictures)) for path in found.paths]
     assert relative == ["a.JPG", "b.png", "broken.png", "deep/c.webp", "deep/er/d.gif", "gone.png", "notes.txt"]
-    assert closed == {}
+    assert not found.failed
 
 
 def test_every_picture_gets_one_line_and_a_broken_one_stops_nothing(
@@ -158,7 +159,10 @@ def test_a_killed_job_goes_on_and_captions_each_picture_once(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{empty}", "--out", "{out}"], "no pictures in {empty}; searched for files that end in " + " ".join(SUFFIXES)),
+        (
+            ["{empty}", "--out", "{out}"],
+            "no pictures in {empty}; searched for files that end in " + " ".join(PICTURE_ENDINGS),
+        ),
         (["{picture}", "--out", "{empty}"], "is a folder or a device"),
         (["{picture}", "--out", "/dev/full"], "is a folder or a device"),
         (["{picture}", "--out", "{out}", "--prompt", " "], "the prompt is empty"),
@@ -254,3 +258,36 @@ def test_replies_are_those_of_the_chat(tiny_checkpoint: Path, pictures: Path, tm
         reply = engine.reply(Conversation().ask("what?", [row["image"]]), Sampling(max_new_tokens=3))
         assert isinstance(reply, Reply)
         assert row["caption"] == reply.text
+
+
+def test_a_caption_that_was_cut_off_is_written_anew_where_it_may_be_longer(
+    tiny_checkpoint: Path, pictures: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "captions.jsonl"
+    (pictures / "broken.png").unlink()
+    _, said, _ = caption(tiny_checkpoint, pictures, "--out", out)
+    assert "the same command with --max-new-tokens 6 writes them anew" in said
+    assert [row["finish"] for row in lines(out)] == ["length"] * 4
+    _, said, _ = caption(tiny_checkpoint, pictures, "--out", out)  # not with the same limit
+    assert "0 left" in said
+    before = out.read_text().splitlines()
+    out.write_text("".join(line + "\n" for line in [*before[:3], before[3].replace('"length"', '"end"')]))
+    options = ["caption", str(tiny_checkpoint), str(pictures), "--out", str(out), "--max-new-tokens", "6"]
+    said = CliRunner().invoke(app, options).stdout
+    assert "3 left, 3 of them cut off before and written anew now" in said
+    rows = lines(out)
+    assert Counter(row["image"] for row in rows) == Counter(json.loads(line)["image"] for line in before)
+    assert sorted(row["max_new_tokens"] for row in rows) == [3, 6, 6, 6]
+
+
+def test_a_disk_without_locks_is_written_all_the_same_and_it_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")  # what NFS without its lock service answers
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with Ledger(tmp_path / "captions.jsonl") as ledger:
+        ledger.append([{"image": "a.png", "caption": "a", "finish": "end"}])
+    assert "on a file system without locks" in capsys.readouterr().out
+    assert names(tmp_path / "captions.jsonl") == ["a.png"]

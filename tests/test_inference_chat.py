@@ -166,7 +166,7 @@ def test_pictures_belong_to_the_next_question(terminal: Terminal, picture: Path,
     terminal.take("which are the same?")
     terminal.take("why?")
     first, second = terminal.conversation.turns
-    assert [image.size for image in first.pictures] == [(40, 30), (40, 30), (8, 8)]
+    assert [image.size for image in first.pictures] == [(30, 40), (30, 40), (8, 8)]
     assert (second.question, second.pictures, terminal.waiting) == ("why?", (), [])
 
 

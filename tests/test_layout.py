@@ -17,7 +17,7 @@ ABOVE_LIBRARY = ("train", "demo", "bench", "tests")
 
 # A room of mmllm imports itself and rooms that stand before it; those of one row do not import each other.
 ROOMS = (
-    ("user_error",),
+    ("paths", "locks", "user_error"),
     ("config_base",),
     ("config_training",),
     ("batch", "config"),
@@ -31,7 +31,14 @@ ROOMS = (
     ("cli", "__main__"),
 )
 LEVELS = {room: level for level, row in enumerate(ROOMS) for room in row}
-DEMO_USES = {"batch", "scenes", "errors", "data", "inference"}  # the page knows nothing about models and training
+DEMO_USES = {
+    "paths",
+    "batch",
+    "scenes",
+    "errors",
+    "data",
+    "inference",
+}  # the page knows nothing about models and training
 HEAVY = {"torch", "torchvision", "transformers", "open_clip", "accelerate", "datasets", "gradio", "matplotlib", "peft"}
 
 MAX_FILE_LINES = 400

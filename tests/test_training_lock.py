@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
 import signal
@@ -13,6 +15,8 @@ from typing import Any
 import pytest
 from tiny_runs import start_in_own_process, train_in_process
 
+from mmllm.model.checkpoint import load_checkpoint, read_manifest, save_checkpoint
+from mmllm.training.feature_files import FeatureFile, PictureHashes, has_locks
 from mmllm.training.lock import LOCK_FILE, LockedError, only_run
 from mmllm.training.run import main
 
@@ -63,6 +67,29 @@ def test_a_killed_run_blocks_nobody_though_its_workers_live_on(tiny_runs: Path, 
     train_in_process(tiny_runs / "stage2.yaml", tmp_path / "out")
     assert (tmp_path / "out" / "manifest.json").is_file()
     assert not (tmp_path / "out" / LOCK_FILE).exists()
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_disk_without_locks_is_trained_on_saved_to_and_cached_and_it_is_said(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(code, os.strerror(code))  # as NFS, Lustre and file systems in user space answer
+
+    model, processor, _ = load_checkpoint(tiny_checkpoint)
+    monkeypatch.setattr("fcntl.flock", refuse)
+    monkeypatch.setattr("fcntl.lockf", refuse)
+    with only_run(tmp_path / "out"):
+        assert "on a file system without locks" in capsys.readouterr().out
+        save_checkpoint(tmp_path / "out", model, processor, card="a card")
+    read_manifest(tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.lock"))
+    assert not has_locks(tmp_path)
+    with FeatureFile(tmp_path, 0, 4).locked(wait=True) as is_mine:
+        assert is_mine
+    hashes = PictureHashes(tmp_path / "pictures.sqlite")  # at once: SQLite would try for a minute
+    assert hashes.of([b"a picture"]) == [hashlib.sha256(b"a picture").hexdigest()]
+    hashes.close()
 
 
 def test_a_lock_is_let_go_when_a_run_fails(tmp_path: Path) -> None:

@@ -142,6 +142,7 @@ class Report:
     bad: list[BadRow] = field(default_factory=list)  # the first MAX_LISTED
     reasons: dict[str, tuple[int, BadRow]] = field(default_factory=dict)  # without particulars: how often, the first
     undecodable: dict[str, str] = field(default_factory=dict)
+    passed_over: Counter[str] = field(default_factory=Counter)  # files of folders that are no rows; reason: how many
     unreadable: list[str] = field(default_factory=list)  # data files that cannot be used at all, and why
 
     @property
@@ -187,6 +188,7 @@ class Report:
             "without_image_asking_about_one": self.counts["asking"],
             "unread_keys": dict(self.unread.most_common()),
             "left_out_by_reason": {reason: count for reason, count, _ in self.by_reason()},
+            "passed_over": dict(self.passed_over.most_common()),
             "unreadable": self.unreadable,
             "bad": [vars(row) for row in self.bad],
         }
@@ -239,6 +241,7 @@ def inspect_sources(
             report.unreadable.append(str(error))
             continue
         if isinstance(file, DataFile):
+            report.passed_over.update(file.passed_over)
             found.append((file, np.concatenate(own["rows"]), later_repeats(np.concatenate(own["ids"]))))
         for name, arrays in columns.items():
             arrays += own[name]

@@ -171,12 +171,26 @@ def _caption(key: str, fields: Mapping[str, Any], context: Context) -> list[Turn
     if not row_pictures(fields):
         raise RowError(f"the row has {key} but no image; a caption needs the picture that it tells about")
     answer = check_text(fields[key], key)
+    if reason := _unfinished(fields):
+        raise RowError(reason)
     if IMAGE_TOKEN in answer:
         raise RowError(f"{key} holds {IMAGE_TOKEN}; a caption is text alone")
     return [
         Turn("user", "user", f"{IMAGE_TOKEN}\n{context.prompt}", (None,)),
         Turn("assistant", key, answer, ()),
     ]
+
+
+def _unfinished(fields: Mapping[str, Any]) -> str | None:
+    """Why a line of `mmllm caption` is no answer to learn; None where it is one, or a row of something else."""
+    if "model_hash" not in fields or "num_new_tokens" not in fields:
+        return None
+    if fields.get("finish") == "length":
+        return (
+            f"the caption was cut off after {fields['num_new_tokens']} tokens; run the same `mmllm caption` with a "
+            "larger --max-new-tokens, which writes it anew"
+        )
+    return "the caption has no words" if fields.get("finish") == "empty" else None
 
 
 # A row has exactly one of these keys.

@@ -98,7 +98,7 @@ class Inspector:
         data = image.load() if isinstance(image, Stored) else image
         if self.rules.decode and name not in self._decoded:
             try:
-                load_image(data)
+                load_image(data, may_shrink=True)
             except ImageError as error:
                 reason = str(error) if isinstance(image, str) else f"{name}: {error}"
                 self.part.undecodable[name] = reason

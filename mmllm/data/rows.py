@@ -11,10 +11,12 @@ from pathlib import PurePosixPath
 from typing import Any, Protocol
 
 from mmllm.data.files import DataError, RowError, expand, is_folder, join, list_folder, read_range
+from mmllm.data.folders import SIDECAR_ENDINGS, ending_of, missing_package, sort_files, tell_passed_over
 from mmllm.data.json_rows import JsonRows
 from mmllm.data.plain_copy import inner_suffix
 from mmllm.data.tables import arrow_rows, csv_rows, parquet_rows, saved_dataset
-from mmllm.data.tars import CAPTION_SUFFIXES, PICTURE_SUFFIXES, TarRows, add_member
+from mmllm.data.tars import TarRows, add_member
+from mmllm.locks import NO_LOCKS
 
 METADATA = ("metadata.jsonl", "metadata.csv")  # of datasets' imagefolder
 
@@ -34,22 +36,25 @@ class FolderRows:
 
     def __init__(self, folder: str):
         self.folder = folder
-        names = list_folder(folder, recursive=True)
-        self._pictures = [name for name in names if PurePosixPath(name).suffix[1:].lower() in PICTURE_SUFFIXES]
-        self._beside = {name for name in names if PurePosixPath(name).suffix[1:] in ("json", *CAPTION_SUFFIXES)}
+        files = sort_files(list_folder(folder, recursive=True))
+        self._pictures = files.pictures
+        self._beside = {name[: -len(ending_of(name))] + ending_of(name): name for name in files.sidecars}
+        self.passed_over = files.passed_over + files.unread_by_reason()
 
     def __len__(self) -> int:
         return len(self._pictures)
 
     def __getitem__(self, index: int) -> Any:
         name = self._pictures[index]
+        if reason := missing_package(name):
+            raise RowError(reason)
         stem = name.rsplit(".", 1)[0]
         row: dict[str, Any] = {"id": stem}
-        found = [suffix for suffix in ("json", *CAPTION_SUFFIXES) if f"{stem}.{suffix}" in self._beside]
+        found = [ending for ending in SIDECAR_ENDINGS if stem + ending in self._beside]
         if not found:
             raise RowError(f"no {stem}.txt or {stem}.json beside {name}, so there is nothing to learn about it")
-        for suffix in found:
-            add_member(row, suffix, read_range(join(self.folder, f"{stem}.{suffix}")))
+        for ending in found:
+            add_member(row, ending[1:], read_range(join(self.folder, self._beside[stem + ending])))
         return {**{key: value for key, value in row.items() if key not in ("image", "images")}, "image": name}
 
 
@@ -77,9 +82,10 @@ def _open_folder(folder: str) -> Rows:
             return MetadataRows(READERS[PurePosixPath(name).suffix]([join(folder, name)]))
     rows = FolderRows(folder)
     if not len(rows):
+        others = tell_passed_over(rows.passed_over)
         raise DataError(
-            f"{folder} is a folder without pictures or {', '.join(METADATA)}; give a folder that holds them, one that "
-            "`datasets` saved, or the path of the data file in it"
+            f"{folder} is a folder without pictures or {', '.join(METADATA)}{f' ({others})' if others else ''}; give a "
+            "folder that holds them, one that `datasets` saved, or the path of the data file in it"
         )
     return rows
 
@@ -114,6 +120,11 @@ def open_rows(path: str) -> Rows:
     try:
         rows = _open_folder(path) if is_folder(path) else _open_files(path)
     except OSError as error:
+        if error.errno in NO_LOCKS:  # of `datasets`, which locks its cache
+            raise DataError(
+                f"{path} needs a cache on a disk with locks, and that of `datasets` has none ({error.strerror}); set "
+                "HF_DATASETS_CACHE to a folder of a local disk"
+            ) from error
         raise DataError(f"{path} cannot be read ({error.strerror or error}); check the path and its rights") from error
     if not len(rows):
         raise DataError(f"{path} holds no rows; give a file with at least one conversation")

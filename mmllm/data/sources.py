@@ -7,7 +7,7 @@ Rows count from 0; in JSON lines, blank lines are not rows.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, overload
 
@@ -18,7 +18,7 @@ from mmllm.batch import Example
 from mmllm.config import SourceConfig
 from mmllm.data.files import DataError, RowError, Stored, is_folder, local_path, parent
 from mmllm.data.formats import row_id, to_example
-from mmllm.data.rows import open_rows
+from mmllm.data.rows import FolderRows, open_rows
 from mmllm.data.turns import Context
 
 __all__ = ["BadRow", "DataError", "DataFile", "Examples", "RowError", "Source", "read_source"]
@@ -82,6 +82,11 @@ class DataFile:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def passed_over(self) -> Mapping[str, int]:
+        """Of a folder of pictures, how many files are no rows, by reason."""
+        return self.rows.passed_over if isinstance(self.rows, FolderRows) else {}
 
     def raw(self, row: int) -> Any:
         """What the file says. Raises RowError where it cannot be parsed, DataError where it is not there any more."""

@@ -15,11 +15,12 @@ from typing import IO, Any
 import numpy as np
 
 from mmllm.data.files import DataError, RowError, open_file, stored_part
+from mmllm.data.folders import PICTURE_ENDINGS, SIDECAR_ENDINGS
 from mmllm.data.json_rows import parse_row
 from mmllm.data.plain_copy import DAMAGE, open_decompressed, plain_copy
 
-PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "ppm")
-CAPTION_SUFFIXES = ("txt", "text", "caption")
+PICTURE_SUFFIXES = tuple(ending[1:] for ending in PICTURE_ENDINGS)
+CAPTION_SUFFIXES = tuple(ending[1:] for ending in SIDECAR_ENDINGS if ending != ".json")
 # What systems leave beside people's files: macOS its forks, Finder and Explorer their views.
 _SYSTEM_FILES = {"__MACOSX", ".DS_Store", "Thumbs.db", "desktop.ini"}
 

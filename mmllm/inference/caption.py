@@ -1,62 +1,84 @@
 """`mmllm caption`: one JSON line a picture, in batches. A job that was killed goes on where it stopped.
 
 The output file is its own ledger: a picture with a line in it, by its path as written, is done. The file is locked
-while a job writes it, and flushed after each batch.
+while a job writes it, and flushed after each batch. A caption that was cut off is marked, and replaced by a job that
+allows a longer one.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mmllm.batch import Example
-from mmllm.data.images import ImageError, load_image
+from mmllm.batch import Example, PreparedImage
+from mmllm.data.folders import PICTURE_ENDINGS, sort_files, tell_passed_over
+from mmllm.data.images import ImageError
 from mmllm.inference.conversation import user_message
 from mmllm.inference.engine import Engine, Reply, Sampling
+from mmllm.locks import lock_file, without_locks
 from mmllm.model.checkpoint import MANIFEST, file_hash, read_manifest
 
-# By these a picture is recognised in a folder; what it is, its content says. See FORMATS of mmllm.data.images.
-# fmt: off
-SUFFIXES = (
-    ".avif", ".bmp", ".dib", ".gif", ".jfif", ".jp2", ".j2k", ".jpe", ".jpeg", ".jpg", ".jpx", ".mpo", ".pbm", ".pgm",
-    ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp",
-)
-# fmt: on
 NUM_READERS = 4  # threads that decode the next batch
 SECONDS_BETWEEN_LINES = 10.0
 LINE_START = b'{"image": '
 
 
-def find_pictures(inputs: Sequence[Path]) -> tuple[list[str], dict[str, str]]:
-    """(paths of pictures, sorted, each once; folders that cannot be searched, with the reason).
+@dataclass
+class FoundPictures:
+    """What a job was given: pictures, sorted, each once, and what of it is none."""
 
-    Folders are searched all the way down for SUFFIXES; links to other folders are not followed. What is given by name
-    and is no folder counts as a picture.
+    paths: list[str]
+    failed: dict[str, str]  # folders that cannot be searched, and pictures of a kind that is not read, with the reason
+    passed_over: Counter[str]  # other files; reason: how many
+
+
+def find_pictures(inputs: Sequence[Path]) -> FoundPictures:
+    """Folders are searched all the way down; links to other folders are not followed.
+
+    What is given by name and is no folder counts as a picture.
     """
-    found: set[str] = set()
-    closed: dict[str, str] = {}
+    paths: set[str] = set()
+    failed: dict[str, str] = {}
+    passed_over: Counter[str] = Counter()
 
     def remember(error: OSError) -> None:
-        closed[str(error.filename)] = f"{error.filename} cannot be searched ({error.strerror}); check its rights"
+        failed[str(error.filename)] = f"{error.filename} cannot be searched ({error.strerror}); check its rights"
 
-    for given in inputs:
+    for given in dict.fromkeys(inputs):
         if not given.is_dir():
-            found.add(str(given))
-        for folder, _, names in os.walk(given, onerror=remember) if given.is_dir() else ():
-            found |= {str(Path(folder, name)) for name in names if name.lower().endswith(SUFFIXES)}
-    return sorted(found), closed
+            paths.add(str(given))
+            continue
+        walked = os.walk(given, onerror=remember)
+        names = [str(Path(folder, name).relative_to(given)) for folder, _, names in walked for name in names]
+        files = sort_files(names)
+        paths |= {str(given / name) for name in files.pictures}
+        failed |= {str(given / name): f"{given / name} is {reason}" for name, reason in files.unread.items()}
+        passed_over += files.passed_over
+    return FoundPictures(sorted(paths), failed, passed_over)
+
+
+@dataclass(frozen=True)
+class DoneCaption:
+    """What a line of the ledger says of how a caption was made; `cut_at` is None for one that came to its end."""
+
+    model_hash: str
+    prompt: str
+    cut_at: int | None  # the tokens that were allowed
+
+    def is_of(self, stamp: Mapping[str, str]) -> bool:
+        """Whether the same model was asked the same."""
+        return (self.model_hash, self.prompt) == (stamp["model_hash"], stamp["prompt"])
 
 
 class Ledger:
@@ -68,14 +90,16 @@ class Ledger:
             raise ValueError(f"--out {path} is a folder or a device; give the path of a file")
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a+b")
-        self.done: dict[str, tuple[str, str]] = {}  # picture -> (hash of the model, prompt)
+        self.done: dict[str, DoneCaption] = {}  # by picture; of several lines of one picture the last counts
+        self._has_replaced = False
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            outcome = lock_file(self._file)
+            if outcome == "taken":
+                raise ValueError(f"another run writes {path} now; wait for its end, or give another --out")
+            if outcome == "none":
+                print(without_locks(path), flush=True)
             self._read()
-        except BlockingIOError:
-            self._file.close()
-            raise ValueError(f"another run writes {path} now; wait for its end, or give another --out") from None
-        except ValueError:
+        except (ValueError, OSError):
             self._file.close()
             raise
 
@@ -91,7 +115,7 @@ class Ledger:
         for number, line in enumerate(self._file, 1):
             record = _record(line)
             if record is not None:
-                self.done[record["image"]] = (str(record.get("model_hash")), str(record.get("prompt")))
+                self._remember(record)
             elif not line.endswith(b"\n") and (line.startswith(LINE_START) or LINE_START.startswith(line)):
                 self._file.truncate(position)  # half a line: the run that wrote it was killed
                 break
@@ -105,9 +129,28 @@ class Ledger:
                 self._file.write(b"\n")
                 self._file.flush()
 
+    def _remember(self, record: Mapping[str, Any]) -> None:
+        self._has_replaced |= record["image"] in self.done
+        limit = record.get("max_new_tokens", record.get("num_new_tokens"))
+        cut_at = (limit if isinstance(limit, int) else 0) if record.get("finish") == "length" else None
+        self.done[record["image"]] = DoneCaption(str(record.get("model_hash")), str(record.get("prompt")), cut_at)
+
     def append(self, records: Sequence[dict[str, Any]]) -> None:
         self._file.write(b"".join(json.dumps(record).encode() + b"\n" for record in records))
         self._file.flush()
+        for record in records:
+            self._remember(record)
+
+    def drop_replaced(self) -> None:
+        """Leaves one line a picture, its last, where captions were written anew; killed in between, both stay."""
+        if not self._has_replaced:
+            return
+        self._file.seek(0)
+        lines = {(_record(line) or {}).get("image"): line for line in self._file}
+        partial = self.path.with_name(f"{self.path.name}.part")
+        partial.write_bytes(b"".join(lines.values()))
+        partial.replace(self.path)
+        self._has_replaced = False
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
@@ -171,37 +214,51 @@ def caption_pictures(
     if not prompt.strip():
         raise ValueError("the prompt is empty; say what the model is asked for each picture")
     read_manifest(model)  # a wrong path is told before anything is searched or written
-    pictures, closed = find_pictures(inputs)
-    if not pictures and not closed:
-        searched = ", ".join(map(str, inputs))
-        raise ValueError(f"no pictures in {searched}; searched for files that end in {' '.join(SUFFIXES)}")
+    found = find_pictures(inputs)
+    passed_over = tell_passed_over(found.passed_over)
+    if not found.paths and not found.failed:
+        searched = ", ".join(map(str, inputs)) + (f" ({passed_over})" if passed_over else "")
+        raise ValueError(f"no pictures in {searched}; searched for files that end in {' '.join(PICTURE_ENDINGS)}")
     stamp = {"model": model.resolve().name, "model_hash": file_hash(model / MANIFEST)[:16], "prompt": prompt}
     with Ledger(out) as ledger:
-        todo = [path for path in pictures if path not in ledger.done]
-        _say_what_is_done(ledger, pictures, todo, stamp)
+        # one that was cut off is written anew where it may become longer now
+        todo = [path for path in found.paths if not _is_done(ledger.done.get(path), stamp, max_new_tokens)]
+        _say_what_is_done(ledger, found.paths, todo, stamp)
         engine = Engine.load(model, device=device) if todo else None
         progress = _Progress(len(todo))
         failures = _Failures(out, progress)
-        for folder, reason in closed.items():
-            failures.add(folder, reason)
+        for path, reason in found.failed.items():
+            failures.add(path, reason)
         if engine is not None:
             job = _Job(engine, ledger, failures, progress, stamp)
             with progress.bar:
                 job.run(todo, batch_size, Sampling(max_new_tokens=max_new_tokens))
+            ledger.drop_replaced()
             print(job.summary(out))
+    if passed_over:
+        print(passed_over)
     if failures.count:
         print(f"{failures.count} failed: {failures.path} lists them, and the next run tries them again")
     return failures.count
+
+
+def _is_done(caption: DoneCaption | None, stamp: Mapping[str, str], max_new_tokens: int) -> bool:
+    if caption is None:
+        return False
+    return caption.cut_at is None or caption.cut_at >= max_new_tokens or not caption.is_of(stamp)
 
 
 def _say_what_is_done(ledger: Ledger, pictures: list[str], todo: list[str], stamp: dict[str, str]) -> None:
     done = [ledger.done[path] for path in pictures if path in ledger.done]
     if not done:
         return
-    others = sum(pair != (stamp["model_hash"], stamp["prompt"]) for pair in done)
+    others = sum(not one.is_of(stamp) for one in done)
     by_others = f" ({others} of them by another model or prompt)" if others else ""
+    again = sum(path in ledger.done for path in todo)
+    cut = f", {again} of them cut off before and written anew now" if again else ""
     print(
-        f"{len(done)} of {len(pictures)} pictures have a caption in {ledger.path} already{by_others}; {len(todo)} left"
+        f"{len(done)} of {len(pictures)} pictures have a caption in {ledger.path} already{by_others}; "
+        f"{len(todo)} left{cut}"
     )
 
 
@@ -211,11 +268,13 @@ class _Job:
     def __init__(self, engine: Engine, ledger: Ledger, failures: _Failures, progress: _Progress, stamp: dict[str, str]):
         self.engine, self.ledger, self.failures, self.progress, self.stamp = engine, ledger, failures, progress, stamp
         self.finishes: dict[str, int] = {}
+        self.max_new_tokens = 0
 
     def run(self, paths: Sequence[str], batch_size: int, sampling: Sampling) -> None:
         message = user_message(self.stamp["prompt"], 1)
-        for batch in _decoded(paths, batch_size):
-            good = [(path, picture) for path, picture in batch if isinstance(picture, Image.Image)]
+        self.max_new_tokens = sampling.max_new_tokens
+        for batch in _prepared(self.engine, paths, batch_size):
+            good = [(path, picture) for path, picture in batch if isinstance(picture, PreparedImage)]
             examples = [Example(path, "caption", (message,), (picture,)) for path, picture in good]
             replies = self._replies(examples, sampling)
             records = [
@@ -257,32 +316,41 @@ class _Job:
         """What is kept of a reply. One without words, or cut off, is marked by its `finish`."""
         finish = reply.finish if reply.text else "empty"
         self.finishes[str(finish)] = self.finishes.get(str(finish), 0) + 1
-        counts = {"finish": finish, "num_new_tokens": reply.num_new_tokens}
+        counts = {"finish": finish, "num_new_tokens": reply.num_new_tokens, "max_new_tokens": self.max_new_tokens}
         return {"image": path, "caption": reply.text, **self.stamp, **counts}
 
     def summary(self, out: Path) -> str:
         text = f"{sum(self.finishes.values())} pictures captioned in {out}"
-        marks = {"length": "cut off; --max-new-tokens allows more", "empty": "without words"}
+        longer = (
+            f"cut off at {self.max_new_tokens} tokens, and left out where this file is trained on; the same command "
+            f"with --max-new-tokens {2 * self.max_new_tokens} writes them anew"
+        )
+        marks = {"length": longer, "empty": "without words, and left out of training too"}
         for finish, meaning in marks.items():
             if count := self.finishes.get(finish):
                 text += f'\n{count} of them with "finish": "{finish}" ({meaning})'
         return text
 
 
-def _load(path: str) -> Image.Image | ImageError:
+def _prepare(engine: Engine, path: str) -> PreparedImage | ImageError:
     try:
-        return load_image(path)
+        return engine.prepare(path)
     except ImageError as error:
         return error
 
 
-def _decoded(paths: Sequence[str], batch_size: int) -> Iterator[list[tuple[str, Image.Image | ImageError]]]:
-    """Batches of (path, picture or why there is none); the next batch is read while the last one is used."""
-    waiting: deque[list[tuple[str, Future[Image.Image | ImageError]]]] = deque()
+def _prepared(
+    engine: Engine, paths: Sequence[str], batch_size: int
+) -> Iterator[list[tuple[str, PreparedImage | ImageError]]]:
+    """Batches of (path, picture or why there is none); the next batch is read while the last one is used.
+
+    What waits are pictures as the model takes them, however large their files are.
+    """
+    waiting: deque[list[tuple[str, Future[PreparedImage | ImageError]]]] = deque()
     pool = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="read")
     try:
         for start in range(0, len(paths), batch_size):
-            waiting.append([(path, pool.submit(_load, path)) for path in paths[start : start + batch_size]])
+            waiting.append([(path, pool.submit(_prepare, engine, path)) for path in paths[start : start + batch_size]])
             if len(waiting) > 1:
                 yield [(path, future.result()) for path, future in waiting.popleft()]
         for batch in waiting:

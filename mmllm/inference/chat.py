@@ -21,9 +21,11 @@ from types import FrameType
 import torch
 from rich.console import Console
 
-from mmllm.data.images import ImageError, load_image
-from mmllm.inference.conversation import Conversation, Picture
+from mmllm.batch import ImageSource
+from mmllm.data.images import ImageError
+from mmllm.inference.conversation import Conversation
 from mmllm.inference.engine import Engine, Reply, Sampling
+from mmllm.paths import expand_path
 
 HELP = """\
 /image FILE ...  show pictures; they belong to your next question
@@ -51,7 +53,7 @@ def ask_once(engine: Engine, prompt: str, images: list[Path], sampling: Sampling
 
 def talk(engine: Engine, images: list[Path], sampling: Sampling) -> None:
     """Talks until the end of input or /quit. Raises ImageError for a wrong one of `images`, of the first question."""
-    Terminal(engine, sampling, [load_image(path) for path in images]).run()
+    Terminal(engine, sampling, [engine.prepare(path) for path in images]).run()
 
 
 def printable(text: str) -> str:
@@ -89,10 +91,10 @@ def _stopped_by_ctrl_c(stop: threading.Event) -> Iterator[None]:
 class Terminal:
     """One chat. Pictures are read when they are shown, so that a file that changes later changes no earlier turn."""
 
-    def __init__(self, engine: Engine, sampling: Sampling, pictures: list[Picture]):
+    def __init__(self, engine: Engine, sampling: Sampling, pictures: list[ImageSource]):
         self.engine, self.sampling = engine, sampling
         self.conversation = Conversation(label=engine.picture_label)
-        self.waiting = list(pictures)  # for the next question
+        self.waiting = pictures  # for the next question
         self.is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
         self.out = Console(markup=False, highlight=False, emoji=False)
         self.notes = Console(stderr=True, markup=False, highlight=False, emoji=False, soft_wrap=True)
@@ -150,16 +152,20 @@ class Terminal:
         if not text:
             self._error("/image needs the path of a picture")
             return
-        for path in _paths(text):
+        try:
+            paths = _paths(text)
+        except ValueError as error:
+            self._error(error)
+            return
+        for path in paths:
             try:
-                picture = load_image(path)
+                picture = self.engine.prepare(path)
             except ImageError as error:
                 self._error(error)
                 continue
             self.waiting.append(picture)
-            self.notes.print(
-                f"picture {len(self.waiting)}: {path} ({picture.width} x {picture.height}); now ask about it"
-            )
+            height, width = picture.size
+            self.notes.print(f"picture {len(self.waiting)}: {path} ({width} x {height}); now ask about it")
 
     def _undo(self) -> None:
         if self.waiting:
@@ -213,10 +219,10 @@ class Terminal:
 
 def _paths(text: str) -> list[str]:
     """One path with spaces where there is such a file, else several, quoted as in a shell."""
-    if Path(text).expanduser().exists():
-        return [str(Path(text).expanduser())]
+    if Path(expand_path(text)).exists():
+        return [expand_path(text)]
     try:
         words = shlex.split(text)
     except ValueError:  # a quote without its twin
         words = [text]
-    return [str(Path(word).expanduser()) for word in words]
+    return [expand_path(word) for word in words]

@@ -18,6 +18,7 @@ from mmllm.config import ConfigError, ModelConfig, SourceConfig, StageConfig
 from mmllm.config_file import load_config
 from mmllm.data.chat import Renderer
 from mmllm.data.check import Report, inspect_sources, num_shared, refusal
+from mmllm.data.folders import tell_passed_over
 from mmllm.data.inspection import Part, Rules, positions_note
 from mmllm.data.quarantine import Writer
 from mmllm.data.sources import Examples
@@ -170,6 +171,8 @@ def _judge(name: str, found: Findings, text_side: TextSide | None, problems: lis
     longest, limit = int(report.lengths.max(initial=0)), text_side.trained_length_tokens if text_side else None
     if limit and longest > limit:
         notes.append(f"{name}: the longest example has {longest} tokens, but the LLM was made for {limit}")
+    if passed_over := tell_passed_over(report.passed_over):
+        notes.append(f"{name}: {passed_over}")
     if report.unread:
         keys = ", ".join(f"{key} ({count:,} rows)" for key, count in report.unread.most_common(8))
         notes.append(f"{name}: keys of rows that are not read: {keys}")

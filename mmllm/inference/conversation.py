@@ -5,11 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from PIL import Image
-
-from mmllm.batch import PICTURE_LABEL, Example, Message, Part, message, picture_marks
-
-Picture = str | bytes | Image.Image  # a path, or a picture in memory
+from mmllm.batch import PICTURE_LABEL, Example, ImageSource, Message, Part, message, picture_marks
 
 
 def user_message(text: str, num_pictures: int, first_image: int = 0, *, label: str = PICTURE_LABEL) -> Message:
@@ -28,7 +24,7 @@ class Turn:
     """A question with its pictures, and the answer to it."""
 
     question: str
-    pictures: tuple[Picture, ...]
+    pictures: tuple[ImageSource, ...]
     answer: str
 
 
@@ -39,12 +35,12 @@ class Conversation:
     turns: list[Turn] = field(default_factory=list)
     label: str = PICTURE_LABEL  # what stands before each of several pictures
 
-    def ask(self, question: str, pictures: Sequence[Picture] = ()) -> Example:
+    def ask(self, question: str, pictures: Sequence[ImageSource] = ()) -> Example:
         """All turns and this question behind them. Raises ValueError for a question without words."""
         if not question.strip():
             raise ValueError("the question is empty; ask something")
         messages: list[Message] = []
-        images: list[Picture] = []
+        images: list[ImageSource] = []
         for turn in self.turns:
             messages.append(user_message(turn.question, len(turn.pictures), len(images), label=self.label))
             messages.append(Message("assistant", (turn.answer,)))
@@ -52,7 +48,7 @@ class Conversation:
         messages.append(user_message(question.strip(), len(pictures), len(images), label=self.label))
         return Example("question", "chat", tuple(messages), (*images, *pictures))
 
-    def add(self, question: str, pictures: Sequence[Picture], answer: str) -> None:
+    def add(self, question: str, pictures: Sequence[ImageSource], answer: str) -> None:
         self.turns.append(Turn(question.strip(), tuple(pictures), answer))
 
     def take_back(self) -> Turn | None:

@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmllm.batch import Example
+from mmllm.batch import Example, ImageSource, PreparedImage
 from mmllm.data.chat import Rendered, Renderer
-from mmllm.data.images import load_image
+from mmllm.data.images import image_size, load_image
 from mmllm.inference.placement import answer_dtype, spread_model
-from mmllm.inference.seen import as_seen
+from mmllm.inference.seen import as_seen, preview
 from mmllm.model.checkpoint import load_checkpoint
 from mmllm.model.positions import position_limit
 from mmllm.model.processor import VisionLanguageProcessor
@@ -76,14 +76,26 @@ class _Streamer:
         """Nothing is held back."""
 
 
-def load_pixels(
-    processor: VisionLanguageProcessor, images: Sequence[str | Path | bytes | Image.Image]
-) -> dict[str, Tensor]:
+def load_prepared(processor: VisionLanguageProcessor, image: ImageSource | Path) -> PreparedImage:
+    """A picture as the model takes it, and the only thing that stays of it. Raises ImageError."""
+    if isinstance(image, PreparedImage):
+        return image
+    return processor.prepare(load_image(image, may_shrink=True), image_size(image))
+
+
+def load_pixels(processor: VisionLanguageProcessor, images: Sequence[ImageSource | Path]) -> dict[str, Tensor]:
     """Pictures as the model takes them: `pixel_values` [N, C, H, W] in float32, and `image_sizes` where they count.
 
-    Raises ImageError for what is no picture.
+    Large ones are read and made small one by one. Raises ImageError for what is no picture.
     """
-    return processor.image_inputs([load_image(image) for image in images])
+    return processor.image_inputs(_loaded(processor, image) for image in images)
+
+
+def _loaded(processor: VisionLanguageProcessor, image: ImageSource | Path) -> Image.Image | PreparedImage:
+    if isinstance(image, PreparedImage):
+        return image
+    picture, size = load_image(image, may_shrink=True), image_size(image)
+    return picture if picture.size == size[::-1] else processor.prepare(picture, size)
 
 
 def find_device(name: str | None) -> torch.device:
@@ -160,11 +172,20 @@ class Engine:
         """The exact prompt as text; each picture is one `<image>`."""
         return self.renderer.text(example.messages)
 
-    def seen(self, image: str | Path | bytes | Image.Image) -> Image.Image:
-        """The picture as the vision tower sees it: resized, cropped or padded, values back in 0-255."""
-        return as_seen(self.processor.image_layout, self.processor.image_processor, image)
+    def prepare(self, image: ImageSource | Path) -> PreparedImage:
+        """A picture as this model takes it, to be asked about any number of times. Raises ImageError."""
+        return load_prepared(self.processor, image)
 
-    def inputs(self, rendered: Sequence[Rendered], images: Sequence[str | bytes | Image.Image]) -> dict[str, Tensor]:
+    def prepare_shown(self, image: str | Path, longest_px: int) -> tuple[PreparedImage, Image.Image]:
+        """A picture as this model takes it, and one for people, with no longer side than this; decoded once."""
+        picture = load_image(image, may_shrink=True)
+        return self.processor.prepare(picture, image_size(image)), preview(picture, longest_px)
+
+    def seen(self, image: ImageSource | Path) -> Image.Image:
+        """The picture as the vision tower sees it: resized, cropped or padded, values back in 0-255."""
+        return as_seen(self.processor.image_layout, self.processor.image_processor, self.prepare(image))
+
+    def inputs(self, rendered: Sequence[Rendered], images: Sequence[ImageSource]) -> dict[str, Tensor]:
         """Prompts padded on the left, whatever the tokenizer says, and their pictures one behind the other."""
         device = self.model.device
         longest = max(len(one.input_ids) for one in rendered)

@@ -16,19 +16,30 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from mmllm.batch import IGNORE_INDEX, IMAGE_TOKEN, Example, ImageRef, Message, picture_marks
+from mmllm.batch import (
+    IGNORE_INDEX,
+    IMAGE_TOKEN,
+    Example,
+    ImageRef,
+    ImageSource,
+    Message,
+    PreparedImage,
+    picture_marks,
+)
 from mmllm.config import ConfigError, DataConfig, ModelConfig, StageConfig
 from mmllm.config_file import load_config
 from mmllm.data.chat import Rendered, Renderer
 from mmllm.data.check import left_out
-from mmllm.data.images import load_image
+from mmllm.data.images import image_size, load_image
 from mmllm.data.sources import DataError, read_source
 from mmllm.inference.check import load_text_side
 from mmllm.inference.conversation import Conversation
-from mmllm.inference.seen import as_seen
+from mmllm.inference.seen import as_seen, preview
 from mmllm.model.layout import Layout
 from mmllm.model.processor import VisionLanguageProcessor
 from mmllm.model.vision import load_tower
+
+PREVIEW_PX = 2048  # the longer side of a stored picture, as it is shown
 
 Kind = Literal["image", "prompt", "answer", "end"]
 
@@ -45,9 +56,13 @@ class Token:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture of the example, upright as it is stored, and as the vision tower sees it."""
+    """A picture of the example, upright as it is stored, and as the vision tower sees it.
+
+    `stored` is made smaller where it is large; `stored_px` is its true (width, height).
+    """
 
     name: str
+    stored_px: tuple[int, int]
     stored: Image.Image
     seen: Image.Image
 
@@ -134,7 +149,7 @@ class Explanation:
             "counts": self.counts,
             "tokens": [vars(token) for token in self.tokens],
             "pictures": [
-                {"name": picture.name, "stored_px": picture.stored.size, "seen_px": picture.seen.size}
+                {"name": picture.name, "stored_px": picture.stored_px, "seen_px": picture.seen.size}
                 for picture in self.pictures
             ],
             "prompts": [
@@ -176,11 +191,7 @@ def explain(config_path: Path, overrides: list[str], *, sample: str | None = Non
     transform = _transform(config.model, text_side.layout)
     rendered = renderer.render_example(example)
     pictures = [
-        Picture(
-            image if isinstance(image, str) else f"picture {number}",
-            load_image(image),
-            as_seen(text_side.layout, transform, image),
-        )
+        _picture(image, f"picture {number}", text_side.layout, transform)
         for number, image in enumerate(example.images, start=1)
     ]
     return Explanation(
@@ -195,6 +206,13 @@ def explain(config_path: Path, overrides: list[str], *, sample: str | None = Non
         _prompts(renderer, example, rendered, text_side.picture_label),
         text_side.picture_label,
     )
+
+
+def _picture(image: ImageSource, unnamed: str, layout: Layout, transform: Any) -> Picture:
+    assert not isinstance(image, PreparedImage), "what is read from data is no prepared picture"
+    picture, size = load_image(image, may_shrink=True), image_size(image)
+    seen = as_seen(layout, transform, PreparedImage(size, layout.prepare(transform, picture, size)))
+    return Picture(image if isinstance(image, str) else unnamed, size[::-1], preview(picture, PREVIEW_PX), seen)
 
 
 def _transform(config: ModelConfig, layout: Layout) -> Any:

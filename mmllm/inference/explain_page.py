@@ -54,16 +54,17 @@ def _data_uri(picture: Image.Image) -> str:
 
 def _pictures(pictures: Sequence[Picture]) -> str:
     return "".join(
-        f"<section><div class=pictures>{_figure(picture.stored, 'as stored')}"
-        f"{_figure(picture.seen, 'as the tower sees it')}</div><p class=where>{_plain(picture.name)}</p></section>\n"
+        f"<section><div class=pictures>{_figure(picture.stored, picture.stored_px, 'as stored')}"
+        f"{_figure(picture.seen, picture.seen.size, 'as the tower sees it')}</div>"
+        f"<p class=where>{_plain(picture.name)}</p></section>\n"
         for picture in pictures
     )
 
 
-def _figure(picture: Image.Image, caption: str) -> str:
+def _figure(picture: Image.Image, size_px: tuple[int, int], caption: str) -> str:
     shown = picture.copy()
     shown.thumbnail((MAX_SIDE_PX, MAX_SIDE_PX))
-    size = f"{picture.width} × {picture.height} pixels"
+    size = f"{size_px[0]} × {size_px[1]} pixels"
     return (
         f'<figure><img src="{_data_uri(shown)}" alt="The picture {caption}">'
         f"<figcaption><b>{caption}</b> {size}</figcaption></figure>"

@@ -67,7 +67,7 @@ def half_blocks(picture: Image.Image, columns: int) -> Text:
 
 def _show_pictures(console: Console, found: Explanation) -> None:
     for picture in found.pictures:
-        sizes = [f"{shown.width} x {shown.height}" for shown in (picture.stored, picture.seen)]
+        sizes = [f"{width} x {height}" for width, height in (picture.stored_px, picture.seen.size)]
         if not console.is_terminal or not console.color_system:
             console.print(f"{printable(picture.name)}: {sizes[0]}, {sizes[1]} as the tower sees it", soft_wrap=True)
             continue

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,26 +9,35 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from mmllm.data.images import load_image
+from mmllm.batch import PreparedImage
+from mmllm.model.large_pictures import resize
 from mmllm.model.layout import Layout, Native, Tiles
 
 GAP_PX = 4  # white, between the views of one picture
 
 
-def as_seen(layout: Layout, transform: Any, image: str | Path | bytes | Image.Image) -> Image.Image:
-    """What a tower with this image processor gets, values back in 0-255. Raises ImageError.
+def as_seen(layout: Layout, transform: Any, image: PreparedImage) -> Image.Image:
+    """What a tower with this image processor gets, values back in 0-255.
 
     Of tiles, the whole picture stands on the left and the grid of tiles beside it.
     """
-    picture = load_image(image)
-    inputs = layout.inputs(transform([picture], return_tensors="pt"))
+    inputs = image.inputs
     pixels = inputs["pixel_values"][0]
     if isinstance(layout, Tiles):
         views = [_to_image(view, transform) for view in pixels]
-        return _mosaic(views, *layout.grid((picture.height, picture.width)))
+        return _mosaic(views, *layout.grid(image.size))
     if isinstance(layout, Native):
         pixels = layout.as_pixels(inputs["pixel_values"], tuple(inputs["image_sizes"][0].tolist()))[0]
     return _to_image(pixels, transform)
+
+
+def preview(picture: Image.Image, longest_px: int) -> Image.Image:
+    """The picture to be looked at: made smaller where a side is longer than this."""
+    scale = longest_px / max(picture.size)
+    if scale >= 1:
+        return picture
+    width, height = (max(1, round(side * scale)) for side in picture.size)
+    return resize(picture, (width, height), Image.Resampling.BICUBIC)
 
 
 def _to_image(pixels: Tensor, transform: Any) -> Image.Image:  # [C, H, W]

@@ -19,6 +19,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from mmllm.locks import NO_LOCKS
 from mmllm.model.adapter import (
     CHECKPOINT,
     MANIFEST,
@@ -124,6 +125,23 @@ def new_folder(folder: Path) -> Iterator[Path]:
         raise
 
 
+@contextlib.contextmanager
+def _one_save(path: Path) -> Iterator[None]:
+    """Holds the lock of a folder, where its file system has locks; where not, a run has said so at its start."""
+    lock = FileLock(path, fallback_to_soft=False)  # a mark of a killed process would stay there
+    try:
+        lock.acquire()
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def save_checkpoint(
     folder: str | Path,
     model: VisionLanguageModel,
@@ -146,7 +164,7 @@ def save_checkpoint(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     partial, lock = folder / "checkpoint.part", folder / "checkpoint.lock"
-    with FileLock(lock):
+    with _one_save(lock):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         try:
@@ -161,7 +179,7 @@ def save_checkpoint(
             shutil.rmtree(partial, ignore_errors=True)  # what cannot be used shall not fill the disk
             raise
         _move_in(partial, folder)
-        lock.unlink()  # while it is held: who waits for it sees that it is gone and takes a new one
+        lock.unlink(missing_ok=True)  # while it is held: who waits for it sees that it is gone and takes a new one
 
 
 def _write(folder: Path, model: VisionLanguageModel, processor: VisionLanguageProcessor, base: Any) -> None:

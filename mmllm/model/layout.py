@@ -16,10 +16,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from mmllm.config import ConfigError, VisionConfig
+from mmllm.model.large_pictures import MAX_ORDINARY_PIXELS, fit_as, fit_inside, num_pixels_as, resize
 from mmllm.model.tower import INTERPOLATIONS, TowerSpec, VisionTower
 from projector import Projector
 
@@ -50,6 +53,29 @@ class Layout:
     def inputs(self, processed: Mapping[str, Any]) -> dict[str, Any]:
         """What the model takes of what the image processor gives."""
         return {"pixel_values": processed["pixel_values"]}
+
+    def prepare(self, transform: Any, picture: Image.Image, size: Pair) -> dict[str, Any]:
+        """What the model takes of one picture, in little more memory than that. `size` may be larger than what it has.
+
+        Pictures of ordinary size go through the image processor as they are.
+        """
+        if self.num_pixels(transform, size) > MAX_ORDINARY_PIXELS or picture.size != size[::-1]:
+            return self.inputs(self.prepare_large(transform, picture, size))
+        return self.inputs(transform([picture], return_tensors="pt"))
+
+    def num_pixels(self, transform: Any, size: Pair) -> int:
+        """The most pixels that the image processor would hold of a picture of this size."""
+        return num_pixels_as(transform, size)
+
+    def prepare_large(self, transform: Any, picture: Image.Image, size: Pair) -> Mapping[str, Any]:
+        """What the image processor would give, but for rounding."""
+        as_is = {"do_resize": False, "do_pad": False, "do_center_crop": False}
+        processed: Mapping[str, Any] = transform([fit_as(transform, picture)], **as_is, return_tensors="pt")
+        return processed
+
+    def join(self, prepared: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The inputs of several pictures, one behind the other."""
+        return {name: torch.cat([inputs[name] for inputs in prepared]) for name in prepared[0]}
 
     def encode(self, tower: VisionTower, pixel_values: Tensor, shapes: Sequence[Pair]) -> Tensor:
         """Patch tokens of all pictures: [N, C, H, W] -> [N, P, Dv]."""
@@ -116,6 +142,29 @@ class Tiles(Layout):
 
     def inputs(self, processed: Mapping[str, Any]) -> dict[str, Any]:
         return {name: processed[name] for name in ("pixel_values", "image_sizes")}
+
+    def num_pixels(self, transform: Any, size: Pair) -> int:
+        return math.prod(size)
+
+    def prepare_large(self, transform: Any, picture: Image.Image, size: Pair) -> Mapping[str, Any]:
+        from transformers.image_processing_utils import get_patch_output_size
+
+        (rows, columns), side, resample = self.grid(size), self.view_size_px, transform.resample
+        whole = (columns * side, rows * side)
+        height, width = get_patch_output_size(torch.empty(3, *size, device="meta"), whole[::-1], "channels_first")
+        canvas = fit_inside(picture, (width, height), whole, resample)
+        views = [resize(picture, (side, side), resample)]
+        views += [
+            canvas.crop((column * side, row * side, (column + 1) * side, (row + 1) * side))
+            for row in range(rows)
+            for column in range(columns)
+        ]
+        return {"pixel_values": _normalised(transform, views)[None], "image_sizes": torch.tensor([size])}
+
+    def join(self, prepared: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """As transformers joins them: filled up with zeros to the most views of a picture."""
+        most = max(inputs["pixel_values"].shape[1] for inputs in prepared)
+        return super().join([{**inputs, "pixel_values": _filled(inputs["pixel_values"], most)} for inputs in prepared])
 
     def encode(self, tower: VisionTower, pixel_values: Tensor, shapes: Sequence[Pair]) -> Tensor:
         """[N, views, C, H, W], filled up to the most views of a picture -> [W, P, Dv]."""
@@ -198,6 +247,15 @@ class Native(Layout):
     def inputs(self, processed: Mapping[str, Any]) -> dict[str, Any]:
         return {"pixel_values": processed["pixel_values"], "image_sizes": processed["spatial_shapes"]}
 
+    def num_pixels(self, transform: Any, size: Pair) -> int:
+        return math.prod(size)
+
+    def prepare_large(self, transform: Any, picture: Image.Image, size: Pair) -> Mapping[str, Any]:
+        rows, columns = self.shape(size)
+        seen = resize(picture, (columns * self.unit_px, rows * self.unit_px), transform.resample)
+        processed: Mapping[str, Any] = transform([seen], do_resize=False, return_tensors="pt")
+        return processed
+
     def encode(self, tower: VisionTower, pixel_values: Tensor, shapes: Sequence[Pair]) -> Tensor:
         """[N, max_tokens, unit_px * unit_px * C], filled up behind the picture -> [patches of all pictures, Dv]."""
         found: dict[int, Tensor] = {}
@@ -241,6 +299,19 @@ def _native_shape(layout: Native, size: Pair) -> Pair:
 
     height, width = get_image_size_for_max_num_patches(*size, layout.unit_px, layout.max_tokens)
     return height // layout.unit_px, width // layout.unit_px
+
+
+def _normalised(transform: Any, views: Sequence[Image.Image]) -> Tensor:  # [views, C, H, W]
+    pixels = torch.stack([torch.from_numpy(np.array(view)).permute(2, 0, 1) for view in views])
+    mean, std = tuple(transform.image_mean), tuple(transform.image_std)
+    normal: Tensor = transform.rescale_and_normalize(
+        pixels, transform.do_rescale, transform.rescale_factor, transform.do_normalize, mean, std
+    )
+    return normal
+
+
+def _filled(views: Tensor, count: int) -> Tensor:  # [1, views, C, H, W] -> [1, count, C, H, W]
+    return torch.cat([views, views.new_zeros(1, count - views.shape[1], *views.shape[2:])], 1)
 
 
 def _by_shape(shapes: Sequence[Pair]) -> dict[Pair, list[int]]:

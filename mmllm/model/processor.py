@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable
 from typing import Any
 
+from PIL import Image
 from torch import Tensor
 from transformers import AutoProcessor, ProcessorMixin
 
-from mmllm.batch import IMAGE_TOKEN, PICTURE_LABEL
+from mmllm.batch import IMAGE_TOKEN, PICTURE_LABEL, PreparedImage
+from mmllm.model.large_pictures import MAX_ORDINARY_PIXELS
 from mmllm.model.layout import Layout, build_layout
 
 
@@ -60,10 +63,37 @@ class VisionLanguageProcessor(ProcessorMixin):  # type: ignore[misc]
         """How pictures become views and tokens."""
         return build_layout(self.num_image_tokens, self.layout)
 
-    def image_inputs(self, pictures: Sequence[Any]) -> dict[str, Tensor]:
-        """What the model takes of these pictures: float32 pixels, and `image_sizes` where they count."""
-        inputs = self.image_layout.inputs(self.image_processor(list(pictures), return_tensors="pt"))
-        return {name: value.float() if value.is_floating_point() else value for name, value in inputs.items()}
+    def image_inputs(self, pictures: Iterable[Image.Image | PreparedImage]) -> dict[str, Tensor]:
+        """What the model takes of these pictures: float32 pixels, and `image_sizes` where they count.
+
+        Small pictures are processed together and large ones one by one, each asked for when it is its turn.
+        """
+        layout, done = self.image_layout, list[dict[str, Tensor]]()
+        waiting: list[Image.Image] = []
+        for picture in pictures:
+            is_large = isinstance(picture, PreparedImage) or self._is_large(layout, picture)
+            if is_large or sum(math.prod(one.size) for one in waiting) > MAX_ORDINARY_PIXELS:
+                done += self._process(layout, waiting)
+                waiting = []
+            if isinstance(picture, PreparedImage):
+                done.append(dict(picture.inputs))
+            elif is_large:
+                done.append(dict(self.prepare(picture).inputs))
+            else:
+                waiting.append(picture)
+        done += self._process(layout, waiting)
+        return done[0] if len(done) == 1 else layout.join(done)
+
+    def prepare(self, picture: Image.Image, size: tuple[int, int] | None = None) -> PreparedImage:
+        """One picture as the model takes it. `size` is its (height, width), where it was made smaller when read."""
+        size = size or (picture.height, picture.width)
+        return PreparedImage(size, _as_float32(self.image_layout.prepare(self.image_processor, picture, size)))
+
+    def _is_large(self, layout: Layout, picture: Image.Image) -> bool:
+        return layout.num_pixels(self.image_processor, (picture.height, picture.width)) > MAX_ORDINARY_PIXELS
+
+    def _process(self, layout: Layout, pictures: list[Image.Image]) -> list[dict[str, Tensor]]:
+        return [_as_float32(layout.inputs(self.image_processor(pictures, return_tensors="pt")))] if pictures else []
 
     def _process_images(self, images: Any, **kwargs: Any) -> tuple[dict[str, Any], list[str]]:
         processed, marks = super()._process_images(images, **kwargs)
@@ -75,6 +105,10 @@ class VisionLanguageProcessor(ProcessorMixin):  # type: ignore[misc]
         sizes = layout.inputs(image_inputs).get("image_sizes")
         one, two = (0, 0) if sizes is None else sizes[image_idx]
         return IMAGE_TOKEN * layout.num_tokens((int(one), int(two)))
+
+
+def _as_float32(inputs: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: value.float() if value.is_floating_point() else value for name, value in inputs.items()}
 
 
 AutoProcessor.register("mmllm", VisionLanguageProcessor, exist_ok=True)

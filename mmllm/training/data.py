@@ -13,6 +13,7 @@ from mmllm.batch import Example
 from mmllm.config import SourceConfig, StageConfig
 from mmllm.data.chat import Renderer
 from mmllm.data.check import Report, load_examples
+from mmllm.data.folders import tell_passed_over
 from mmllm.data.inspection import Rules, positions_note
 from mmllm.data.mix import mix
 from mmllm.data.quarantine import BAD_LIST, FOLDER, read_quarantine
@@ -64,6 +65,8 @@ class TrainingData:
         if report.num_bad:
             told = f"left out: {report.num_bad} of {report.num_rows} rows; `mmllm check` lists them with their reasons"
             print(told, file=sys.stderr)
+        if passed_over := tell_passed_over(report.passed_over):
+            print(passed_over, file=sys.stderr)
         return found, report
 
     @property

@@ -9,7 +9,6 @@ index, which ends with its process.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import sqlite3
@@ -18,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+from mmllm.locks import lock_file, lock_process
 
 NUM_FILES = 32
 RECORD = np.dtype([("hash", "S64"), ("sum", "<u8")])  # the hash is in hexadecimal
@@ -73,14 +74,9 @@ class FeatureFile:
 
     @contextlib.contextmanager
     def locked(self, *, wait: bool) -> Iterator[bool]:
-        """Whether this process alone may add to the file now."""
+        """Whether this process alone may add to the file now; also where there are no locks: see `has_locks`."""
         with self.index.open("ab") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                yield False
-                return
-            yield True
+            yield lock_file(file, wait=wait) != "taken"
 
     def add(self, names: Sequence[str], rows: NDArray[np.int16]) -> None:
         """Writes rows behind those that have a record. Call it under the lock. Raises OSError on a full disk."""
@@ -97,11 +93,26 @@ class FeatureFile:
             file.write(records.tobytes())
 
 
+def has_locks(folder: Path) -> bool:
+    """Whether files of this folder can be locked, found by trying."""
+    probe = folder / f"locks-{os.getpid()}.part"
+    try:
+        with probe.open("ab") as file:
+            outcome = lock_process(file.fileno())
+        probe.unlink()
+    except OSError:  # full or read-only, which who writes there says better
+        return True
+    return outcome != "none"
+
+
 class PictureHashes:
     """SHA-256 of pictures, those of files kept by size and time, so that a second start reads none of them."""
 
     def __init__(self, file: Path | None):
         table = "CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY, size INT, time INT, hash TEXT)"
+        if file and file.parent.is_dir() and not has_locks(file.parent):
+            print(f"feature cache: {file.parent} has no locks, so all pictures are read for their hashes")
+            file = None  # SQLite would wait for a lock until its timeout
         self.base = sqlite3.connect(str(file) if file else ":memory:", timeout=60)
         try:
             self.base.execute(table)

@@ -22,7 +22,7 @@ from mmllm.batch import Example
 from mmllm.config import ConfigError
 from mmllm.data.sources import DataError
 from mmllm.inference.engine import Engine, load_pixels
-from mmllm.training.feature_files import NUM_FILES, FeatureFile, PictureHashes, file_of, sums
+from mmllm.training.feature_files import NUM_FILES, FeatureFile, PictureHashes, file_of, has_locks, sums
 from mmllm.training.memory import size_text
 
 CHUNK = 128
@@ -107,6 +107,11 @@ class FeatureCache:
             return
         self._check_room(is_first=rank == 0)
         self.folder.mkdir(parents=True, exist_ok=True)
+        if world_size > 1 and not has_locks(self.folder):
+            raise DataError(
+                f"data.cache_features: {self.folder} is on a file system without locks, where {world_size} processes "
+                "cannot share one cache; give data.cache_folder=FOLDER on a local disk, or take data.cache_features out"
+            )
         wanted, first = self._by_file(), rank * NUM_FILES // world_size
         images = {name: image for image, name in self.name_of.items()}
         tower = self.engine.model.vision_tower

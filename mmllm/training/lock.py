@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+from mmllm.locks import lock_process, without_locks
 from mmllm.user_error import UserError
 
 LOCK_FILE = "run.lock"
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # file systems that are mounted without them
 
 
 class LockedError(UserError):
@@ -29,25 +27,27 @@ def _holder(path: Path) -> str:
         return "another process"
 
 
-def _acquire(path: Path) -> int:
-    """The descriptor that holds the lock. Raises LockedError where another process has it.
+def _acquire(path: Path) -> int | None:
+    """The descriptor that holds the lock; None where there are no locks. Raises LockedError where another has it.
 
-    A POSIX record lock: unlike flock's, it is not handed on to forked workers, which may outlive a killed run.
+    A record lock, since forked workers, which would inherit another one, may outlive a killed run.
     """
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+            outcome = lock_process(descriptor)
+            if outcome == "held" and path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
                 return descriptor
-            os.close(descriptor)  # who had it has just removed it: take a new one
-        except OSError as error:
+        except OSError:
             os.close(descriptor)
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise LockedError(
-                    f"{_holder(path)} trains into {path.parent} now; wait for it or stop it, or give another out=FOLDER"
-                ) from error
             raise
+        os.close(descriptor)  # who had it may have just removed it: then a new one is taken
+        if outcome == "none":
+            return None
+        if outcome == "taken":
+            raise LockedError(
+                f"{_holder(path)} trains into {path.parent} now; wait for it or stop it, or give another out=FOLDER"
+            )
 
 
 @contextlib.contextmanager
@@ -55,12 +55,10 @@ def only_run(out: Path) -> Iterator[None]:
     """Makes the folder, and holds it for this process. Raises LockedError where another process does."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / LOCK_FILE
-    try:
-        descriptor = _acquire(path)
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-        print(f"{out} is on a file system without locks: see to it that no second run writes there")
+    descriptor = _acquire(path)
+    if descriptor is None:
+        path.unlink(missing_ok=True)  # it would say that a run is there, to whom nothing tells otherwise
+        print(without_locks(out), flush=True)
         yield
         return
     try:

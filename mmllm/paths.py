@@ -1,0 +1,41 @@
+"""Paths as people write them: `~`, `$HOME` and `file://` become the path that is meant, in settings and commands alike.
+
+What is no such path stays as it is: names of a hub, addresses such as `s3://`, and Windows' `C:\\DATA~1\\x`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from urllib.parse import unquote
+
+PREFIXES = ("local-dir:", "transformers:")  # of towers: what follows is a folder, or a name of a hub
+_VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")
+_FILE_URL = re.compile(r"file:(?://(?:localhost)?)?(?=/)")
+
+
+def expand_path(text: str) -> str:
+    """The path that is meant. Raises ValueError for a variable that is not set, or a home folder that is not there.
+
+    A name with a `~` or `$` in it that is there as it is written is taken so, save for `~` itself.
+    """
+    prefix = next((prefix for prefix in PREFIXES if text.startswith(prefix)), "")
+    path = text.removeprefix(prefix)
+    if found := _FILE_URL.match(path):
+        path = path[found.end() :]
+        path = path if Path(path).exists() else unquote(path)
+    if path.startswith("~") and (path.split("/")[0] == "~" or not Path(path).exists()):
+        try:
+            path = str(Path(path).expanduser())
+        except RuntimeError as error:
+            raise ValueError(f"{text}: there is no home folder of {path.split('/')[0]}; give the whole path") from error
+    if "$" in path and not Path(path).exists():
+        path = _VARIABLE.sub(lambda found: _value_of(found[1] or found[2], text), path)
+    return prefix + path
+
+
+def _value_of(name: str, text: str) -> str:
+    if name not in os.environ:
+        raise ValueError(f"{text}: the environment has no variable {name}; set it, or give the whole path")
+    return os.environ[name]
