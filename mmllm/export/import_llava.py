@@ -66,7 +66,7 @@ def import_model(source: str, out: str | Path, options: ImportOptions) -> Verdic
         save_checkpoint(partial, model, processor, card=card, files=files, origin=origin)
         if config.get("model_type") not in LLAVAS or "vision_config" not in config:
             return None
-        written = Engine.load(partial, device="cpu")
+        written = Engine.load(partial, device="cpu", dtype="stored")
         if options.template is None:
             check_place_of_pictures(written, source)
         return compare_with_transformers(written, source, asks_alike=False)
@@ -116,7 +116,7 @@ def _pair(source: str, options: ImportOptions) -> tuple[VisionLanguageModel, Vis
         ModelConfig(
             vision=VisionConfig(source=options.vision),
             projector=ProjectorConfig(kind=options.projector),
-            language=LanguageConfig(source=source),
+            language=LanguageConfig(source=source, dtype="stored"),
             template=options.template or OWN_TEMPLATE,
         )
     )

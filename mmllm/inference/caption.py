@@ -162,7 +162,15 @@ class _Failures:
 
 
 def caption_pictures(
-    model: Path, inputs: list[Path], out: Path, *, prompt: str, batch_size: int, max_new_tokens: int, device: str | None
+    model: Path,
+    inputs: list[Path],
+    out: Path,
+    *,
+    prompt: str,
+    batch_size: int,
+    max_new_tokens: int,
+    device: str | None,
+    dtype: str | None = None,
 ) -> int:
     """Captions every picture that has no line in `out` yet; returns how many could not be captioned.
 
@@ -179,7 +187,7 @@ def caption_pictures(
     with Ledger(out) as ledger:
         todo = [path for path in pictures if path not in ledger.done]
         _say_what_is_done(ledger, pictures, todo, stamp)
-        engine = Engine.load(model, device=device) if todo else None
+        engine = Engine.load(model, device=device, dtype=dtype) if todo else None
         progress = _Progress(len(todo))
         failures = _Failures(out, progress)
         for folder, reason in closed.items():

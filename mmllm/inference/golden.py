@@ -154,8 +154,8 @@ def answer_logits(
     device = model.get_input_embeddings().weight.device
     ids = torch.tensor([[*prompt_ids, *token_ids[:-1]]], device=device)
     tensors = {name: value.to(device) for name, value in pictures.items()}
-    logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **tensors).logits
-    logits = logits[0, -len(token_ids) :].float()
+    tensors["attention_mask"] = torch.ones_like(ids)
+    logits: Tensor = model(input_ids=ids, use_cache=False, logits_to_keep=len(token_ids), **tensors).logits[0].float()
     logits[:, model.config.image_token_id] = -math.inf  # as the engine does: an answer never holds a picture
     return logits
 
@@ -350,7 +350,8 @@ def _check_answers(
     if wrong:
         meaning = "this is not the model that was saved: weights, precision, or the code that runs them changed"
         return Check("answers", False, f"{'; '.join(wrong)}: {meaning}")
-    return Check("answers", True, f"{count} tokens of {len(golden.answers)} answers in {precision}, to {most:.2g} nats")
+    text = f"{count} tokens of {len(golden.answers)} answers in {precision_of(model)}, to {most:.2g} nats"
+    return Check("answers", True, text + (f"; allowed are {allowed}" if allowed < math.inf else ""))
 
 
 def require_golden(
@@ -373,9 +374,9 @@ def require_golden(
 
 
 def load_verified(
-    folder: str | Path,
+    folder: str | Path, *, dtype: Mapping[str, torch.dtype] | None = None
 ) -> tuple[VisionLanguageModel, VisionLanguageProcessor, dict[str, Any]]:
     """`load_checkpoint`, refused where the golden answers tell that the model has changed."""
-    model, processor, manifest = load_checkpoint(folder)
+    model, processor, manifest = load_checkpoint(folder, dtype=dtype)
     require_golden(model, processor, folder)
     return model, processor, manifest

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from mmllm.config import ConfigError, LoraConfig
@@ -123,7 +124,7 @@ def merge_checkpoint(source: Path, out: Path, *, device: str | None = None) -> d
         raise CheckpointError(f"{source} holds no adapter: it is whole, and there is nothing to merge")
     check_new(out)
     place = find_device(device)
-    model, processor, manifest = load_checkpoint(source)
+    model, processor, manifest = load_checkpoint(source, dtype={"language": torch.float32})
     golden = read_golden(source)
     if golden is None or not golden.answers:
         raise CheckpointError(f"{source} has no golden answers, so merged and unmerged cannot be compared")

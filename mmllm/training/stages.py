@@ -28,7 +28,8 @@ from mmllm.inference.golden import load_verified, make_golden
 from mmllm.model.adapter import describe_base, merge_adapter
 from mmllm.model.attention import use_blocked_attention
 from mmllm.model.build import build_model
-from mmllm.model.checkpoint import save_checkpoint
+from mmllm.model.checkpoint import read_manifest, save_checkpoint, stored_dtypes
+from mmllm.model.language import DTYPES, check_attention
 from mmllm.model.processor import VisionLanguageProcessor
 from mmllm.model.quantise import quantise_language
 from mmllm.model.vlm import VisionLanguageModel
@@ -271,12 +272,35 @@ def _load_model(config: StageConfig) -> tuple[VisionLanguageModel, VisionLanguag
     """(model, processor, where it came from): a checkpoint, an adapter of its own merged, or new parts."""
     if not config.model.checkpoint:
         return build_model(config.model)
-    model, processor, manifest = load_verified(config.model.checkpoint)
-    if "base" in manifest:
+    is_adapted = "base" in read_manifest(config.model.checkpoint)
+    dtypes = _dtypes(config)
+    first = {**dtypes, "language": torch.float32} if is_adapted else dtypes  # an adapter is merged in full precision
+    model, processor, manifest = load_verified(config.model.checkpoint, dtype=first)
+    if is_adapted:
         merge_adapter(model)
+        model.language_model.to(dtypes["language"])
+    if config.model.language and config.model.language.attention:
+        check_attention(type(model.language_model), config.model.language.attention)
+        model.language_model.set_attn_implementation(config.model.language.attention)
     if config.model.template:
         processor.template = config.model.template
     return model, processor, {**manifest.get("origin", {}), "started_from": config.model.checkpoint}
+
+
+def _dtypes(config: StageConfig) -> dict[str, torch.dtype]:
+    """In which dtype each part of `model.checkpoint` is held: what is trained in fp32, the rest as it is stored.
+
+    `model.language.dtype` is another one for an LLM that is frozen or has LoRA. One in fp16, in which small gradients
+    vanish, is held in fp32, which is exact.
+    """
+    assert config.model.checkpoint is not None
+    dtypes = stored_dtypes(config.model.checkpoint)
+    if (language := config.model.language) and language.dtype != "stored":
+        dtypes["language"] = DTYPES[language.dtype]
+    is_frozen = {part: part not in config.train or (part == "language" and bool(config.lora)) for part in dtypes}
+    return {
+        part: dtype if is_frozen[part] and dtype != torch.float16 else torch.float32 for part, dtype in dtypes.items()
+    }
 
 
 def _conversation(config: RunConfig, tasks: Tasks | None) -> Stage:
