@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,16 @@ def held_in_float32(module: nn.Module) -> Iterator[None]:
     finally:
         for key, value in held.items():
             value.data = before[key]
+
+
+def moved_by_rounding(module: nn.Module, compute: Callable[[], list[Tensor]]) -> float:
+    """How far what a module in 16 bits computes is from the same in fp32; 0 where it has no 16 bits."""
+    if not any(value.dtype in HALF_TYPES for value in module.parameters()):
+        return 0.0
+    rounded = compute()
+    with held_in_float32(module):
+        exact = compute()
+    return max((float((one - other).abs().max()) for one, other in zip(rounded, exact, strict=True)), default=0.0)
 
 
 def spread_of(one: Tensor, other: Tensor) -> float:

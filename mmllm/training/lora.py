@@ -12,7 +12,7 @@ from torch import nn
 from mmllm.config import ConfigError, LoraConfig
 from mmllm.inference.engine import find_device
 from mmllm.inference.golden import all_logits, precision_of, read_golden, require_golden, with_logits
-from mmllm.model.adapter import merge_adapter, quiet_peft
+from mmllm.model.adapter import merge_adapter, quiet_bitsandbytes, quiet_peft
 from mmllm.model.checkpoint import CheckpointError, check_new, load_checkpoint, read_manifest, save_checkpoint
 from mmllm.model.tower import VisionTower
 from mmllm.model.vlm import VisionLanguageModel
@@ -31,6 +31,7 @@ _BYPASSED = {
 
 def add_lora(model: VisionLanguageModel, config: LoraConfig) -> None:
     """Puts adapters into the LLM's linear layers; they and the rows of added tokens alone get gradients there."""
+    quiet_bitsandbytes()
     try:
         import peft
     except ImportError as error:
@@ -76,6 +77,7 @@ def add_tower_lora(tower: VisionTower, config: LoraConfig) -> Any:
 
     The output layer inside torch's own attention is left alone: attention reads its weight past the layer.
     """
+    quiet_bitsandbytes()
     try:
         import peft
     except ImportError as error:

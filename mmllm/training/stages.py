@@ -106,7 +106,7 @@ class ConversationStage:
         self.depths = depths(self.model) if config.optim.layer_decay != 1.0 else {}
         self._set_modes()
         self.validation = self._validation(tasks)
-        self.notes = self.validation.notes
+        self.notes = [*self._precisions(), *self.validation.notes]
 
     def _validation(self, tasks: Tasks | None) -> Validation:
         examples = self.data.validation()
@@ -142,6 +142,16 @@ class ConversationStage:
         if lora.quantise:
             computes_in = torch.bfloat16 if self.config.optim.precision == "bf16" else torch.float32
             quantise_language(self.model.language_model, lora.quantise, compute_dtype=computes_in)
+
+    def _precisions(self) -> list[str]:
+        """What the head of the run says where not all weights are held in fp32."""
+        held = {part: str(dtype).removeprefix("torch.") for part, dtype in self.model.part_dtypes().items()}
+        lora = self.config.lora
+        if lora and lora.quantise:
+            held["language"] = f"{lora.quantise} (linear layers) and {held['language']} (embeddings and head)"
+        if set(held.values()) == {"float32"}:
+            return []
+        return [f"weights are held in: {', '.join(f'{part} {dtype}' for part, dtype in held.items())}"]
 
     def _freeze_named(self) -> None:
         """What `freeze` matches gets no gradient."""
