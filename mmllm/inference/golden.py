@@ -219,7 +219,7 @@ def _rounding(model: VisionLanguageModel, processor: VisionLanguageProcessor, go
 
 
 def _is_cheap(model: VisionLanguageModel) -> bool:
-    return sum(parameter.numel() for parameter in model.parameters()) <= CHEAP_PARAMETERS
+    return int(sum(parameter.numel() for parameter in model.parameters())) <= CHEAP_PARAMETERS
 
 
 def all_logits(
