@@ -137,7 +137,10 @@ def test_lora_on_a_checkpoint_holds_its_llm_as_stored_or_as_asked(
         settings_of(path, tmp_path, "model.language.dtype=bf16")
 
 
-def test_a_lora_of_an_llm_in_bf16_is_trained_answered_and_merged(mixed: Path, tiny_runs: Path, tmp_path: Path) -> None:
+def test_a_lora_of_an_llm_in_bf16_is_trained_answered_and_merged(
+    tiny_parts: Path, tiny_runs: Path, tmp_path: Path
+) -> None:
+    mixed = save(tmp_path / "mixed", tiny_parts, "bf16")
     path = tmp_path / "stage2.yaml"
     settings = (tiny_runs / "stage2.yaml").read_text()
     start, end = settings.index("model:"), settings.index("optim:")
