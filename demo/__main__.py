@@ -18,6 +18,7 @@ def main() -> int:
     parser.add_argument("model", metavar="MODEL", help="folder of a trained model, such as runs/tiny/stage2")
     parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="where the page is; the next free one if taken")
     parser.add_argument("--open", action=argparse.BooleanOptionalAction, default=False, help="open the browser")
+    parser.add_argument("--dtype", choices=("stored", "fp32", "bf16", "fp16"), help="what the weights are held in")
     arguments = parser.parse_args()
     if not 1 <= arguments.port <= 65_535:
         parser.error(f"--port must be 1 to 65535, got {arguments.port}")
@@ -25,7 +26,7 @@ def main() -> int:
         print("error: the page needs gradio; install it with: pip install 'mmllm[demo]'", file=sys.stderr)
         return FAILED
     with report_errors():
-        launch(expand_path(arguments.model), port=arguments.port, open_browser=arguments.open)
+        launch(expand_path(arguments.model), port=arguments.port, open_browser=arguments.open, dtype=arguments.dtype)
     return 0
 
 

@@ -99,13 +99,15 @@ def _without_garbage_collection() -> Iterator[None]:
 
 
 @contextmanager
-def serving(model: str | Path, *, port: int = DEFAULT_PORT) -> Iterator[Served]:
+def serving(model: str | Path, *, port: int = DEFAULT_PORT, dtype: str | None = None) -> Iterator[Served]:
     """Loads the model and serves its page until the block ends. Raises ValueError where there is no usable model."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
     with private_folder() as folder:
         from mmllm.inference.engine import Engine
 
-        engine = Engine.load(model)  # before gradio is imported: what is wrong with the model is said at once
+        engine = Engine.load(
+            model, dtype=dtype
+        )  # before gradio is imported: what is wrong with the model is said at once
 
         from starlette.middleware import Middleware
         from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -152,14 +154,16 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def launch(model: str | Path, *, port: int = DEFAULT_PORT, open_browser: bool = False) -> None:
+def launch(
+    model: str | Path, *, port: int = DEFAULT_PORT, open_browser: bool = False, dtype: str | None = None
+) -> None:
     """Serves the page of a model until Ctrl-C or SIGTERM."""
     print(f"loading {model}", flush=True)
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a script's background job starts with it ignored
         signal.signal(number, _interrupt)
     with contextlib.ExitStack() as stack:
         with _without_garbage_collection():
-            served = stack.enter_context(serving(model, port=port))
+            served = stack.enter_context(serving(model, port=port, dtype=dtype))
         try:
             if f":{port}" not in served.address:
                 print(f"port {port} is taken, so the page is on the next free one", flush=True)

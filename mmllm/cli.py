@@ -53,6 +53,22 @@ Device = Annotated[
 ]
 
 
+def _dtype(name: Optional[str]) -> Optional[str]:  # noqa: UP045
+    if name not in (None, "stored", "fp32", "bf16", "fp16"):
+        raise typer.BadParameter(f"{name!r} is none of stored, fp32, bf16, fp16")
+    return name
+
+
+Dtype = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        help="What the weights are held in: fp32, bf16, fp16, or stored: each part as it is stored; default: bf16 or "
+        "fp16 on a GPU; on a CPU as stored, or fp32 where it does not compute in 16 bits.",
+        callback=_dtype,
+    ),
+]
+
+
 @app.callback()
 def _options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
     global _debug
@@ -156,6 +172,7 @@ def chat(
     seed: Annotated[Optional[int], typer.Option(help="Makes a sampled answer repeatable.")] = None,  # noqa: UP045
     as_json: Annotated[bool, typer.Option("--json", help='Print {"text", ...}; needs --prompt.')] = False,
     device: Device = None,
+    dtype: Dtype = None,
 ) -> None:
     """Talk to a model in the terminal, or ask it one thing with --prompt."""
     with report_errors(debug=_debug):
@@ -169,7 +186,7 @@ def chat(
         images = list(image or [])
         for path in images:
             load_image(path, may_shrink=True)  # a wrong one is told before the model is loaded
-        engine = Engine.load(model, device=device)
+        engine = Engine.load(model, device=device, dtype=dtype)
         if prompt is not None:
             ask_once(engine, prompt, images, sampling, as_json=as_json)
         else:
@@ -189,14 +206,16 @@ def caption(
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures captioned at once.")] = 16,
     max_new_tokens: Annotated[int, typer.Option(help="Longest caption.")] = 128,
     device: Device = None,
+    dtype: Dtype = None,
 ) -> None:
     """Caption pictures in batches, one JSON line each; what cannot be read is reported and skipped."""
     with report_errors(debug=_debug):
         from mmllm.inference.caption import caption_pictures
 
         num_failed = caption_pictures(
-            model, inputs, out, prompt=prompt, batch_size=batch_size, max_new_tokens=max_new_tokens, device=device
-        )
+            model, inputs, out, prompt=prompt, batch_size=batch_size, max_new_tokens=max_new_tokens, device=device,
+            dtype=dtype,
+        )  # fmt: skip
         if num_failed:
             sys.exit(FAILED)
 
@@ -212,13 +231,14 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
     device: Device = None,
+    dtype: Dtype = None,
 ) -> None:
     """Ask a model everything about pictures whose answers are known, with the right and with shuffled pictures."""
     with report_errors(debug=_debug):
         from mmllm.evaluation.run import evaluate_model
 
         results = evaluate_model(
-            model, tasks, max_pictures=max_pictures, batch_size=batch_size, device=device, quiet=as_json
+            model, tasks, max_pictures=max_pictures, batch_size=batch_size, device=device, dtype=dtype, quiet=as_json
         )
         if out:
             out.parent.mkdir(parents=True, exist_ok=True)
@@ -251,6 +271,7 @@ def demo(
     model: Model,
     port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 7860,
     open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")] = False,
+    dtype: Dtype = None,
 ) -> None:
     """Open the chat page on this machine. Runs from a checkout, where demo/ is."""
     with report_errors(debug=_debug):
@@ -258,6 +279,7 @@ def demo(
         if not (root / "demo" / "__main__.py").is_file():
             _usage("the page is not part of the installed package: clone the repository and run `mmllm demo` there")
         command = [sys.executable, "-m", "demo", str(model.resolve()), "--port", str(port)]
+        command += ["--dtype", dtype] if dtype else []
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
         sys.exit(subprocess.call([*command, "--open" if open_browser else "--no-open"], env=environment))
 

@@ -71,22 +71,33 @@ class ProjectorConfig(Section):
 
 
 class LanguageConfig(Section):
-    """The LLM backbone: a folder or a hub name that AutoModelForCausalLM reads.
+    """The LLM backbone: a folder or a hub name that AutoModelForCausalLM reads. Of a checkpoint's LLM, how it is held.
 
     `dtype` is that of its weights while they are frozen. What is trained is always kept in fp32; `optim.precision` is
-    what is computed in.
+    what is computed in. `stored` is the one that its files have, which is the default beside `model.checkpoint`.
     """
 
-    source: PathText
+    source: PathText = ""
     revision: str | None = None  # of a hub name: a commit, so that it stays the same model
     attention: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] | None = None  # sdpa, or eager without
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    dtype: Literal["stored", "fp32", "bf16", "fp16"] = "fp32"
     add_tokens: tuple[str, ...] = ()  # special tokens that a template needs and the LLM lacks, such as <|im_end|>
     vocab_multiple: PositiveInt = 1  # the embedding's rows are rounded up to a multiple of this
 
+    @property
+    def is_half(self) -> bool:
+        """Whether `dtype` asks for 16 bits."""
+        return self.dtype in ("bf16", "fp16")
+
+
+_OF_A_CHECKPOINT = ("attention", "dtype")  # what `language` may say beside `checkpoint`
+
 
 class ModelConfig(Section):
-    """Either `checkpoint` (a model of an earlier stage) or all three parts."""
+    """Either `checkpoint` (a model of an earlier stage) or all three parts.
+
+    Beside `checkpoint`, `template` and of `language` dtype and attention may be given.
+    """
 
     checkpoint: PathText | None = None
     vision: VisionConfig | None = None
@@ -95,14 +106,35 @@ class ModelConfig(Section):
     template: str | None = None  # a key of TEMPLATES; `tokenizer` is the tokenizer's own
     picture_label: str | None = None  # before each of several pictures of a question, {} is its number; "Picture {}: "
 
+    @model_validator(mode="before")
+    @classmethod
+    def _as_stored(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("checkpoint") and isinstance(values.get("language"), dict):
+            return {**values, "language": {"dtype": "stored", **values["language"]}}
+        return values
+
     @model_validator(mode="after")
     def _one_origin(self) -> ModelConfig:
         parts = [name for name in ("vision", "projector", "language", "template") if getattr(self, name) is not None]
-        if self.checkpoint and set(parts) - {"template"}:
-            raise ValueError(f"checkpoint already holds {', '.join(parts)}; give either checkpoint or the parts")
+        if self.checkpoint:
+            held = set(parts) - {"template", "language"}
+            changed = set() if self.language is None else {*_changed(self.language)} - {*_OF_A_CHECKPOINT}
+            if held or changed:
+                names = [part for part in parts if part in held or (part == "language" and changed)]
+                raise ValueError(
+                    f"checkpoint already holds {', '.join(names)}; give either checkpoint or the parts (beside it "
+                    f"template and of language {' and '.join(_OF_A_CHECKPOINT)} may stand)"
+                )
         if not self.checkpoint and len(parts) < 4:
             raise ValueError(f"needs vision, projector, language and template, or checkpoint; got {parts or 'nothing'}")
+        if not self.checkpoint and self.language and not self.language.source:
+            raise ValueError("language.source: missing, and it has no default")
         return self
+
+
+def _changed(section: Section) -> list[str]:
+    """The settings of a section that are not what they are by default; a resolved YAML names them all."""
+    return [name for name, field in type(section).model_fields.items() if getattr(section, name) != field.default]
 
 
 class _DataFile(Section):
@@ -202,12 +234,12 @@ def _check_precision(language: LanguageConfig, optim: OptimConfig, *, is_trained
             "model.language.dtype fp16 is for answers only, since small gradients vanish in it; train with fp32, or "
             "with bf16 where the LLM is frozen or has lora"
         )
-    if language.dtype != "fp32" and is_trained:
+    if language.is_half and is_trained:
         raise ValueError(
             f"model.language.dtype {language.dtype} would lose small updates of an LLM that is trained whole; leave it "
             "at fp32 and set optim.precision=bf16 to compute in bf16, or use lora"
         )
-    if language.attention == "flash_attention_2" and language.dtype == optim.precision == "fp32":
+    if language.attention == "flash_attention_2" and optim.precision == "fp32" and not language.is_half:
         raise ValueError("model.language.attention flash_attention_2 has no fp32; set optim.precision=bf16")
 
 
@@ -303,6 +335,8 @@ class WarmupLanguageConfig(RunConfig):
         self.check_rates(["language"] if self.read_out is None else ["language", "read_out"])
         self.check_memory_options()
         if isinstance(self.language, LanguageConfig):
+            if not self.language.source:
+                raise ValueError("language.source: missing, and it has no default")
             _check_precision(self.language, self.optim, is_trained=True)
         if isinstance(self.language, dict) and ("model_type" not in self.language or "source" in self.language):
             raise ValueError(

@@ -126,12 +126,12 @@ def show(name: str, result: dict[str, Any], console: Console) -> None:
 
 def evaluate_model(
     model: str | Path, tasks: Sequence[str], *, max_pictures: int | None = None, batch_size: int = 64,
-    device: str | None = None, quiet: bool = False,
+    device: str | None = None, dtype: str | None = None, quiet: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """`{task: result}` for every task. Raises TaskError or CheckpointError before anything is asked."""
     for name in tasks:
         find_task(name)
-    engine = Engine.load(model, device=device)
+    engine = Engine.load(model, device=device, dtype=dtype)
     console = Console(stderr=quiet)
     results = {}
     with Progress(console=console, disable=quiet) as progress:

@@ -38,7 +38,7 @@ def export_hf(model: str | Path, out: str | Path) -> Verdict:
     """
     out = Path(out)
     with new_folder(out) as partial:
-        engine = Engine.load(model, device="cpu")
+        engine = Engine.load(model, device="cpu", dtype="stored")
         if "base" in read_manifest(model):  # an adapter, which Llava has no place for
             merge_adapter(engine.model)
         layout = engine.model.layout

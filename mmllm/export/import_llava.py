@@ -73,7 +73,7 @@ def import_model(source: str, out: str | Path, options: ImportOptions) -> Verdic
         check_reload(engine)
         card, files = _card(source, out, origin), make_golden(engine)
         save_checkpoint(partial, model, processor, card=card, files=files, origin=origin)
-        written = Engine.load(partial, device="cpu", verify=False)
+        written = Engine.load(partial, device="cpu", dtype="stored", verify=False)
         if config.get("model_type") not in LLAVAS or "vision_config" not in config:
             require_golden(written.model, written.processor, partial, answers=True)
             return None
@@ -137,7 +137,7 @@ def _pair(source: str, options: ImportOptions) -> tuple[VisionLanguageModel, Vis
         ModelConfig(
             vision=VisionConfig(source=options.vision),
             projector=ProjectorConfig(kind=options.projector),
-            language=LanguageConfig(source=source),
+            language=LanguageConfig(source=source, dtype="stored"),
             template=options.template or OWN_TEMPLATE,
         )
     )

@@ -205,7 +205,15 @@ class _Failures:
 
 
 def caption_pictures(
-    model: Path, inputs: list[Path], out: Path, *, prompt: str, batch_size: int, max_new_tokens: int, device: str | None
+    model: Path,
+    inputs: list[Path],
+    out: Path,
+    *,
+    prompt: str,
+    batch_size: int,
+    max_new_tokens: int,
+    device: str | None,
+    dtype: str | None = None,
 ) -> int:
     """Captions every picture that has no line in `out` yet; returns how many could not be captioned.
 
@@ -224,7 +232,7 @@ def caption_pictures(
         # one that was cut off is written anew where it may become longer now
         todo = [path for path in found.paths if not _is_done(ledger.done.get(path), stamp, max_new_tokens)]
         _say_what_is_done(ledger, found.paths, todo, stamp)
-        engine = Engine.load(model, device=device) if todo else None
+        engine = Engine.load(model, device=device, dtype=dtype) if todo else None
         progress = _Progress(len(todo))
         failures = _Failures(out, progress)
         for path, reason in found.failed.items():

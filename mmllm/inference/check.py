@@ -22,7 +22,7 @@ from mmllm.data.folders import tell_passed_over
 from mmllm.data.inspection import Part, Rules, positions_note
 from mmllm.data.quarantine import Writer
 from mmllm.data.sources import Examples
-from mmllm.model.build import fitting_projector
+from mmllm.model.build import count_image_tokens, fitting_projector
 from mmllm.model.checkpoint import read_manifest
 from mmllm.model.language import load_tokenizer
 from mmllm.model.layout import Layout, new_layout
@@ -89,7 +89,7 @@ def load_text_side(config: ModelConfig) -> TextSide:
         text_config = AutoConfig.from_pretrained(language.source, revision=language.revision)
         tower = load_tower(config.vision)
         projector = fitting_projector(config.projector, tower, text_config.hidden_size)
-        layout = new_layout(config.vision, tower, projector, projector.num_tokens(tower.num_patches))
+        layout = new_layout(config.vision, tower, projector, count_image_tokens(tower, projector))
         template, saved, encoding, label = config.template, None, TEXT_ENCODING, PICTURE_LABEL
     renderer = Renderer(
         tokenizer,

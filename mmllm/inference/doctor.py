@@ -278,7 +278,18 @@ def _load_engine(folder: Path, loaded: dict[str, Any]) -> str:
     count = sum(value.numel() for value in parameters.values())
     layout = engine.processor.image_layout
     unit = f"a view ({layout.kind})" if layout.has_newline else "a picture"
-    return f"{count / 1e6:,.2f}M parameters, {layout.num_view_tokens} image tokens {unit}"
+    return f"{count / 1e6:,.2f}M parameters, {layout.num_view_tokens} image tokens {unit}; {_dtypes(folder, engine)}"
+
+
+def _dtypes(folder: Path, engine: Any) -> str:
+    """The dtype that each part runs in here, and where it is another one, the dtype that it is stored in."""
+    from mmllm.model.checkpoint import stored_dtypes
+
+    stored, told = stored_dtypes(folder), []
+    for part, dtype in engine.model.part_dtypes().items():
+        name, kept = (str(one).removeprefix("torch.") for one in (dtype, stored[part]))
+        told.append(f"{part} in {name}" + (f" (stored in {kept})" if kept != name else ""))
+    return ", ".join(told)
 
 
 def _golden(folder: Path, engine: Any) -> Iterator[Finding]:

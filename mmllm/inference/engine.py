@@ -18,9 +18,9 @@ from torch import Tensor
 from mmllm.batch import Example, ImageSource, PreparedImage
 from mmllm.data.chat import Rendered, Renderer
 from mmllm.data.images import image_size, load_image
-from mmllm.inference.placement import answer_dtype, spread_model
+from mmllm.inference.placement import answer_dtypes, spread_model
 from mmllm.inference.seen import as_seen, preview
-from mmllm.model.checkpoint import load_checkpoint
+from mmllm.model.checkpoint import load_checkpoint, stored_dtypes
 from mmllm.model.positions import position_limit
 from mmllm.model.processor import VisionLanguageProcessor
 from mmllm.model.vlm import VisionLanguageModel
@@ -118,6 +118,7 @@ class Engine:
         self.model, self.processor, self.name = model, processor, name
         self.renderer = self.renderer_of(processor)
         self.max_positions = position_limit(model.language_model)  # None where rows of any length can be computed
+        self.end_token_ids = self._find_ends()
         self._lock = threading.Lock()
 
     @staticmethod
@@ -133,28 +134,47 @@ class Engine:
         )
 
     @staticmethod
-    def load(path: str | Path, *, device: str | None = None, verify: bool = True) -> Engine:
-        """The engine of a checkpoint, in bf16 or fp16 on a GPU and fp32 elsewhere. Raises CheckpointError, ValueError.
+    def load(
+        path: str | Path,
+        *,
+        device: str | None = None,
+        dtype: str | None = None,
+        verify: bool = True,
+    ) -> Engine:
+        """The engine of a checkpoint. Raises CheckpointError, ValueError.
 
-        `device` is one device, or `auto`: all of this machine's, for a model that is too large for one.
+        `device` is one device, or `auto`: all of this machine's, for a model that is too large for one. `dtype` is
+        `fp32`, `bf16` or `fp16` for all parts, or `stored`: each in its own; default: see `answer_dtype`.
         With `verify` one that does not give its golden answers is refused. For the small model that takes 0.03 s,
         where the files take 0.08 s and the first import of the libraries a second; see CHEAP_PARAMETERS for large ones.
         """
         from mmllm.inference.golden import require_golden  # which asks engines, so it cannot be imported before
 
         place = None if device == "auto" else find_device(device)
-        dtype = answer_dtype(place)
-        model, processor, _ = load_checkpoint(path, dtype=dtype)
-        model = spread_model(model) if place is None else model.to(place, dtype)
+        dtypes = answer_dtypes(stored_dtypes(path), place, dtype)
+        model, processor, _ = load_checkpoint(path, dtype=dtypes)
+        model = spread_model(model) if place is None else model.to(place)
         if verify:
             require_golden(model, processor, path)
         return Engine(model, processor, name=Path(path).resolve().name)
+
+    def _find_ends(self) -> list[int]:
+        """The tokens that end an answer: the renderer's, and those that the LLM or the checkpoint names beside it.
+
+        Llama 3 ends a turn with one token and a text with another; a model tuned from it may say either.
+        """
+        language_model = self.model.language_model
+        for settings in (self.model.generation_config, language_model.generation_config, language_model.config):
+            ends = settings.eos_token_id
+            if isinstance(ends, list) and self.renderer.end_token_id in ends:
+                return ends
+        return [self.renderer.end_token_id]
 
     def settle(self) -> None:
         """Makes what will be saved beside the weights say what the renderer does: chat template, end, padding."""
         self.processor.chat_template = self.renderer.saved_template(self.picture_label)
         settings = self.model.generation_config
-        settings.eos_token_id = self.renderer.end_token_id
+        settings.eos_token_id = self.end_token_ids if len(self.end_token_ids) > 1 else self.renderer.end_token_id
         settings.pad_token_id = int(self.processor.tokenizer.pad_token_id)
 
     @property
@@ -224,7 +244,7 @@ class Engine:
                 **options,
                 **kwargs,
                 max_new_tokens=min(sampling.max_new_tokens, room),
-                eos_token_id=self.renderer.end_token_id,
+                eos_token_id=self.end_token_ids,
                 pad_token_id=int(self.processor.tokenizer.pad_token_id),
             )
         return generated[:, inputs["input_ids"].shape[1] :]
@@ -274,7 +294,7 @@ class Engine:
             executor.shutdown()
 
     def _finish(self, ids: Sequence[int], stop: threading.Event | None) -> Literal["end", "length", "stopped"]:
-        if ids and ids[-1] == self.renderer.end_token_id:
+        if ids and ids[-1] in self.end_token_ids:
             return "end"
         return "stopped" if stop is not None and stop.is_set() else "length"
 
@@ -293,8 +313,8 @@ class Engine:
             generated = self._generate(inputs, sampling).tolist()
         replies = []
         for one, row in zip(rendered, generated, strict=True):
-            end = self.renderer.end_token_id
-            ids = row[: row.index(end) + 1] if end in row else row
+            end = next((place for place, token in enumerate(row) if token in self.end_token_ids), len(row))
+            ids = row[: end + 1]
             replies.append(
                 Reply(
                     self.renderer.decode(ids),

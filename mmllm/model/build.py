@@ -51,6 +51,14 @@ def fitting_projector(config: ProjectorConfig, tower: VisionTower, llm_dim: int)
         raise ConfigError(f"model.projector: {error}") from error
 
 
+@torch.no_grad()
+def count_image_tokens(tower: VisionTower, projector: Projector) -> int:
+    """Tokens of one view, counted by running the projector once on as many patches as the tower gives."""
+    parameter = next(projector.parameters())
+    tokens: Tensor = projector(parameter.new_zeros(1, tower.num_patches, tower.width))
+    return tokens.shape[1]
+
+
 def join_parts(
     tower: VisionTower,
     projector: Projector,
@@ -63,13 +71,8 @@ def join_parts(
     image_newline: Tensor | None = None,
     picture_label: str | None = None,
 ) -> tuple[VisionLanguageModel, VisionLanguageProcessor]:
-    """The model of these parts, none of them copied, and the processor beside it. Of `vision`, `fit` is read.
-
-    The number of image tokens is counted by running the projector once on as many patches as the tower gives.
-    """
-    parameter = next(projector.parameters())
-    with torch.no_grad():
-        num_image_tokens = projector(parameter.new_zeros(1, tower.num_patches, tower.width)).shape[1]
+    """The model of these parts, none of them copied, and the processor beside it. Of `vision`, `fit` is read."""
+    num_image_tokens = count_image_tokens(tower, projector)
     layout = new_layout(vision, tower, projector, num_image_tokens)
     config = VisionLanguageConfig(
         vision=tower.spec.to_json(),

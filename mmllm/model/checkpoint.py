@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,10 +19,12 @@ from typing import Any
 
 import torch
 from filelock import FileLock
+from safetensors import safe_open
 from torch import Tensor
 
 from mmllm.locks import NO_LOCKS
 from mmllm.model.adapter import (
+    ADAPTER,
     CHECKPOINT,
     MANIFEST,
     CheckpointError,
@@ -33,10 +37,11 @@ from mmllm.model.adapter import (
 )
 from mmllm.model.hub import quiet_transformers
 from mmllm.model.processor import VisionLanguageProcessor
-from mmllm.model.vlm import VisionLanguageConfig, VisionLanguageModel
+from mmllm.model.vlm import PARTS, VisionLanguageConfig, VisionLanguageModel
 
 FORMAT_VERSION = 1
 KIND = "vision-language-model"
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # as safetensors names them
 
 
 def library_versions() -> dict[str, str]:
@@ -210,25 +215,59 @@ def _move_in(partial: Path, folder: Path) -> None:
 
 
 def load_checkpoint(
-    folder: str | Path, *, dtype: torch.dtype | None = None
+    folder: str | Path, *, dtype: torch.dtype | Mapping[str, torch.dtype] | None = None
 ) -> tuple[VisionLanguageModel, VisionLanguageProcessor, dict[str, Any]]:
     """(model in evaluation mode, processor, manifest). A tensor missing, unexpected or misshapen is an error.
 
-    Weights are read in `dtype`, by default in the one that they are stored in. A LoRA checkpoint comes with its
-    adapter unmerged, on the base that its manifest names.
+    Each part is read in the dtype that it is stored in, see `stored_dtypes`; `dtype` is another one for all of them, or
+    for some by name. A LoRA checkpoint comes with its adapter unmerged, on the base that its manifest names.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
     base = manifest.get("base")
-    base_tensors = None if base is None else _base_tensors(find_base(folder, base), base)
+    dtypes = stored_dtypes(folder)
+    dtypes |= dict.fromkeys(PARTS, dtype) if isinstance(dtype, torch.dtype) else dtype or {}
+    base_tensors = None if base is None else _base_tensors(find_base(folder, base), base, dtypes["language"])
     with _readers_errors(folder), quiet_transformers():
-        model, report = _build(folder, base_tensors, dtype)
+        model, report = _build(folder, base_tensors, dtypes)
         processor = VisionLanguageProcessor.from_pretrained(folder)
     _check_report(folder, report)
     if base is not None:
         with _readers_errors(folder):
             attach_adapter(model, folder)
     return model.eval(), processor, manifest
+
+
+def stored_dtypes(folder: str | Path) -> dict[str, torch.dtype]:
+    """The dtype of most numbers of each part of PARTS, from the headers of the files.
+
+    The LLM of a LoRA checkpoint lies elsewhere: its dtype is the one in which it was held for the training. Raises
+    CheckpointError.
+    """
+    folder = Path(folder)
+    read_manifest(folder)
+    with _readers_errors(folder):
+        return _stored_dtypes(folder)
+
+
+def _stored_dtypes(folder: Path) -> dict[str, torch.dtype]:
+    config = VisionLanguageConfig.from_pretrained(folder)
+    named = {part: _named_dtype((config.part_dtypes or {}).get(part, config.dtype)) for part in PARTS}
+    if (folder / ADAPTER).is_dir():
+        return named
+    sizes: dict[str, Counter[str]] = {name: Counter() for name in PARTS.values()}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                if (name := key.partition(".")[0]) in sizes and (values := file.get_slice(key)).get_dtype() in _DTYPES:
+                    sizes[name][values.get_dtype()] += math.prod(values.get_shape())
+    found = {part: sizes[name].most_common(1) for part, name in PARTS.items()}
+    return {part: _DTYPES[most[0][0]] if most else named[part] for part, most in found.items()}
+
+
+def _named_dtype(name: Any) -> torch.dtype:
+    found = getattr(torch, str(name).removeprefix("torch."), None)
+    return found if isinstance(found, torch.dtype) else torch.float32
 
 
 @contextlib.contextmanager
@@ -249,10 +288,13 @@ def _readers_errors(folder: Path) -> Iterator[None]:
 
 
 def _build(
-    folder: Path, base_tensors: dict[str, Tensor] | None, dtype: torch.dtype | None
+    folder: Path, base_tensors: dict[str, Tensor] | None, dtypes: Mapping[str, torch.dtype]
 ) -> tuple[VisionLanguageModel, dict[str, Any]]:
     """(model, transformers' report of the tensors) of a whole checkpoint, or of a base's tensors and the folder's."""
-    options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True, "dtype": dtype or "auto"}
+    config = VisionLanguageConfig.from_pretrained(folder)
+    config.part_dtypes = {part: str(dtype).removeprefix("torch.") for part, dtype in dtypes.items()}
+    options = {"config": config, "dtype": dtypes["language"], "output_loading_info": True}
+    options["ignore_mismatched_sizes"] = True
     if base_tensors is None:
         return VisionLanguageModel.from_pretrained(folder, **options)  # type: ignore[no-any-return]
     from safetensors.torch import load_file
@@ -262,24 +304,25 @@ def _build(
     # a tied tensor has two names: where the checkpoint holds one of them, the base's other one is old as well
     replaced = {base_tensors[name].data_ptr() for name in own if name in base_tensors}
     tensors = {name: value for name, value in base_tensors.items() if value.data_ptr() not in replaced} | own
-    config = VisionLanguageConfig.from_pretrained(folder)
-    model, report = VisionLanguageModel.from_pretrained(None, config=config, state_dict=tensors, **options)
+    model, report = VisionLanguageModel.from_pretrained(None, state_dict=tensors, **options)
     model.generation_config = GenerationConfig.from_pretrained(folder)
     return model, report
 
 
-def _base_tensors(place: Path, base: dict[str, Any]) -> dict[str, Tensor]:
+def _base_tensors(place: Path, base: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
     """The LLM of a base, by the names that its tensors have in the whole model."""
     if base["kind"] == CHECKPOINT:
-        model, _, manifest = load_checkpoint(place)
-        if "base" in manifest:
+        is_adapted = "base" in read_manifest(place)
+        model, _, _ = load_checkpoint(place, dtype={"language": torch.float32 if is_adapted else dtype})
+        if is_adapted:
             merge_adapter(model)
+            model.language_model.to(dtype)
         language = model.language_model
     else:
         from transformers import AutoModelForCausalLM
 
         with quiet_transformers():
-            language = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
+            language = AutoModelForCausalLM.from_pretrained(place, dtype=dtype)
     return {f"language_model.{name}": value for name, value in language.state_dict().items()}
 
 
@@ -301,6 +344,7 @@ __all__ = [
     "new_folder",
     "read_manifest",
     "save_checkpoint",
+    "stored_dtypes",
     "verify_files",
     "write_manifest",
 ]

@@ -6,6 +6,7 @@ architecture, its attention. `check_backbone` tries the rest on the model that w
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import __version__ as transformers_version
 from mmllm.batch import IMAGE_TOKEN
 from mmllm.config import ConfigError, LanguageConfig
 from mmllm.model.hub import check_source, quiet_transformers
+from mmllm.model.probing import HALF_TYPES, held_in_float32, probing, spread_of
 from mmllm.model.vlm import VisionLanguageModel
 
 PLAIN_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")  # all there is to them is in tokenizer.json
@@ -93,11 +95,11 @@ def find_architecture(config: LanguageConfig) -> type:
             "it would answer otherwise in a batch; choose one without"
         )
     architecture: type = MODEL_FOR_CAUSAL_LM_MAPPING[type(found)]
-    _check_attention(architecture, config.attention)
+    check_attention(architecture, config.attention)
     return architecture
 
 
-def _check_attention(architecture: Any, attention: str | None) -> None:
+def check_attention(architecture: Any, attention: str | None) -> None:
     """Raises ConfigError for an attention that the architecture, or this machine, does not have."""
     from transformers.utils import is_flash_attn_2_available
 
@@ -138,7 +140,7 @@ def grow_vocabulary(model: Any, num_tokens: int, new_ids: Sequence[int], multipl
 
 
 def load_language(config: LanguageConfig) -> tuple[Any, Any]:
-    """(causal LM in `config.dtype` on the CPU, tokenizer), with a row for every token of the tokenizer.
+    """(causal LM in `config.dtype` on the CPU, tokenizer), with a row for every token of it.
 
     `model.config.trained_token_ids` are those of `add_tokens`: LoRA trains their rows, and no others.
     """
@@ -151,7 +153,7 @@ def load_language(config: LanguageConfig) -> tuple[Any, Any]:
                 config.source,
                 revision=config.revision,
                 attn_implementation=config.attention,
-                dtype=DTYPES[config.dtype],
+                dtype="auto" if config.dtype == "stored" else DTYPES[config.dtype],
                 output_loading_info=True,
             )
     except pickle.UnpicklingError as error:
@@ -186,36 +188,54 @@ def _set_padding(model: Any, pad_token_id: int) -> None:
         embedding.padding_idx = pad_token_id
 
 
-@torch.no_grad()
 def check_backbone(model: VisionLanguageModel) -> None:
     """Raises ConfigError for an LLM that answers otherwise from embeddings, in a padded batch, or with its cache.
 
-    Tried on a few tokens: architectures do not say what they do with padding, and a wrong answer is no error.
+    Tried on a few tokens: architectures do not say what they do with padding, and a wrong answer is no error. Tried in
+    the precision that the LLM is held in; where that rounds too coarsely to tell, its answers in fp32 decide.
     """
     name = type(model.language_model).__name__
-    special = {model.config.image_token_id, model.config.text_config.eos_token_id}
+    try:
+        with quiet_transformers(), probing(model):
+            other = _beyond(_TOLERANCES[model.dtype], _spreads(model))
+            if other and model.dtype in HALF_TYPES and math.isfinite(other[1]):
+                with held_in_float32(model):
+                    other = _beyond(_TOLERANCES[torch.float32], _spreads(model))
+    except _FAILURES as error:
+        raise ConfigError(f"model.language: {name} cannot be used here: {error}; choose another LLM") from error
+    if other:
+        raise ConfigError(
+            f"model.language: {name} answers otherwise {other[0]} than alone: its logits differ by {other[1]:.1%} of "
+            "the largest, so training or generation would be wrong; choose another LLM"
+        )
+
+
+def _beyond(tolerance: float, spreads: dict[str, float]) -> tuple[str, float] | None:
+    return next(((how, spread) for how, spread in spreads.items() if not spread <= tolerance), None)
+
+
+def _spreads(model: VisionLanguageModel) -> dict[str, float]:
+    """How far an LLM's logits are from those of the same tokens alone, by the way in which it is asked."""
+    ends = model.config.text_config.eos_token_id
+    special = {model.config.image_token_id, *(ends if isinstance(ends, list) else [ends])}
     words = [index for index in range(model.config.text_config.vocab_size) if index not in special][:9]
     long, short, follow = torch.tensor([words[:6]]), torch.tensor([words[3:6]]), words[6:]
     padding = torch.full((1, 3), words[0])
     mask = torch.tensor([[1] * 6, [1] * 3 + [0] * 3])
-    tolerance = _TOLERANCES[model.get_input_embeddings().weight.dtype]
-    try:
-        with quiet_transformers(), torch.compiler.set_stance("force_eager"):  # flex attention compiles for minutes
-            plain = [model.language_model(input_ids=ids, use_cache=False).logits for ids in (long, short)]
-            _compare(name, "from embeddings", plain[0], model(input_ids=long, use_cache=False).logits, tolerance)
-            right = torch.cat([long, torch.cat([short, padding], 1)])
-            padded = model(input_ids=right, attention_mask=mask, use_cache=False).logits
-            _compare(name, "in a batch that is padded on the right", plain[1], padded[1:, :3], tolerance)
-            alone = torch.cat([_follow(model, ids, None, follow, use_cache=False) for ids in (long, short)])
-            cached = torch.cat([_follow(model, ids, None, follow, use_cache=True) for ids in (long, short)])
-            _compare(name, "with its cache", alone, cached, tolerance)
-            left = torch.cat([long, torch.cat([padding, short], 1)])
-            batch = _follow(model, left, mask.flip(1), follow, use_cache=True)
-            _compare(name, "in a batch that is padded on the left", alone, batch, tolerance)
-    except _FAILURES as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"model.language: {name} cannot be used here: {error}; choose another LLM") from error
+    plain = [model.language_model(input_ids=ids, use_cache=False).logits for ids in (long, short)]
+    right = torch.cat([long, torch.cat([short, padding], 1)])
+    padded = model(input_ids=right, attention_mask=mask, use_cache=False).logits
+    alone = torch.cat([_follow(model, ids, None, follow, use_cache=False) for ids in (long, short)])
+    cached = torch.cat([_follow(model, ids, None, follow, use_cache=True) for ids in (long, short)])
+    left = torch.cat([long, torch.cat([padding, short], 1)])
+    return {
+        "from embeddings": spread_of(plain[0], model(input_ids=long, use_cache=False).logits),
+        "in a batch that is padded on the right": spread_of(plain[1], padded[1:, :3]),
+        "with its cache": spread_of(alone, cached),
+        "in a batch that is padded on the left": spread_of(
+            alone, _follow(model, left, mask.flip(1), follow, use_cache=True)
+        ),
+    }
 
 
 def _follow(model: Any, ids: Tensor, mask: Tensor | None, follow: Sequence[int], *, use_cache: bool) -> Tensor:
@@ -232,12 +252,3 @@ def _follow(model: Any, ids: Tensor, mask: Tensor | None, follow: Sequence[int],
         return_dict_in_generate=True,
     )
     return torch.stack(out.logits, 1)
-
-
-def _compare(name: str, how: str, expected: Tensor, found: Tensor, tolerance: float) -> None:
-    spread = float((expected.float() - found.float()).abs().max() / expected.float().abs().max())
-    if not spread <= tolerance:
-        raise ConfigError(
-            f"model.language: {name} answers otherwise {how} than alone: its logits differ by {spread:.1%} of the "
-            "largest, so training or generation would be wrong; choose another LLM"
-        )

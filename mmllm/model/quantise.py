@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from mmllm.config import ConfigError
+from mmllm.model.adapter import quiet_bitsandbytes
 
 # Their kernels read weights past the layer that holds them.
 _BYPASSED = ("mamba", "mamba2", "falcon_mamba")
@@ -24,6 +25,7 @@ def quantise_language(language_model: Any, kind: str, *, compute_dtype: torch.dt
     name = type(language_model).__name__
     if language_model.config.model_type in _BYPASSED:
         raise ConfigError(f"lora.quantise: {name} reads its weights past its layers; leave it out")
+    quiet_bitsandbytes()
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # int8 tells of its casts each time
     decoder = language_model.get_decoder()
     found = [(path, module) for path, module in decoder.named_modules() if type(module) is nn.Linear]

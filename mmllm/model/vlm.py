@@ -8,7 +8,9 @@ aspect ratio, `M` depends on the image: mmllm/model/layout.py says how.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -32,6 +34,7 @@ from mmllm.model.tower import TowerSpec, VisionTower
 from mmllm.model.vision import build_tower
 from projector import Projector, build_projector
 
+PARTS = {"vision": "vision_tower", "projector": "projector", "language": "language_model"}
 _OF_IMAGES = ("pixel_values", "image_features", "image_sizes")
 
 
@@ -45,6 +48,8 @@ class VisionLanguageConfig(PretrainedConfig):  # type: ignore[misc]
         image_token_id: the vocabulary's `<image>`.
         num_image_tokens: how many of them stand for one view of the tower, counted by probing tower and projector.
         layout: how an image becomes several views, or one of another shape; None: each is one view.
+        part_dtypes: of each of PARTS the dtype of its weights, such as "bfloat16". A model that is read in another
+            dtype than its LLM's has all parts in that one; None: all parts have the same.
     """
 
     model_type = "mmllm"
@@ -58,6 +63,7 @@ class VisionLanguageConfig(PretrainedConfig):  # type: ignore[misc]
         image_token_id: int = 0,
         num_image_tokens: int = 0,
         layout: dict[str, Any] | None = None,
+        part_dtypes: dict[str, str] | None = None,
         **kwargs: Any,
     ):
         if isinstance(text_config, dict):
@@ -68,9 +74,28 @@ class VisionLanguageConfig(PretrainedConfig):  # type: ignore[misc]
         self.image_token_id = image_token_id
         self.num_image_tokens = num_image_tokens
         self.layout = layout
+        self.part_dtypes = part_dtypes
         if text_config is not None:
             kwargs.setdefault("tie_word_embeddings", text_config.tie_word_embeddings)
         super().__init__(**kwargs)
+
+    def dtype_of(self, part: str) -> torch.dtype:
+        """The dtype to build a part in: its own, or the one that all parts are asked for in."""
+        own = self.part_dtypes
+        if own is None or str(self.dtype).removeprefix("torch.") != own["language"]:
+            return torch.get_default_dtype()
+        dtype: torch.dtype = getattr(torch, own[part])
+        return dtype
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
@@ -95,7 +120,8 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         self.image_newline: nn.Parameter | None = None  # [D], at the end of each row of image tokens
         if self.layout.has_newline:
             width = config.text_config.hidden_size
-            self.image_newline = nn.Parameter(torch.randn(width) / width**0.5)  # as large as LlavaNext's at first
+            newline = torch.randn(width, dtype=config.dtype_of("projector")) / width**0.5  # LlavaNext's size at first
+            self.image_newline = nn.Parameter(newline)
         self.language_inputs = frozenset(inspect.signature(self.language_model.forward).parameters)
         self.post_init()
 
@@ -133,6 +159,23 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
 
     def _init_weights(self, module: Any) -> None:
         """Each part brings its own initialisation; the LLM's tables are computed by its own `_init_weights`."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the LLM, in which caches are made; tower and projector may be held in others."""
+        dtype: torch.dtype = self.get_input_embeddings().weight.dtype
+        return dtype
+
+    def part_dtypes(self) -> dict[str, torch.dtype]:
+        """The dtype in which each of PARTS is held now."""
+        held = {part: next(self.get_submodule(name).parameters(), None) for part, name in PARTS.items()}
+        found = {part: torch.float32 if one is None else one.dtype for part, one in held.items()}
+        return {**found, "language": self.dtype}
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """transformers' own, with the dtype of each part in the config, so that each is read as it was saved."""
+        self.config.part_dtypes = {part: str(one).removeprefix("torch.") for part, one in self.part_dtypes().items()}
+        super().save_pretrained(*args, **kwargs)
 
     def get_input_embeddings(self) -> Any:
         return self.language_model.get_input_embeddings()
@@ -175,6 +218,8 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
             if (found := int(slots.sum())) > 0:
                 raise ValueError(f"{found} image slots in the text but no image was given")
             return embeds
+        if not torch.is_autocast_enabled(image_features.device.type):  # which casts by itself
+            image_features = image_features.to(next(self.projector.parameters()).dtype)
         image_embeds = self.layout.project(  # [N * M, D]
             self.projector, image_features, self._shapes(image_sizes), self.image_newline
         )
@@ -221,11 +266,13 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         image_sizes: Tensor | None = None,
         labels: Tensor | None = None,
         position_ids: Tensor | None = None,
+        logits_to_keep: int = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits [B, T, V] of the LLM, and the mean loss where `labels` are given. `kwargs` go to the LLM.
 
-        `position_ids` do so where it takes any: a state-space LLM has no positions.
+        `position_ids` do so where it takes any: a state-space LLM has no positions. With `logits_to_keep` the head runs
+        on that many last tokens alone, as `generate` asks for: of a long prompt it reads one row in hundreds.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -236,7 +283,13 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
             inputs_embeds = self.embed(input_ids, image_features, image_sizes)
         if "position_ids" in self.language_inputs:
             kwargs["position_ids"] = position_ids
-        return self.language_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, labels=labels, **kwargs)
+        inputs = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "labels": labels, **kwargs}
+        if not logits_to_keep:
+            return self.language_model(**inputs)
+        if "logits_to_keep" in self.language_inputs:
+            return self.language_model(logits_to_keep=logits_to_keep, **inputs)
+        with self.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][:, -logits_to_keep:],)):
+            return self.language_model(**inputs)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         """Images are given to the first forward alone; behind it their keys and values stand in the cache."""
@@ -290,13 +343,15 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
 
 def _build_tower(config: VisionLanguageConfig) -> VisionTower:
     assert config.vision is not None
-    return build_tower(TowerSpec.from_json(config.vision))
+    with _default_dtype(config.dtype_of("vision")):
+        return build_tower(TowerSpec.from_json(config.vision))
 
 
 def _build_projector(config: VisionLanguageConfig, vision_dim: int) -> Projector:
     assert config.projector is not None
     kind, options = config.projector["kind"], config.projector["options"]
-    return build_projector(kind, vision_dim=vision_dim, llm_dim=config.text_config.hidden_size, **options)
+    with _default_dtype(config.dtype_of("projector")):
+        return build_projector(kind, vision_dim=vision_dim, llm_dim=config.text_config.hidden_size, **options)
 
 
 AutoConfig.register(VisionLanguageConfig.model_type, VisionLanguageConfig, exist_ok=True)

@@ -6,12 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from mmllm.config import ConfigError, LoraConfig
 from mmllm.inference.engine import find_device
 from mmllm.inference.golden import all_logits, precision_of, read_golden, require_golden, with_logits
-from mmllm.model.adapter import merge_adapter, quiet_peft
+from mmllm.model.adapter import merge_adapter, quiet_bitsandbytes, quiet_peft
 from mmllm.model.checkpoint import CheckpointError, check_new, load_checkpoint, read_manifest, save_checkpoint
 from mmllm.model.tower import VisionTower
 from mmllm.model.vlm import VisionLanguageModel
@@ -30,6 +31,7 @@ _BYPASSED = {
 
 def add_lora(model: VisionLanguageModel, config: LoraConfig) -> None:
     """Puts adapters into the LLM's linear layers; they and the rows of added tokens alone get gradients there."""
+    quiet_bitsandbytes()
     try:
         import peft
     except ImportError as error:
@@ -74,6 +76,7 @@ def add_tower_lora(tower: VisionTower, config: LoraConfig) -> Any:
 
     The output layer inside torch's own attention is left alone: attention reads its weight past the layer.
     """
+    quiet_bitsandbytes()
     try:
         import peft
     except ImportError as error:
@@ -122,7 +125,7 @@ def merge_checkpoint(source: Path, out: Path, *, device: str | None = None) -> d
         raise CheckpointError(f"{source} holds no adapter: it is whole, and there is nothing to merge")
     check_new(out)
     place = find_device(device)
-    model, processor, manifest = load_checkpoint(source)
+    model, processor, manifest = load_checkpoint(source, dtype={"language": torch.float32})
     golden = read_golden(source)
     if golden is None or not golden.answers:
         raise CheckpointError(f"{source} has no golden answers, so merged and unmerged cannot be compared")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmllm.batch import IGNORE_INDEX, Batch
+from mmllm.model.probing import probing, spread_of
 from mmllm.model.vlm import VisionLanguageModel
 from mmllm.training.head_loss import is_plain_linear, linear_loss_sum
 
@@ -73,10 +74,11 @@ def supervised_counts(batch: Batch) -> list[int]:
     return counts
 
 
+# Of the largest logit. Both sides come out of the same kernels on tensors of one shape, so that rounding moves nothing.
+_OF_LOGITS = 1e-3
 _LARGE_LOGIT = 200.0  # far above any soft cap in use (Gemma 2: 30), far below what fp16 holds
 
 
-@torch.no_grad()
 def has_plain_head(language_model: Any) -> bool:
     """Whether logits are just the head applied to the decoder's output: no soft cap, no scale, no loss of a router.
 
@@ -88,19 +90,17 @@ def has_plain_head(language_model: Any) -> bool:
     device = language_model.get_input_embeddings().weight.device
     ids = torch.arange(4, device=device)[None] % language_model.config.vocab_size
     decoder, head = language_model.get_decoder(), language_model.get_output_embeddings()
-    was_training = language_model.training
-    language_model.eval()
-    hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
-    hidden = hidden * (_LARGE_LOGIT / head(hidden).abs().max().clamp(min=1e-6))
 
     def enlarge(module: Any, args: Any, output: Any) -> Any:
-        output.last_hidden_state = hidden
+        hidden = output.last_hidden_state
+        output.last_hidden_state = hidden * (_LARGE_LOGIT / head(hidden).abs().max().clamp(min=1e-6))
+        seen.append(output.last_hidden_state)
         return output
 
-    with decoder.register_forward_hook(enlarge):
-        own = language_model(input_ids=ids, use_cache=False).logits
-    language_model.train(was_training)
-    return bool(torch.allclose(head(hidden).float(), own.float(), rtol=1e-3, atol=1e-3 * _LARGE_LOGIT))
+    seen: list[Tensor] = []
+    with probing(language_model), decoder.register_forward_hook(enlarge):
+        logits = language_model(input_ids=ids, use_cache=False).logits
+        return spread_of(head(seen[0]), logits) <= _OF_LOGITS
 
 
 def _has_router_loss(language_model: Any) -> bool:
@@ -108,10 +108,6 @@ def _has_router_loss(language_model: Any) -> bool:
     return bool(getattr(language_model.config, "output_router_logits", False))
 
 
-_LOOK_BACK = 1e-3  # of the largest logit: what is not seen changes nothing, but kernels may add up in another order
-
-
-@torch.no_grad()
 def needs_mask(language_model: Any) -> bool:
     """Whether an LLM must be told which positions are padding on the right.
 
@@ -123,13 +119,12 @@ def needs_mask(language_model: Any) -> bool:
         return True
     device = language_model.get_input_embeddings().weight.device
     ids = torch.arange(8, device=device)[None] % language_model.config.vocab_size
-    was_training = language_model.training
-    language_model.eval()
-    with torch.compiler.set_stance("force_eager"):  # flex attention compiles for minutes
-        one, other = (language_model(input_ids=some, use_cache=False).logits.float()[:, :4]
-                      for some in (ids, torch.cat([ids[:, :4], ids[:, 4:].flip(1)], 1)))  # fmt: skip
-    language_model.train(was_training)
-    return bool((one - other).abs().max() > _LOOK_BACK * one.abs().max())
+    with probing(language_model):
+        one, other = (
+            language_model(input_ids=some, use_cache=False).logits[:, :4]
+            for some in (ids, torch.cat([ids[:, :4], ids[:, 4:].flip(1)], 1))
+        )
+    return not spread_of(one, other) <= _OF_LOGITS
 
 
 def conversation_loss_sum(

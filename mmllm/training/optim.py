@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mmllm.config import BITSANDBYTES_KINDS, ConfigError, OptimConfig
+from mmllm.model.adapter import quiet_bitsandbytes
 from mmllm.training.layers import hidden_matrices
 
 Parts = Mapping[str, Sequence[tuple[str, nn.Parameter]]]  # part -> its trained parameters with their names
@@ -97,6 +98,7 @@ def _adamw(kind: str) -> Any:
     """What makes an optimizer of groups. Of weights under 4096 elements bitsandbytes keeps the state in fp32."""
     if kind not in BITSANDBYTES_KINDS:
         return functools.partial(torch.optim.AdamW, fused=True)  # one pass over the weights
+    quiet_bitsandbytes()
     from bitsandbytes import optim  # mmllm/training/machine.py has looked whether it is there
 
     return {"adamw8bit": optim.AdamW8bit, "paged_adamw": optim.PagedAdamW, "paged_adamw8bit": optim.PagedAdamW8bit}[

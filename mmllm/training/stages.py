@@ -29,7 +29,8 @@ from mmllm.inference.reload import check_reload
 from mmllm.model.adapter import describe_base, merge_adapter
 from mmllm.model.attention import use_blocked_attention
 from mmllm.model.build import build_model
-from mmllm.model.checkpoint import save_checkpoint
+from mmllm.model.checkpoint import read_manifest, save_checkpoint, stored_dtypes
+from mmllm.model.language import DTYPES, check_attention
 from mmllm.model.processor import VisionLanguageProcessor
 from mmllm.model.quantise import quantise_language
 from mmllm.model.vlm import VisionLanguageModel
@@ -109,7 +110,7 @@ class ConversationStage:
         self.depths = depths(self.model) if config.optim.layer_decay != 1.0 else {}
         self._set_modes()
         self.validation = self._validation(tasks)
-        self.notes = self.validation.notes
+        self.notes = [*self._precisions(), *self.validation.notes]
 
     def _validation(self, tasks: Tasks | None) -> Validation:
         examples = self.data.validation()
@@ -145,6 +146,16 @@ class ConversationStage:
         if lora.quantise:
             computes_in = torch.bfloat16 if self.config.optim.precision == "bf16" else torch.float32
             quantise_language(self.model.language_model, lora.quantise, compute_dtype=computes_in)
+
+    def _precisions(self) -> list[str]:
+        """What the head of the run says where not all weights are held in fp32."""
+        held = {part: str(dtype).removeprefix("torch.") for part, dtype in self.model.part_dtypes().items()}
+        lora = self.config.lora
+        if lora and lora.quantise:
+            held["language"] = f"{lora.quantise} (linear layers) and {held['language']} (embeddings and head)"
+        if set(held.values()) == {"float32"}:
+            return []
+        return [f"weights are held in: {', '.join(f'{part} {dtype}' for part, dtype in held.items())}"]
 
     def _freeze_named(self) -> None:
         """What `freeze` matches gets no gradient."""
@@ -291,14 +302,37 @@ def _load_model(config: StageConfig) -> tuple[VisionLanguageModel, VisionLanguag
     """(model, processor, where it came from): a checkpoint, an adapter of its own merged, or new parts."""
     if not config.model.checkpoint:
         return build_model(config.model)
-    model, processor, manifest = load_verified(config.model.checkpoint)
-    if "base" in manifest:
+    is_adapted = "base" in read_manifest(config.model.checkpoint)
+    dtypes = _dtypes(config)
+    first = {**dtypes, "language": torch.float32} if is_adapted else dtypes  # an adapter is merged in full precision
+    model, processor, manifest = load_verified(config.model.checkpoint, dtype=first)
+    if is_adapted:
         merge_adapter(model)
+        model.language_model.to(dtypes["language"])
+    if config.model.language and config.model.language.attention:
+        check_attention(type(model.language_model), config.model.language.attention)
+        model.language_model.set_attn_implementation(config.model.language.attention)
     if config.model.template:
         processor.template, processor.encoding = config.model.template, TEXT_ENCODING
     if config.model.picture_label is not None:
         processor.picture_label = config.model.picture_label
     return model, processor, {**manifest.get("origin", {}), "started_from": config.model.checkpoint}
+
+
+def _dtypes(config: StageConfig) -> dict[str, torch.dtype]:
+    """In which dtype each part of `model.checkpoint` is held: what is trained in fp32, the rest as it is stored.
+
+    `model.language.dtype` is another one for an LLM that is frozen or has LoRA. One in fp16, in which small gradients
+    vanish, is held in fp32, which is exact.
+    """
+    assert config.model.checkpoint is not None
+    dtypes = stored_dtypes(config.model.checkpoint)
+    if (language := config.model.language) and language.dtype != "stored":
+        dtypes["language"] = DTYPES[language.dtype]
+    is_frozen = {part: part not in config.train or (part == "language" and bool(config.lora)) for part in dtypes}
+    return {
+        part: dtype if is_frozen[part] and dtype != torch.float16 else torch.float32 for part, dtype in dtypes.items()
+    }
 
 
 def _conversation(config: RunConfig, tasks: Tasks | None) -> Stage:

