@@ -17,6 +17,7 @@ from transformers import __version__ as transformers_version
 
 from mmllm.batch import IMAGE_TOKEN
 from mmllm.config import ConfigError, LanguageConfig
+from mmllm.model.attention import caps_scores, keep_score_cap
 from mmllm.model.hub import check_source, quiet_transformers
 from mmllm.model.vlm import VisionLanguageModel
 
@@ -92,19 +93,19 @@ def find_architecture(config: LanguageConfig) -> type:
             f"{place} is a {kind} with use_bias, whose state takes in what padding stands in front of a prompt, so "
             "it would answer otherwise in a batch; choose one without"
         )
-    architecture: type = MODEL_FOR_CAUSAL_LM_MAPPING[type(found)]
-    _check_attention(architecture, config.attention)
+    architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(found)]
+    _check_attention(architecture, config.attention, has_sdpa=architecture._supports_sdpa and not caps_scores(found))
     return architecture
 
 
-def _check_attention(architecture: Any, attention: str | None) -> None:
+def _check_attention(architecture: Any, attention: str | None, *, has_sdpa: bool) -> None:
     """Raises ConfigError for an attention that the architecture, or this machine, does not have."""
     from transformers.utils import is_flash_attn_2_available
 
     has_flash_here = is_flash_attn_2_available()
     known = {
         "eager": True,
-        "sdpa": architecture._supports_sdpa,
+        "sdpa": has_sdpa,
         "flex_attention": architecture._supports_flex_attn,
         "flash_attention_2": architecture._supports_flash_attn,
     }
@@ -166,6 +167,7 @@ def load_language(config: LanguageConfig) -> tuple[Any, Any]:
         raise ConfigError(
             f"model.language: the weights of {config.source} lack {shown}, which would be random; download them again"
         )
+    keep_score_cap(model)
     new_ids = sorted(set(tokenizer.get_vocab().values()) - known)
     fit_vocabulary(model, tokenizer, new_ids=new_ids, multiple=config.vocab_multiple)
     model.config.trained_token_ids = [tokenizer.convert_tokens_to_ids(token) for token in config.add_tokens]
