@@ -10,7 +10,7 @@ STAGE1 := runs/tiny/stage1/manifest.json
 STAGE2 := runs/tiny/stage2/manifest.json
 
 .DEFAULT_GOAL := setup
-.PHONY: setup demo test test-oldest bench lint format weights requirements clean help
+.PHONY: setup demo test test-oldest bench gpu-wheels lint format weights requirements clean help
 .DELETE_ON_ERROR:
 # A checkpoint is written in one move, so one that is there is whole, even when make is interrupted right then.
 .PRECIOUS: $(STAGE1) $(STAGE2)
@@ -26,8 +26,8 @@ test: lint ## lint, type-check and run the tests; PYTEST="-k chat" selects
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST)
 
 # What other versions of torch, transformers and peft break first. Old packages are for Python 3.11 and 3.12.
-OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,versions model_checkpoint model_processor model_hub model_vlm \
-	model_language model_vision training_loop training_lora training_stages training_optim export_hf_llava))
+OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,versions model_checkpoint model_processor model_vlm \
+	model_language training_loop training_lora training_optim export_hf_llava))
 
 test-oldest: $(OLDEST)/.ready ## the tests of models, training and export with the oldest versions, in .venv-oldest/
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(OLDEST)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile \
@@ -35,6 +35,11 @@ test-oldest: $(OLDEST)/.ready ## the tests of models, training and export with t
 
 bench: setup ## side-by-side measurements into bench/results/
 	$(BIN)/python -m bench
+
+gpu-wheels: $(BIN)/uv ## bring what `python -m bench gpu` needs on a machine without network into bench/gpu_wheels/
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary :all: --python-version 3.12 --platform manylinux_2_28_x86_64 \
+		--platform manylinux_2_17_x86_64 --dest bench/gpu_wheels --requirement bench/gpu_packages.txt
+	du -sh bench/gpu_wheels
 
 lint: setup ## check format, style and types
 	$(BIN)/ruff format --check
@@ -65,7 +70,7 @@ clean: ## remove .venv/, .venv-oldest/ and caches; data/ and runs/ stay
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-14s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-14s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(BIN)/uv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, \

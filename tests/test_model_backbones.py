@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from test_model_vlm import ANSWERED, NEW, TWO, A, B, asked, batch_of, generate, inputs_of
+from test_model_vlm import ANSWERED, TWO, A, B, asked, batch_of, generate, inputs_of
 from tiny_backbones import BACKBONES, STATE_SPACE, make_backbone_parts
 from torch import Tensor
 
