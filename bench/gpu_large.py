@@ -114,6 +114,7 @@ def large(name: str, is_smoke: bool) -> None:
         write_language_config(folder / "language", size)
         save_file({"drawn": torch.zeros(1)}, str(folder / "language" / "model.safetensors"))  # a folder must have some
         config = stage_settings(folder, "out", **settings)
+        _release()
         plan = make_plan(config)
         _release()
         told, peak, built = _timed(config)

@@ -36,7 +36,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], bool]] = {
     "bf16, flex_attention, packed": ({"attention": "flex_attention", "packing": "always"}, False),
 }
 SLOW_ON_CPU = ("compile", "flex_attention")  # they compile for minutes there
-IN_SMOKE = ("fp32, packed", "bf16", "bf16, torch's flash kernel", "bf16, flash_attention_2", "bf16, compiled")
+IN_SMOKE = ("fp32, packed", "bf16, torch's flash kernel", "bf16, flash_attention_2", "bf16, compiled")
 
 
 def write_small(folder: Path, is_smoke: bool) -> None:

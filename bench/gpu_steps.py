@@ -51,10 +51,13 @@ class ProductDtypes(TorchDispatchMode):
 
 def build_run(config: Any) -> tuple[Any, Iterator[Any]]:
     """(a Run whose `step` can be called, its batches)."""
+    from accelerate.state import AcceleratorState
+
     from mmllm.training.distributed import build_accelerator
     from mmllm.training.loop import Run
     from mmllm.training.stages import build_stage
 
+    AcceleratorState._reset_state(reset_partial_state=True)  # one process makes several runs
     accelerator = build_accelerator(config)
     stage = build_stage(config)
     run = Run(config, stage, accelerator, lambda: build_stage(config))
