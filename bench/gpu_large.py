@@ -119,8 +119,8 @@ def large(name: str, is_smoke: bool) -> None:
         _release()
         told, peak, built = _timed(config)
         _release()
-    said = f"{plan.memory.total / GIB:.1f}" if plan.memory else "does not fit"
-    measured = f"{peak / GIB:.1f}" if peak else "not measured: no CUDA"
+    said = f"{plan.memory.total / GIB:.3g}" if plan.memory else "does not fit"
+    measured = f"{peak / GIB:.3g}" if peak else "not measured: no CUDA"
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
     print(
         f"| {name} | {size.layers} of {(SMOKE if is_smoke else SIZES['7b']).layers} "
