@@ -4,12 +4,13 @@ PYTHON ?= python3
 UV_VERSION := 0.13.9
 BIN := .venv/bin
 READY := .venv/.ready
+OLDEST := .venv-oldest
 SCENES := data/scenes/train/conversations.json
 STAGE1 := runs/tiny/stage1/manifest.json
 STAGE2 := runs/tiny/stage2/manifest.json
 
 .DEFAULT_GOAL := setup
-.PHONY: setup demo test bench lint format weights requirements clean help
+.PHONY: setup demo test test-oldest bench gpu-wheels lint format weights requirements clean help
 .DELETE_ON_ERROR:
 # A checkpoint is written in one move, so one that is there is whole, even when make is interrupted right then.
 .PRECIOUS: $(STAGE1) $(STAGE2)
@@ -24,8 +25,21 @@ demo: setup $(if $(wildcard $(STAGE2)),,$(STAGE2)) ## train the small model wher
 test: lint ## lint, type-check and run the tests; PYTEST="-k chat" selects
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST)
 
+# What other versions of torch, transformers and peft break first. Old packages are for Python 3.11 and 3.12.
+OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,versions model_checkpoint model_processor model_vlm \
+	model_language training_loop training_lora training_optim export_hf_llava))
+
+test-oldest: $(OLDEST)/.ready ## the tests of models, training and export with the oldest versions, in .venv-oldest/
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(OLDEST)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile \
+		-p no:cacheprovider $(OLDEST_TESTS)
+
 bench: setup ## side-by-side measurements into bench/results/
 	$(BIN)/python -m bench
+
+gpu-wheels: $(BIN)/uv ## bring what `python -m bench gpu` needs on a machine without network into bench/gpu_wheels/
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary :all: --python-version 3.12 --platform manylinux_2_28_x86_64 \
+		--platform manylinux_2_17_x86_64 --dest bench/gpu_wheels --requirement bench/gpu_packages.txt
+	du -sh bench/gpu_wheels
 
 lint: setup ## check format, style and types
 	$(BIN)/ruff format --check
@@ -45,16 +59,18 @@ weights: setup ## train the small backbones anew, from random weights, into weig
 	cd runs/tiny/warmup_vision && cp open_clip_config.json open_clip_model.safetensors chat_template.jinja \
 		tokenizer.json tokenizer_config.json figures.json log.jsonl train_loss.png ../../../weights/tiny-vision/
 
-requirements: $(BIN)/uv ## pin the versions in requirements.txt again; UPGRADE=--upgrade moves all to the newest
-	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --no-annotate $(UPGRADE) \
-		--custom-compile-command "make requirements" --quiet --output-file requirements.txt
+PIN := $(BIN)/uv pip compile pyproject.toml --all-extras --universal --no-annotate --no-emit-index-url --quiet \
+	--custom-compile-command "make requirements"
+requirements: $(BIN)/uv ## pin the versions that are installed again; UPGRADE=--upgrade moves them to the newest
+	$(PIN) $(UPGRADE) --output-file requirements.txt
+	$(PIN) $(UPGRADE) --resolution lowest-direct --output-file requirements-oldest.txt
 
-clean: ## remove .venv/ and caches; data/ and runs/ stay
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build dist
+clean: ## remove .venv/, .venv-oldest/ and caches; data/ and runs/ stay
+	rm -rf .venv $(OLDEST) .mypy_cache .pytest_cache .ruff_cache build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-14s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-14s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(BIN)/uv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, \
@@ -66,6 +82,13 @@ $(READY): requirements.txt tests/parts.txt pyproject.toml | $(BIN)/uv
 	$(BIN)/uv pip sync --python $(BIN)/python requirements.txt
 	$(BIN)/uv pip install --python $(BIN)/python --no-deps --editable .
 	$(BIN)/uv pip install --python $(BIN)/python --no-deps --target .venv/parts --requirement tests/parts.txt
+	@touch $@
+
+$(OLDEST)/.ready: requirements-oldest.txt tests/parts.txt pyproject.toml | $(BIN)/uv
+	$(PYTHON) -m venv --clear $(OLDEST)
+	$(BIN)/uv pip sync --python $(OLDEST)/bin/python requirements-oldest.txt
+	$(BIN)/uv pip install --python $(OLDEST)/bin/python --no-deps --editable .
+	$(BIN)/uv pip install --python $(OLDEST)/bin/python --no-deps --target $(OLDEST)/parts --requirement tests/parts.txt
 	@touch $@
 
 # What follows is made once: order-only prerequisites (behind the bar) are made before it, but never make it anew.

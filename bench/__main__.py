@@ -1,7 +1,8 @@
 """Side-by-side measurements, as ratios within one run: `python -m bench [NAME ...]`.
 
 Those of pairs, on the embedded default, are timed in turn, several rounds, and the median round is told; results also
-go to bench/results/. `training` alone takes `--size`, `--stage` and `--quick`, see bench/training.py.
+go to bench/results/. `training` alone takes `--size`, `--stage` and `--quick`, see bench/training.py. What only a GPU
+shows is another command, which takes arguments of its own: `python -m bench gpu --help`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bench import gpu
 from bench.growth import growth
 from bench.million_rows import million_rows
 from bench.packing import packing
@@ -143,6 +145,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--size", choices=SIZES, action="append", help="training: shapes of the model; may be repeated")
     parser.add_argument("--stage", choices=STAGES, action="append", help="training: default: all")
     parser.add_argument("--quick", action="store_true", help="training, growth: whether they run at all")
+    if arguments[:1] == ["gpu"]:
+        return gpu.main(arguments[1:])
     given = parser.parse_args(arguments)
     names = given.names
     sizes = ["quick"] if given.quick else given.size or ["tiny", "large"]

@@ -8,18 +8,20 @@ weight decay, a constant rate, the norm of gradients clipped at 1, bf16 autocast
 from __future__ import annotations
 
 import functools
+import importlib.util
+import itertools
 import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.workload import QUICK, SIZES, STAGES, Size, messages_of
+from bench.workload import QUICK, SIZES, STAGES, Rows, Size, messages_of
 from mmllm.batch import IGNORE_INDEX
 
 NUM_PROBED = 8  # conversations whose loss every contender tells, before and after
@@ -82,8 +84,7 @@ class Recorder:
             return
         began, began_cpu, waited = self._clock
         cpu = 0.0 if torch.cuda.is_available() else time.process_time() - began_cpu
-        block = {"seconds": time.perf_counter() - began, "cpu_seconds": cpu,
-                 "waited": self.waited - waited}  # fmt: skip
+        block = {"seconds": time.perf_counter() - began, "cpu_seconds": cpu, "waited": self.waited - waited}
         self.blocks.append(block)
         if self.steps == self.size.steps:
             self.is_counting = False
@@ -185,9 +186,7 @@ def load_llava(folder: Path, train: list[str]) -> tuple[Any, Any]:
 
 
 def load_rows(folder: Path, stage_name: str) -> Any:
-    """The conversations as a `datasets.Dataset` of messages and pictures, with their lengths."""
-    from datasets import Dataset, Image, Sequence
-
+    """The conversations as a `datasets.Dataset` of messages and pictures, with their lengths; or a list without it."""
     size = json.loads((folder / "size.json").read_text())
     rows = json.loads((folder / f"{STAGES[stage_name][0]}.json").read_text())
     listed = [
@@ -199,6 +198,10 @@ def load_rows(folder: Path, stage_name: str) -> Any:
         }
         for row in rows
     ]
+    if importlib.util.find_spec("datasets") is None:
+        return Rows(listed)
+    from datasets import Dataset, Image, Sequence
+
     return Dataset.from_list(listed).cast_column("images", Sequence(Image()))
 
 
@@ -363,7 +366,7 @@ def plain_loop(recorder: Recorder, folder: Path, stage_name: str) -> tuple[float
     recorder.loaded()
     before = warm_up(probe, trained)
     recorder.ready()
-    for batch in _steps(loader, recorder.size.steps):
+    for batch in itertools.islice(loader, recorder.size.steps):
         loss = loss_of(batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -371,12 +374,6 @@ def plain_loop(recorder: Recorder, folder: Path, stage_name: str) -> tuple[float
         optimizer.zero_grad()
         recorder.step(float(loss.detach()))
     return before, float(probe().detach())
-
-
-def _steps(loader: Any, count: int) -> Iterator[Any]:
-    batches = iter(loader)
-    for _ in range(count):
-        yield next(batches)
 
 
 CONTENDERS: dict[str, Callable[[Recorder, Path, str], tuple[float, float]]] = {

@@ -61,14 +61,16 @@ class _Worker:
         return self.read()
 
 
-def measure(folder: Path, size_name: str, stage: str, *, threads: int = 1) -> dict[str, dict[str, Any]]:
+def measure(
+    folder: Path, size_name: str, stage: str, *, threads: int = 1, names: Sequence[str] = tuple(CONTENDERS)
+) -> dict[str, dict[str, Any]]:
     """What each contender's last line says. `folder` holds the workload."""
     size = QUICK if size_name == "quick" else SIZES[size_name]
     block = size.steps // NUM_BLOCKS if size.is_small else size.steps
     options: dict[str, Any] = {"block": block, "threads": threads}
     found: dict[str, dict[str, Any]] = {}
     workers: list[_Worker] = []
-    for name in CONTENDERS:
+    for name in names:
         workers.append(_Worker(name, stage, folder, size_name, **options))
         if not size.is_small:
             found[name] = _run(workers, size.steps // block)[name]

@@ -41,12 +41,14 @@ class Size:
     length_scale: float = LENGTH_SCALE
     rate: float = 3e-4  # orders differ, and where the loss falls steeply so do curves
     is_small: bool = True  # all contenders fit into memory beside each other
+    kv_heads: int | None = None  # of keys and values, where there are fewer than heads
 
     @property
     def llm(self) -> dict[str, Any]:
         return {
             "hidden_size": self.width, "intermediate_size": round(self.width * 8 / 3 / 64) * 64,
             "num_hidden_layers": self.layers, "num_attention_heads": self.heads, "tie_word_embeddings": True,
+            "num_key_value_heads": self.kv_heads or self.heads,
             "max_position_embeddings": 4096, "vocab_size": self.vocab_size,
         }  # fmt: skip
 
@@ -64,6 +66,9 @@ SIZES = {
                   rate=3e-5, is_small=False),
     "7b": Size(width=4096, layers=32, heads=32, tower_width=1024, tower_layers=24, batch_size=16, steps=24,
                side_px=336, patch_px=14, vocab_size=32064, length_scale=1, rate=2e-5, is_small=False),
+    # SmolLM2-135M behind CLIP-L: https://huggingface.co/HuggingFaceTB/SmolLM2-135M/blob/main/config.json
+    "smollm": Size(width=576, layers=30, heads=9, kv_heads=3, tower_width=1024, tower_layers=24, batch_size=16,
+                   steps=12, side_px=336, patch_px=14, vocab_size=49152, length_scale=1, rate=2e-5, is_small=False),
 }  # fmt: skip
 QUICK = Size(width=128, layers=2, heads=2, tower_width=128, tower_layers=3, batch_size=4, steps=6, side_px=64)
 
@@ -95,15 +100,20 @@ def write_workload(folder: Path, size: Size) -> None:
     import torch
 
     torch.manual_seed(0)
+    write_parts(folder, size, num_rows=size.batch_size * size.steps)
+    write_language(folder / "language", size)
+    write_checkpoint(folder)
+    _write_llava(folder, size)
+
+
+def write_parts(folder: Path, size: Size, *, num_rows: int) -> None:
+    """All but the LLM and what is made of it: the tower, pictures, and this many conversations of each mix."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "size.json").write_text(json.dumps({"image_tokens": (size.side_px // size.patch_px) ** 2}))
     _write_clip(folder / "vision", size)
-    _write_language(folder / "language", size)
-    _write_checkpoint(folder)
-    _write_llava(folder, size)
     _write_pictures(folder)
     for mix in {mix for mix, _, _ in STAGES.values()}:
-        rows = list(write_rows(mix, size.batch_size * size.steps, scale=size.length_scale))
+        rows = list(write_rows(mix, num_rows, scale=size.length_scale))
         (folder / f"{mix}.json").write_text(json.dumps(rows))
 
 
@@ -120,16 +130,27 @@ def _write_clip(folder: Path, size: Size) -> None:
     save_file(model.CLIP(**size.clip).state_dict(), str(folder / "open_clip_model.safetensors"))
 
 
-def _write_language(folder: Path, size: Size) -> None:
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+def write_language_config(folder: Path, size: Size) -> Any:
+    """The LLM's config and tokenizer without weights; gives the config."""
+    from transformers import AutoTokenizer, LlamaConfig
 
     tokenizer = AutoTokenizer.from_pretrained("weights/tiny-language")
     ids = {"bos_token_id": None, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    LlamaForCausalLM(LlamaConfig(**size.llm, **ids)).save_pretrained(folder)
+    config = LlamaConfig(**size.llm, **ids, architectures=["LlamaForCausalLM"])
+    config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return config
 
 
-def _write_checkpoint(folder: Path) -> None:
+def write_language(folder: Path, size: Size) -> None:
+    """An LLM of random weights, as AutoModelForCausalLM reads one."""
+    from transformers import LlamaForCausalLM
+
+    LlamaForCausalLM(write_language_config(folder, size)).save_pretrained(folder)
+
+
+def write_checkpoint(folder: Path) -> None:
+    """`checkpoint/` out of this folder's parts, with golden answers."""
     from mmllm.config import ModelConfig
     from mmllm.inference.engine import Engine
     from mmllm.inference.golden import make_golden
@@ -227,3 +248,13 @@ def messages_of(row: dict[str, Any]) -> list[dict[str, Any]]:
         assert not head, "pictures stand in front"
         found.append({"role": roles[turn["from"]], "content": parts})
     return found
+
+
+class Rows(list[dict[str, Any]]):
+    """Rows whose pictures are decoded when a row is taken, as `datasets` does it."""
+
+    def __getitem__(self, index: Any) -> Any:
+        from PIL import Image
+
+        row = super().__getitem__(index)
+        return {**row, "images": [Image.open(path) for path in row["images"]]}

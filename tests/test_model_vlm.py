@@ -145,8 +145,10 @@ def test_slots_and_image_tokens_that_do_not_agree_are_both_named(engine: Engine)
         model(input_ids=inputs["input_ids"])
     with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
         model()
-    with pytest.raises(ValueError, match="Found total 1 <image> tokens and 2 images"):
-        engine.processor(text=f"{IMAGE_TOKEN}?", images=[A, B])
+    for text, images in ((f"{IMAGE_TOKEN}?", [A, B]), (f"{IMAGE_TOKEN}?", None), ("hello", [A])):
+        named = f"{text.count(IMAGE_TOKEN)} {IMAGE_TOKEN} in the text but {len(images or ())} images were given"
+        with pytest.raises(ValueError, match=named):
+            engine.processor(text=text, images=images)
 
 
 def batch_of(engine: Engine, *examples: Example) -> Any:

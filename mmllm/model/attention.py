@@ -182,6 +182,17 @@ def use_blocked_attention(language_model: Any) -> None:
         language_model.set_attn_implementation(BLOCKED)
 
 
+def caps_scores(config: Any) -> bool:
+    """Whether an LLM's attention squeezes its scores (Gemma 2), which torch's own kernel, `sdpa`, cannot do."""
+    return getattr(config, "attn_logit_softcapping", None) is not None
+
+
+def keep_score_cap(language_model: Any) -> None:
+    """Takes `sdpa` from an LLM that caps its scores: some versions of transformers choose it, and drop the cap."""
+    if caps_scores(language_model.config) and language_model.config._attn_implementation == "sdpa":
+        language_model.set_attn_implementation("eager")
+
+
 class SelfAttention(nn.MultiheadAttention):
     """torch's module with one product for queries, keys and values of all positions, where they are of the same tokens.
 

@@ -18,6 +18,7 @@ from transformers import __version__ as transformers_version
 
 from mmllm.batch import IMAGE_TOKEN
 from mmllm.config import ConfigError, LanguageConfig
+from mmllm.model.attention import caps_scores, keep_score_cap
 from mmllm.model.hub import check_source, quiet_transformers
 from mmllm.model.probing import HALF_TYPES, held_in_float32, probing, spread_of
 from mmllm.model.vlm import VisionLanguageModel
@@ -95,18 +96,18 @@ def find_architecture(config: LanguageConfig) -> type:
             "it would answer otherwise in a batch; choose one without"
         )
     architecture: type = MODEL_FOR_CAUSAL_LM_MAPPING[type(found)]
-    check_attention(architecture, config.attention)
+    check_attention(architecture, found, config.attention)
     return architecture
 
 
-def check_attention(architecture: Any, attention: str | None) -> None:
+def check_attention(architecture: Any, text_config: Any, attention: str | None) -> None:
     """Raises ConfigError for an attention that the architecture, or this machine, does not have."""
     from transformers.utils import is_flash_attn_2_available
 
     has_flash_here = is_flash_attn_2_available()
     known = {
         "eager": True,
-        "sdpa": architecture._supports_sdpa,
+        "sdpa": architecture._supports_sdpa and not caps_scores(text_config),
         "flex_attention": architecture._supports_flex_attn,
         "flash_attention_2": architecture._supports_flash_attn,
     }
@@ -168,6 +169,7 @@ def load_language(config: LanguageConfig) -> tuple[Any, Any]:
         raise ConfigError(
             f"model.language: the weights of {config.source} lack {shown}, which would be random; download them again"
         )
+    keep_score_cap(model)
     new_ids = sorted(set(tokenizer.get_vocab().values()) - known)
     fit_vocabulary(model, tokenizer, new_ids=new_ids, multiple=config.vocab_multiple)
     model.config.trained_token_ids = [tokenizer.convert_tokens_to_ids(token) for token in config.add_tokens]

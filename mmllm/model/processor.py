@@ -9,6 +9,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 from transformers import AutoProcessor, ProcessorMixin
+from transformers.image_utils import make_flat_list_of_images
 
 from mmllm.batch import IMAGE_TOKEN, PICTURE_LABEL, PreparedImage
 from mmllm.model.large_pictures import MAX_ORDINARY_PIXELS
@@ -31,8 +32,6 @@ class VisionLanguageProcessor(ProcessorMixin):  # type: ignore[misc]
         encoding: how texts become ids, see Renderer; checkpoints that do not say it are of the first way.
     """
 
-    text_kwargs = {"add_special_tokens": False}  # the chat template writes them all, as the renderer does
-
     def __init__(
         self,
         image_processor: Any = None,
@@ -52,6 +51,29 @@ class VisionLanguageProcessor(ProcessorMixin):  # type: ignore[misc]
         self.image_token = IMAGE_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
+        """As ProcessorMixin's, without special tokens around the text: the chat template writes them all.
+
+        Said in the call, since no class attribute says it to every version of transformers.
+        """
+        if "add_special_tokens" not in kwargs.get("text_kwargs", {}):
+            kwargs.setdefault("add_special_tokens", False)
+        return super().__call__(images=images, text=text, **kwargs)
+
+    def validate_inputs(self, images: Any = None, text: Any = None, **kwargs: Any) -> None:
+        """Raises ValueError where the text has more or fewer `<image>` than there are pictures.
+
+        Older versions of transformers would leave pictures out without a word.
+        """
+        if text is not None:
+            marks = sum(one.count(IMAGE_TOKEN) for one in ([text] if isinstance(text, str) else text))
+            pictures = 0 if images is None else len(make_flat_list_of_images(images))
+            if marks != pictures:
+                raise ValueError(
+                    f"{marks} {IMAGE_TOKEN} in the text but {pictures} images were given; give one for each, in order"
+                )
+        super().validate_inputs(images=images, text=text, **kwargs)
 
     @property
     def unused_input_names(self) -> list[str]:

@@ -28,6 +28,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mmllm.batch import Batch
+from mmllm.model.attention import keep_score_cap
 from mmllm.model.layout import build_layout
 from mmllm.model.tables import compute_tables
 from mmllm.model.tower import TowerSpec, VisionTower
@@ -116,6 +117,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         self.vision_tower = _build_tower(config)
         self.projector = _build_projector(config, self.vision_tower.width)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        keep_score_cap(self.language_model)
         self.layout = build_layout(config.num_image_tokens, config.layout)
         self.image_newline: nn.Parameter | None = None  # [D], at the end of each row of image tokens
         if self.layout.has_newline:

@@ -310,7 +310,7 @@ def _load_model(config: StageConfig) -> tuple[VisionLanguageModel, VisionLanguag
         merge_adapter(model)
         model.language_model.to(dtypes["language"])
     if config.model.language and config.model.language.attention:
-        check_attention(type(model.language_model), config.model.language.attention)
+        check_attention(type(model.language_model), model.language_model.config, config.model.language.attention)
         model.language_model.set_attn_implementation(config.model.language.attention)
     if config.model.template:
         processor.template, processor.encoding = config.model.template, TEXT_ENCODING
