@@ -349,8 +349,12 @@ def import_(
         from mmllm.export.import_llava import ImportOptions, import_model
 
         verdict = import_model(source, out, ImportOptions(template, vision, base, projector))
-        told = f"; logits differ from transformers' by at most {verdict.max_logit_difference:.1e}" if verdict else ""
-        print(f"{out}: imported from {source}{told}")
+        print(f"{out}: imported from {source}")
+        if verdict:
+            print(
+                f"given the same tokens, logits differ from transformers' by {verdict.max_logit_difference:.1e} at most"
+            )
+            print(verdict.prompts)
 
 
 exports = typer.Typer(no_args_is_help=True, help="Write a model in a format that other programs read.")

@@ -333,3 +333,51 @@ def test_transformers_gives_the_same_ids_with_the_saved_template(name: str) -> N
         ids = tokenizer.apply_chat_template(chat, chat_template=saved, return_dict=False)
         whole = renderer.render([message("user", "<image>\nWhat colour?"), message("assistant", "Red")])
         assert expanded(ids, renderer.image_token_id) == whole.input_ids
+
+
+# What checkpoints carry that were saved before texts were encoded in one go.
+_OLD_TURNS = (
+    "{% for m in messages %}{% if m.role not in open %}"
+    "{{ raise_exception('this chat template has no turn of ' + m.role) }}{% endif %}"
+    "{% set content %}{% if m.content is not string %}{% for part in m.content %}{% if part.type == 'image' %}"
+    "<image>{% elif SHOWN %}{{ part.text }}{% endif %}{% endfor %}{% elif SHOWN %}{{ m.content }}{% endif %}"
+    "{% endset %}{{ open[m.role] }}{{ content | trim }}{{ close[m.role] }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ open.assistant }}{% endif %}"
+)
+OLD = {
+    "vicuna_v1": (
+        "{% set open = {'user': 'USER: ', 'assistant': 'ASSISTANT: ', 'system': ''} %}"
+        "{% set close = {'user': ' ', 'assistant': '</s>', 'system': ' '} %}{{ '<s>' }}"
+        "{% if not messages or messages[0].role != 'system' %}{{ \"" + _VICUNA + "\" }}{% endif %}"
+        + _OLD_TURNS.replace("SHOWN", "true")
+    ),
+    "plain": (
+        "{% set open = {'user': '', 'assistant': ''} %}{% set close = {'user': '', 'assistant': '</s>'} %}{{ '<s>' }}"
+        + _OLD_TURNS.replace("SHOWN", "m.role != 'user'")
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("template", OLD)
+def test_a_checkpoint_of_before_is_asked_piece_by_piece_as_it_was_trained(template: str) -> None:
+    tokenizer = tokenizer_for("mistral v1")
+    image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    renderer = Renderer(
+        tokenizer, template, image_token_id=image, num_image_tokens=M, encoding=1, saved=OLD[template]
+    )  # fmt: skip
+    talk = [message("user", "<image>\nWhat color?"), message("assistant", "Red"), message("user", "Sure?")]
+    pieces: list[str | int] = [IMAGE_TOKEN, "Red", 2]
+    if template == "vicuna_v1":
+        pieces = [_VICUNA[:-1], " ", "USER: ", IMAGE_TOKEN, "\nWhat color?", " ", "ASSISTANT: ", "Red", 2]
+        pieces += ["USER: ", "Sure?", " ", "ASSISTANT: "]
+    expected = [1]
+    for piece in pieces:
+        if piece == IMAGE_TOKEN:
+            expected += [image] * M
+        else:
+            expected += [piece] if isinstance(piece, int) else tokenizer.encode(piece, add_special_tokens=False)
+    rendered = renderer.render(talk)
+    assert rendered.input_ids == expected
+    assert rendered.is_answer.count(True) == 2
+    assert renderer.render(talk[:2]).input_ids[-1] == renderer.end_token_id == 2
+    assert renderer.saved_template("x") == OLD[template]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -13,10 +14,12 @@ import transformers
 from llava_parts import ENCODER, LLMS, make_encoder, make_llm
 from safetensors.torch import load_file, save_file
 from test_export_hf_llava import PICTURES, checkpoint
+from tokenizers import processors
 from typer.testing import CliRunner
 
 from mmllm.batch import IMAGE_TOKEN, Example, message
 from mmllm.cli import app
+from mmllm.data.chat import ChatError
 from mmllm.export.hf_llava import export_hf
 from mmllm.export.import_llava import ImportOptions, import_model
 from mmllm.export.parity import Verdict
@@ -343,12 +346,33 @@ def test_other_folders_are_refused_with_what_is_allowed(
         assert reason in refused(half, out)
 
 
-def test_a_chat_template_that_ends_no_answer_asks_for_another_one(parts: Path, tokenizer: Any, tmp_path: Path) -> None:
-    llava(parts, tmp_path / "theirs", "clip", "llama", tokenizer)
+def test_a_chat_template_that_ends_no_answer_is_asked_and_not_trained(
+    parts: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    """As llava-1.5-7b-hf has it: answers end with the end token that no template writes."""
+    plain = copy.deepcopy(tokenizer)
+    plain.backend_tokenizer.post_processor = processors.Sequence([])  # as it is, it ends every text itself
+    llava(parts, tmp_path / "theirs", "clip", "llama", plain)
     template = LISTS.replace("<|end|>", " ")
     (tmp_path / "theirs" / "chat_template.jinja").write_text(template)
-    text = refused(tmp_path / "theirs", tmp_path / "out")
-    assert "Name the one it was trained with: --template plain or vicuna_v1" in text
+    verdict = imported(tmp_path / "theirs", tmp_path / "out")
+    assert verdict is not None
+    assert verdict.max_logit_difference <= 1e-4
+    assert verdict.prompts == "4 prompts of its own processor are ours, token by token"
+    engine = Engine.load(tmp_path / "out", device="cpu")
+    assert engine.picture_label == ""
+    assert engine.renderer.end_token_id == tokenizer.eos_token_id
+    with pytest.raises(ChatError, match="training could not teach where an answer ends"):
+        engine.renderer.require_end()
+
+
+def test_prompts_that_the_folders_own_processor_would_not_give_are_said(
+    parts: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    llava(parts, tmp_path / "theirs", "clip", "llama", tokenizer)
     verdict = imported(tmp_path / "theirs", tmp_path / "out", template="vicuna_v1")
     assert verdict is not None
     assert verdict.max_logit_difference <= 1e-4
+    assert verdict.prompts.startswith(
+        "4 of 4 prompts of its own processor are not ours: of one picture, token 0 begins"
+    )

@@ -15,8 +15,9 @@ from mmllm.data.chat_templates import ChatError
 from mmllm.data.chat_text import PROBE_ANSWER, AnswerSpan, Transcript
 
 _LISTS = re.compile(r"\{% set open = (\{.*?\}) %\}\{% set close = (\{.*?\}) %\}", re.DOTALL)
-_BEGIN = re.compile(r"\{\{ ('(?:[^'\\]|\\.)*') \}\}")
-_DEFAULT_SYSTEM = re.compile(r"messages\[0\]\.role != 'system' %\}\{\{ ('(?:[^'\\]|\\.)*') \}\}")
+_TEXT = r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
+_BEGIN = re.compile(r"\{\{ " + _TEXT + r" \}\}")
+_DEFAULT_SYSTEM = re.compile(r"messages\[0\]\.role != 'system' %\}\{\{ " + _TEXT + r" \}\}")
 
 
 class PieceConversations:

@@ -119,7 +119,9 @@ def _own_jinja(tokenizer: Any) -> str:
     """The tokenizer's own template, the default one where it has several; empty where it has none."""
     own = getattr(tokenizer, "chat_template", None) or ""
     jinja = str(own.get("default", "")) if isinstance(own, dict) else str(own)
-    return jinja.split(_SAVED_END, 1)[1] if jinja.startswith(_SAVED_HEAD) else jinja
+    if not jinja.startswith(_SAVED_HEAD) or _SPACED in jinja:  # with spaces, it is another template's
+        return jinja
+    return jinja.split(_SAVED_END, 1)[1]
 
 
 def find_template(name: str, tokenizer: Any) -> ChatTemplate:

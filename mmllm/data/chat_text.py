@@ -17,7 +17,7 @@ from mmllm.data.chat_inert import writes_words_as_they_are
 from mmllm.data.chat_templates import TEMPLATES, ChatError, ChatTemplate, apply, refuse_dates
 
 _FIRST_MARK = 0x10A000  # private use area B, behind what icon fonts have in it
-_IMAGE_MARK = "\U0010fffd"
+_IMAGE_MARK, _LATE_IMAGE_MARK = "\U0010fffc", "\U0010fffd"  # before a picture; after one that follows another
 _MARKS = re.compile("[\U0010a000-\U0010fffd]")
 _BLANK = "\u2003"  # a space that no template writes
 PROBE_ANSWER = "A"  # stands for the answer that is asked for: most answers begin with a letter
@@ -262,12 +262,13 @@ def _unmarked(number: int, text: str, places: Sequence[int]) -> str:
 
 
 def _marked(number: int, text: str, places: Sequence[int]) -> str:
-    """The text with marks around its words, inside the blanks that many templates strip, and behind its pictures."""
+    """The text with marks around its words, inside the blanks that many templates strip, and at its pictures."""
     begin = len(text) - len(text.lstrip()) if text.strip() else len(text)
     end = max(len(text.rstrip()), begin)
     inner, last = "", begin
     for place in places:
-        inner += text[last : place + len(IMAGE_TOKEN)] + _IMAGE_MARK
+        is_late = place == last > begin
+        inner += text[last:place] + (IMAGE_TOKEN + _LATE_IMAGE_MARK if is_late else _IMAGE_MARK + IMAGE_TOKEN)
         last = place + len(IMAGE_TOKEN)
     return f"{text[:begin]}{_mark(number)}{inner}{text[last:end]}{_mark(number, is_end=True)}{text[end:]}"
 
@@ -283,7 +284,9 @@ def _read_marks(text: str) -> _Marked:
         length += found.start() - last
         last = found.end()
         if found[0] == _IMAGE_MARK:
-            images.append(length - len(IMAGE_TOKEN))
+            images.append(length)
+        elif found[0] == _LATE_IMAGE_MARK:
+            images.append("".join(parts).rindex(IMAGE_TOKEN))
         else:
             number, is_end = divmod(ord(found[0]) - _FIRST_MARK, 2)
             (ends if is_end else starts)[number] = length

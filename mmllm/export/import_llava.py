@@ -8,20 +8,21 @@ with transformers itself before the checkpoint is left there.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from mmllm.batch import IMAGE_TOKEN
+from mmllm.batch import IMAGE_TOKEN, TEXT_ENCODING
 from mmllm.config import ConfigError, LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
 from mmllm.data.chat import OWN_TEMPLATE, TEMPLATES, ChatError
 from mmllm.export import peft_llava
 from mmllm.export.original_llava import is_original, read_original
-from mmllm.export.parity import Verdict, check_place_of_pictures, compare_with_transformers
+from mmllm.export.parity import Verdict, compare_with_transformers
 from mmllm.export.parts import ModelImportError, Parts, read_json, tiled_layout
+from mmllm.export.prompts import compare_prompts
 from mmllm.inference.engine import Engine
 from mmllm.inference.golden import make_golden, require_golden
 from mmllm.inference.reload import check_reload
@@ -35,6 +36,9 @@ from mmllm.model.vlm import VisionLanguageModel
 from projector import Projector, build_projector
 
 LLAVAS = {"llava": "LlavaForConditionalGeneration", "llava_next": "LlavaNextForConditionalGeneration"}
+
+
+NO_LABEL = ""  # LLaVA announces several pictures by nothing
 
 
 @dataclass(frozen=True)
@@ -77,10 +81,9 @@ def import_model(source: str, out: str | Path, options: ImportOptions) -> Verdic
         if config.get("model_type") not in LLAVAS or "vision_config" not in config:
             require_golden(written.model, written.processor, partial, answers=True)
             return None
-        if options.template is None:
-            check_place_of_pictures(written, source)
         adapt = functools.partial(peft_llava.lay_adapter, folder=adapter) if adapter else None
-        return compare_with_transformers(written, source, asks_alike=False, adapt=adapt)
+        verdict = compare_with_transformers(written, source, asks_alike=False, adapt=adapt)
+        return replace(verdict, prompts=str(compare_prompts(written, source)))
 
 
 def _config(source: str) -> dict[str, Any]:
@@ -122,7 +125,7 @@ def _read(
     assert template is not None
     model, processor = join_parts(
         parts.tower, parts.projector, parts.language_model, parts.tokenizer, kind=parts.kind,
-        vision=parts.vision, template=template, image_newline=parts.image_newline,
+        vision=parts.vision, template=template, image_newline=parts.image_newline, picture_label=NO_LABEL,
     )  # fmt: skip
     return model, processor, parts.origin
 
@@ -151,7 +154,11 @@ def _check_template(tokenizer: Any, template: str | None) -> None:
         from transformers import CLIPImageProcessor
 
         asked = template or OWN_TEMPLATE
-        Engine.renderer_of(VisionLanguageProcessor(CLIPImageProcessor(), tokenizer, template=asked, num_image_tokens=1))
+        Engine.renderer_of(
+            VisionLanguageProcessor(
+                CLIPImageProcessor(), tokenizer, template=asked, num_image_tokens=1, encoding=TEXT_ENCODING
+            )
+        )
 
 
 def _read_transformers(source: str, kind: str, template: str | None, adapter: Path | None) -> Parts:

@@ -31,6 +31,7 @@ class Verdict:
 
     max_logit_difference: float
     num_conversations: int
+    prompts: str = ""  # of an import: whether the folder's own processor gives our prompts
 
 
 def probes() -> list[Example]:
@@ -156,32 +157,6 @@ def _decoded(engine: Engine, row: Tensor) -> str:
     ids = row.tolist()
     end = next((place for place, token in enumerate(ids) if token in engine.end_token_ids), len(ids))
     return engine.renderer.decode(ids[: end + 1])
-
-
-def check_place_of_pictures(engine: Engine, folder: str | Path) -> None:
-    """Whether the folder's own chat template writes a picture before its question as the engine does: `<image>\\n`.
-
-    Some templates write the line break themselves, others leave it to the text. Raises ExportError.
-    """
-    from transformers import AutoProcessor
-
-    with quiet_transformers():
-        processor = AutoProcessor.from_pretrained(folder)
-    question = "What color is it?"
-    ours = engine.prompt(Example("x", "", (message("user", f"<image>\n{question}"),), (probes()[1].images[0],)))
-    theirs = [
-        processor.apply_chat_template(
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}],
-            add_generation_prompt=True,
-            tokenize=False,
-        )
-        for text in (question, f"\n{question}")
-    ]
-    if ours not in theirs:
-        raise ExportError(
-            f"chat template: it writes {theirs[0]!r}, here a picture stands before its question as {ours!r}; choose "
-            "another one with --template"
-        )
 
 
 def _first_difference(ours: Tensor, theirs: Tensor) -> tuple[int, int, int]:
