@@ -232,9 +232,8 @@ def check_masks(renderer: Renderer, messages: Sequence[Message], rendered: Any, 
         close = shape.last_close if is_last and shape.last_close is not None else shape.close
         supervised = tokenizer.decode(rendered.input_ids[answer.start : answer.end]).strip()
         assert supervised == as_text(tokenizer, lead + messages[number].text + close.replace("{eos}", eos))
-        assert renderer.decode(rendered.input_ids[answer.start : answer.end]).endswith(
-            as_text(tokenizer, messages[number].text)
-        )
+        words = as_text(tokenizer, messages[number].text)
+        assert renderer.decode(rendered.input_ids[answer.start : answer.end]) == words
         assert renderer.end_token_id in rendered.input_ids[answer.words_end : answer.end]
         marked[answer.start : answer.end] = [True] * (answer.end - answer.start)
         asked = renderer.render(messages[:number])
