@@ -188,6 +188,10 @@ def refuse_dates(tokenizer: Any, jinja: str, chats: Sequence[Any]) -> None:
     if "strftime_now" not in jinja:
         return
     try:
+        apply(tokenizer, jinja, chats)
+    except ChatError:  # a conversation that it does not take, whatever the day
+        return
+    try:
         apply(tokenizer, jinja, chats, strftime_now="")
     except ChatError as error:
         raise ChatError(

@@ -94,15 +94,11 @@ class Conversations:
     def _check_repeats(self, whole: list[Message]) -> None:
         """A turn must read the same when others follow, or training would teach other prompts than are asked."""
         longer = [*whole, Message("user", ("Uu2",)), Message("assistant", (PROBE_ANSWER,))]
+        refuse_dates(self.tokenizer, self.template.jinja, [[self._turn("system", "Ss3"), self._turn("user", "Uu0")]])
         try:
-            refuse_dates(
-                self.tokenizer, self.template.jinja, [[self._turn("system", "Ss3"), self._turn("user", "Uu0")]]
-            )
             text = self._marked(longer).text
-        except ChatError as error:
-            if "today" in str(error):
-                raise
-            return  # no second turn or no system turn: conversations that have one are refused, each for itself
+        except ChatError:  # it takes no second turn: conversations that have one are refused, each for itself
+            return
         for asked in (longer[:1], longer[:3]):
             prompt = self.asked(asked).prompt
             if not text.startswith(prompt):
@@ -135,7 +131,7 @@ class Conversations:
             if message.role == "assistant":
                 follows_user = number > 0 and messages[number - 1].role == "user"
                 answers.append(self._answer(marked, number, follows_user))
-        contents = tuple((marked.starts.get(number, end), end) for number, end in marked.ends.items())
+        contents = tuple(sorted((marked.starts.get(number, end), end) for number, end in marked.ends.items()))
         return Transcript(marked.text, marked.images, contents, tuple(answers))
 
     def asked(self, messages: Sequence[Message]) -> Transcript:
