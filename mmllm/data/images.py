@@ -284,7 +284,9 @@ def _bare_png(file: IO[bytes]) -> IO[bytes] | None:
 
 
 def _damaged(name: str, error: Exception) -> str:
-    return f"{name} is damaged or cut off ({str(error) or type(error).__name__}); copy or download it again"
+    is_unknown = isinstance(error, UnidentifiedImageError)  # Pillow says where the bytes are in memory
+    why = "its head cannot be read" if is_unknown else str(error) or type(error).__name__
+    return f"{name} is damaged or cut off ({why}); copy or download it again"
 
 
 def _decode(picture: Image.Image, name: str, max_pixels: int, *, is_ours: bool = True) -> Image.Image:
