@@ -37,6 +37,7 @@ from projector import Projector, build_projector
 
 PARTS = {"vision": "vision_tower", "projector": "projector", "language": "language_model"}
 _OF_IMAGES = ("pixel_values", "image_features", "image_sizes")
+_CACHES = ("cache", "past_key_values", "cache_params")  # from transformers 5.24 on, and before it
 
 
 class VisionLanguageConfig(PretrainedConfig):  # type: ignore[misc]
@@ -302,7 +303,8 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
             inputs["output_router_logits"] = False  # a loss of training, which fails on one new token behind padding
         if is_first:
             return {**inputs, **images}
-        if "cache_params" in self.language_inputs:
+        cache = next((kwargs[name] for name in _CACHES if kwargs.get(name) is not None), None)
+        if all(getattr(cache, "is_linear", [False])):  # a state-space LLM
             inputs.pop("attention_mask", None)  # padding stands in the state already, and a new token is none
         return inputs
 

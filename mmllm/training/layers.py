@@ -70,7 +70,11 @@ def depths(model: VisionLanguageModel) -> dict[str, int]:
     layers = decoder_layers(model.language_model)
     for depth, layer in enumerate(reversed(layers)):
         found |= dict.fromkeys(map(id, layer.parameters()), depth)
-    tables = [module for module in model.language_model.modules() if isinstance(module, nn.Embedding)]
+    tables: list[nn.Module] = [one for one in model.language_model.modules() if isinstance(one, nn.Embedding)]
+    inside = {module for layer in layers for module in layer.modules()}
+    for name, module in model.language_model.get_decoder().named_modules():
+        if module not in inside and "emb" in name.rpartition(".")[2]:  # such as Bloom's norm of its embeddings
+            tables.append(module)
     for table in [*tables, model.get_input_embeddings()]:  # peft's rows of added tokens are in no nn.Embedding
         found |= dict.fromkeys(map(id, table.parameters()), len(layers))
     return {name: found.get(id(parameter), 0) for name, parameter in model.named_parameters()}
