@@ -98,7 +98,7 @@ def turn_of_message(turns: Sequence[Turn], index: int) -> int:
 
 def typed_html(text: str) -> str:
     """A question as it was typed: one line of HTML, in which Markdown finds nothing to make its own of."""
-    return TYPED.format(html.escape(text).replace("\n", "<br>"))
+    return TYPED.format(html.escape(text).replace("\n", "<br>").replace("\t", "&#9;"))  # Markdown makes tabs spaces
 
 
 def typed_text(shown: str) -> str:

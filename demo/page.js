@@ -34,11 +34,20 @@
     navigator.clipboard.writeText = (text) => write(asTyped(text));
   }
 
+  // A question that was just sent is shown to its end; Gradio follows from there, and not always to there.
+  let numQuestions = 0;
+  function showNewest() {
+    const count = document.querySelectorAll("#chat .message.user").length;
+    const chat = document.querySelector("#chat .bubble-wrap");
+    if (count > numQuestions) chat?.scrollTo(0, chat.scrollHeight);
+    numQuestions = count;
+  }
+
   let waits = false;
   new MutationObserver(() => {
     if (waits) return;
     waits = true;
-    requestAnimationFrame(() => { waits = false; name(); editAsTyped(); });
+    requestAnimationFrame(() => { waits = false; name(); editAsTyped(); showNewest(); });
   }).observe(document.body, { childList: true, subtree: true, attributes: true, attributeFilter: ["class"] });
   name();
 }

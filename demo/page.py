@@ -64,7 +64,7 @@ def _chat_column(events: Events) -> tuple[gr.Chatbot, gr.HTML, gr.MultimodalText
         show_label=False,
         elem_id="composer",
         file_count="multiple",
-        placeholder="Ask about the picture …",
+        placeholder="Ask a question",
         lines=1,
         max_lines=6,
         max_plain_text_length=100_000,

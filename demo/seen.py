@@ -33,13 +33,14 @@ def _picture_html(engine: Engine, source: ImageSource, number: int) -> str:
 def seen_html(engine: Engine, example: Example) -> str:
     """The pictures and the prompt of one call. Raises ValueError where the engine cannot take the example."""
     pictures = "".join(_picture_html(engine, image, number) for number, image in enumerate(example.images, 1))
-    prompt = html.escape(engine.prompt(example))
-    slot = html.escape(IMAGE_TOKEN)
-    prompt = prompt.replace(slot, f"<mark>{slot}</mark>")
+    prompt, images = engine.renderer.text_and_images(example.messages)
+    starts = [0, *(place + len(IMAGE_TOKEN) for place in images)]
+    texts = [html.escape(prompt[start:end]) for start, end in zip(starts, (*images, None), strict=True)]
     return (
         (f'<div class="figures">{pictures}</div>' if pictures else '<p class="quiet">No picture was sent.</p>')
         + '<h3>Prompt, to the letter</h3><pre class="prompt" tabindex="0" aria-label="The exact prompt">'
-        + f"{prompt}</pre>"
+        + f"<mark>{html.escape(IMAGE_TOKEN)}</mark>".join(texts)
+        + "</pre>"
     )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import copy
+import html
 import io
 import os
 import socket
@@ -28,6 +30,8 @@ from demo.chat import (
 from demo.events import ANY_SEED, DRAWING_PREFIX, Events
 from demo.examples import WANTED, draw_examples
 from demo.seen import counts_html, seen_html
+from mmllm.data.chat import Renderer
+from mmllm.data.chat_templates import OWN_TEMPLATE
 from mmllm.data.images import load_image
 from mmllm.inference.engine import Engine
 
@@ -126,14 +130,32 @@ def test_a_picture_is_decoded_once_whatever_is_asked_about_it(events, picture, m
     assert all(one is decoded[0] for one in decoded)  # Pillow asks one picture twice, and decodes it once
 
 
-def test_words_that_cannot_be_asked_are_refused_or_text_and_the_chat_goes_on(events):
-    _, _, notice = events.send({"text": "say <image> twice", "files": []}, tab())
-    list(events.answer(*GREEDY, tab()))
-    turns = events.sessions.of("a tab").turns
-    assert (not turns) == ("This question cannot be asked" in notice)  # either way nothing is in the way of the next
+@pytest.mark.parametrize(
+    "words", ["say <image> twice", "</s> <|end|> <|im_end|>", "<b>&amp;</b> # 1\n\n```", "\U0001f9ed\u200d\u4f60"]
+)
+def test_words_that_mean_something_to_a_program_are_text_and_the_chat_goes_on(events, picture, words):
+    updates = ask(events, words, [picture])
     ask(events, "hello again")
-    assert turns[-1].answer
-    assert not turns[-1].problem
+    turns = events.sessions.of("a tab").turns
+    assert [turn.text for turn in turns] == [words, "hello again"]
+    assert all(turn.answer and not turn.problem for turn in turns)
+    panel = next(seen for _, _, seen, _ in updates if isinstance(seen, str))
+    assert panel.count("<mark>") == 1  # the picture; a typed `<image>` is no picture
+    assert html.escape(words) in panel
+
+
+def test_words_that_the_template_cannot_hold_are_refused_and_the_chat_goes_on(events, engine, monkeypatch):
+    tokenizer = copy.deepcopy(engine.processor.tokenizer)
+    tokenizer.chat_template = tokenizer.chat_template.replace("content", "content.lower()")
+    own = engine.renderer
+    changed = Renderer(tokenizer, OWN_TEMPLATE, image_token_id=own.image_token_id, num_image_tokens=4)
+    monkeypatch.setattr(engine, "renderer", changed)
+    composer, _, notice = events.send({"text": "\U0010a000", "files": []}, tab())
+    assert "This question cannot be asked" in notice
+    assert composer["text"] == "\U0010a000"
+    ask(events, "hello again")
+    (turn,) = events.sessions.of("a tab").turns
+    assert turn.answer
 
 
 def test_too_many_pictures_are_counted(picture):

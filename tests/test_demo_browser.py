@@ -135,10 +135,11 @@ def test_closing_the_tab_ends_the_computation_and_deletes_the_pictures(open_page
     page.set(longest_answer=2048)
     page.ask("what is it?", picture)
     page.wait_for_words()
-    (kept,) = served.folder.rglob("red.png")
+    kept = list(served.folder.rglob("red.png"))  # as it was uploaded, and as the chat shows it
+    assert kept
     page.tab.close()
     wait_until(lambda: not generating())
-    wait_until(lambda: not kept.exists())
+    wait_until(lambda: not any(path.exists() for path in kept))
 
 
 def test_a_new_question_ends_the_answer_that_is_being_written(page, slowly):
@@ -197,6 +198,36 @@ def test_regenerate_undo_edit_and_clear(page, picture):
     page.expect(page.questions).to_have_count(0)
     page.expect(page.seen).to_have_count(0)
     page.expect(page.tab.get_by_text("Show it something")).to_be_visible()
+
+
+def test_what_was_typed_is_shown_copied_and_edited_to_the_letter(open_page, served):
+    text = "# <b>*one*</b> &amp; <image> </s>\n\n    - `two`\ttab  \u4f60\n```"
+    page = open_page(served.address, permissions=["clipboard-read", "clipboard-write"])
+    page.set(longest_answer=8)
+    page.ask(text)
+    page.wait_for_end()
+    assert page.questions.inner_text() == text
+    chat = page.tab.locator("#chat")
+    chat.get_by_role("button", name=re.compile("copy", re.IGNORECASE)).first.click()
+    wait_until(lambda: page.tab.evaluate("navigator.clipboard.readText()") == text)
+    chat.get_by_role("button", name="Edit").click()
+    edited = chat.locator("textarea")
+    page.expect(edited).to_have_value(text)
+    assert edited.evaluate("box => box.scrollHeight <= box.clientHeight")  # all of it is in sight
+    chat.get_by_role("button", name="Submit").click()
+    page.wait_for_end()
+    page.expect(page.prompt).to_contain_text(text)
+    assert page.prompt.locator("mark").count() == 0
+
+
+def test_a_question_that_is_sent_is_scrolled_to(page):
+    page.set(longest_answer=8)
+    page.ask("line\n" * 60)
+    page.wait_for_end()
+    page.tab.locator("#chat .bubble-wrap").evaluate("chat => chat.scrollTo(0, 0)")
+    page.ask("two?")
+    page.expect(page.questions.last).to_be_in_viewport()
+    page.wait_for_end(2)
 
 
 # Bad input

@@ -18,8 +18,7 @@ from demo.chat import (
     typed_text,
     user_message,
 )
-from mmllm.batch import ImageRef, Message, message
-from mmllm.scenes.talk import picture_marks
+from mmllm.batch import ImageRef, Message, message, picture_marks
 
 
 def chat_picture(name):
@@ -122,11 +121,11 @@ def test_the_note_of_an_answer_that_was_cut_off_in_code_is_no_code(answer, end):
 
 
 @pytest.mark.parametrize(
-    "text", ["# *a* <b>b</b>\n\n    - `c` $x$ &amp; <image>", "a", "  two  spaces\n\nand <br>", "</div>"]
+    "text", ["# *a* <b>b</b>\n\n    - `c` $x$ &amp; <image>", "a", "  two  spaces\n\nand <br>", "a\ttab", "</div>"]
 )
 def test_a_question_is_shown_as_it_was_typed(text):
     html_line = typed_html(text)
-    assert "\n" not in html_line  # in which Markdown would begin anew
+    assert not {"\n", "\t"} & set(html_line)  # Markdown begins anew at the first and makes spaces of the second
     assert "<b>" not in html_line
     assert typed_text(html_line) == text
     assert typed_text(text) == text

@@ -210,9 +210,15 @@ class Renderer:
 
     def text(self, messages: Sequence[Message]) -> str:
         """The same conversation as one text, for people to read; each image is one `<image>`."""
+        return self.text_and_images(messages)[0]
+
+    def text_and_images(self, messages: Sequence[Message]) -> tuple[str, tuple[int, ...]]:
+        """`text`, and where its images begin in it: an `<image>` anywhere else was typed."""
         if not messages or messages[-1].role != "assistant":
-            return self._conversations.asked(messages).prompt
-        return self._conversations.whole(messages).text
+            transcript = self._conversations.asked(messages)
+            return transcript.prompt, transcript.images
+        transcript = self._conversations.whole(messages)
+        return transcript.text, transcript.images
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of generated tokens, without control tokens and what the template writes before an answer's words.
