@@ -121,10 +121,6 @@ REFUSED: dict[str, Callable[[], bytes]] = {
     "pickle": lambda: b"\x80\x04\x95\x1e\0\0\0\0\0\0\0\x8c\x05posix\x94\x8c\x06system\x94\x93\x94.",
     "png without pixels": lambda: png((0, 0), b""),
     "png of a palette without one": lambda: png((2, 1), b"\0\0\1", colour_type=3),
-    "png text bomb": lambda: red_png((b"zTXt", b"c\0\0" + bomb(20_000_000))),
-    "png of many text bombs": lambda: red_png(*[(b"zTXt", b"%d\0\0" % i + bomb(1_000_000)) for i in range(80)]),
-    "png international text bomb": lambda: red_png((b"iTXt", b"c\0\1\0\0\0" + bomb(20_000_000))),
-    "png profile bomb": lambda: red_png((b"iCCP", b"p\0\0" + bomb(20_000_000))),
     "gif without a frame": lambda: b"GIF89a\x08\0\x08\0\0\0\0;",
     "gif cut in its first frame": lambda: encode(noise(), "GIF")[:2000],
     "gif whose frame is huge": lambda: patched(gif(), b"," + struct.pack("<4H", 0, 0, SMALL_PX, SMALL_PX),
@@ -146,6 +142,10 @@ REFUSED: dict[str, Callable[[], bytes]] = {
                                                  struct.pack("<ii", -SMALL_PX, SMALL_PX)),
 }  # fmt: skip
 READ: dict[str, tuple[Callable[[], bytes], tuple[int, int, int]]] = {
+    "png text bomb": (lambda: red_png((b"zTXt", b"c\0\0" + bomb(20_000_000))), RED),
+    "png of many text bombs": (lambda: red_png(*[(b"zTXt", b"%d\0\0" % i + bomb(1_000_000)) for i in range(80)]), RED),
+    "png international text bomb": (lambda: red_png((b"iTXt", b"c\0\1\0\0\0" + bomb(20_000_000))), RED),
+    "png profile bomb": (lambda: red_png((b"iCCP", b"p\0\0" + bomb(20_000_000))), RED),
     "png with more pixels than it says": (lambda: red_png(more=bytes(50_000_000)), RED),
     "png animation of no frames": (lambda: red_png((b"acTL", bytes(8))), RED),
     "png animation declared twice": (lambda: red_png(*[(b"acTL", struct.pack(">II", 1, 0))] * 2), RED),

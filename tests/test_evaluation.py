@@ -16,7 +16,7 @@ from rich.progress import Progress
 from scene_answers import UnanswerableError, answer, read_caption
 from typer.testing import CliRunner
 
-from mmllm.batch import Example
+from mmllm.batch import PICTURE_LABEL, Example
 from mmllm.cli import app
 from mmllm.evaluation.run import evaluate_model, evaluate_task, normalise, score, show, shuffled_pictures
 from mmllm.evaluation.tasks import (
@@ -41,6 +41,7 @@ class Oracle:
 
     def __init__(self) -> None:
         self.renderer = SimpleNamespace(render_example=self.render)
+        self.picture_label = PICTURE_LABEL
 
     def render(self, example: Example) -> Any:
         return SimpleNamespace(input_ids=" ".join(message.text for message in example.messages).split())

@@ -166,7 +166,6 @@ def test_a_killed_job_goes_on_and_captions_each_picture_once(
         (["{picture}", "--out", "{empty}"], "is a folder or a device"),
         (["{picture}", "--out", "/dev/full"], "is a folder or a device"),
         (["{picture}", "--out", "{out}", "--prompt", " "], "the prompt is empty"),
-        (["{picture}", "--out", "{out}", "--prompt", "an <image>?"], "images are given as images"),
     ],
 )
 def test_wrong_use_is_one_message_and_writes_no_caption(

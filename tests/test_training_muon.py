@@ -31,6 +31,8 @@ MATRICES: dict[str, set[str]] = {
     "mixtral": ATTENTION,  # its experts are tensors of three dimensions, and its router is a table
     "mamba": {"in_proj", "x_proj", "dt_proj", "out_proj"},
     "mamba2": {"in_proj", "out_proj"},
+    "mpt": {"Wqkv", "out_proj", "up_proj", "down_proj"},
+    **{kind: {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"} for kind in ("bloom", "falcon")},
 }
 
 

@@ -17,11 +17,13 @@ from mmllm.data.packing import positions
 from mmllm.training.packed_rows import Packer, row_cost, why_not_packed
 from mmllm.training.stages import ConversationStage
 
-HAS_NOT = [("gemma2", "sdpa"), ("gpt2", "flex_attention")]
+HAS_NOT = [("gemma2", "sdpa"), ("gpt2", "flex_attention"), ("falcon", "flex_attention")]
+HAS_NOT += [(kind, attention) for kind in ("mpt", "bloom") for attention in ("sdpa", "flex_attention")]
 HAS_NOT += [(kind, attention) for kind in STATE_SPACE for attention in ("sdpa", "flex_attention")]
 LENGTHS = (11, 4, 1, 13)  # longer than the sliding windows of BACKBONES, and as short as can be
 PADDING = 5
-SEES_ITS_NEIGHBOURS = (*STATE_SPACE, "opt")  # OPT takes positions, but builds no mask from them
+# OPT takes positions, but builds no mask from them; MPT, Bloom and Falcon do not know of packed rows.
+SEES_ITS_NEIGHBOURS = (*STATE_SPACE, "opt", "mpt", "bloom", "falcon")
 
 
 def backbone(kind: str, attention: str) -> Any:

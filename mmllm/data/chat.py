@@ -136,7 +136,8 @@ class Renderer:
         """(the token that ends an answer, whether the template writes it)."""
         rendered = self.render([Message("user", ("Uu0",)), Message("assistant", ("A",))])
         answer = rendered.answers[-1]
-        self._lead = "".join(rendered.texts[answer.start : answer.words_end]).removesuffix("A").strip()
+        probe = self._decode_shown(self.tokenizer.encode("A", add_special_tokens=False))
+        self._lead = self._decode_shown(rendered.input_ids[answer.start : answer.words_end]).removesuffix(probe).strip()
         closing = rendered.input_ids[answer.words_end : answer.end]
         special = {*self.tokenizer.get_added_vocab().values(), *self.tokenizer.all_special_ids}
         if end := next((number for number in closing if number in special), None):
@@ -225,10 +226,13 @@ class Renderer:
 
         The second is an empty thought, `<think></think>`, where a thinking template writes one before each answer.
         """
+        text = self._decode_shown(ids)
+        return "" if text and self._lead.startswith(text) else text.removeprefix(self._lead).strip()
+
+    def _decode_shown(self, ids: Sequence[int]) -> str:
         hidden = {self._specials[token] for token in self.control if token in self._specials}
         shown = [number for number in ids if number not in hidden]
-        text = str(self.tokenizer.decode(shown, skip_special_tokens=False)).strip()
-        return "" if text and self._lead.startswith(text) else text.removeprefix(self._lead).strip()
+        return str(self.tokenizer.decode(shown, skip_special_tokens=False)).strip()
 
     def saved_template(self, label: str) -> str:
         """The chat template for other programs, images included; `label` stands before each of several pictures."""

@@ -265,11 +265,15 @@ def tokenise(rendered: Rendered, image_token_id: int) -> list[Token]:
         kinds[answer.start : answer.words_end] = ["answer"] * (answer.words_end - answer.start)
         kinds[answer.words_end : answer.end] = ["end"] * (answer.end - answer.words_end)
     labels = [IGNORE_INDEX, *rendered.labels[1:]]  # nothing predicts the first token
+    texts = rendered.texts
+    for place, text in enumerate(texts[1:], start=1):
+        if rendered.input_ids[place] == image_token_id and text != IMAGE_TOKEN:  # blanks that no token is for
+            texts[place - 1] += text.removesuffix(IMAGE_TOKEN)
     return [
         Token(token_id, IMAGE_TOKEN, "image")
         if token_id == image_token_id
         else Token(token_id, text, kind, label != IGNORE_INDEX)
-        for token_id, text, kind, label in zip(rendered.input_ids, rendered.texts, kinds, labels, strict=True)
+        for token_id, text, kind, label in zip(rendered.input_ids, texts, kinds, labels, strict=True)
     ]
 
 
