@@ -210,13 +210,12 @@ def test_processes_find_what_one_finds(tiny_parts: Path, tiny_scenes: Path, bad:
 @pytest.mark.parametrize(("answer", "length", "reason"), [
     ("yes", 512, None),
     ("yes", 3, "tokens (4 of them for images) are more than data.max_length_tokens = 3"),
-    ("yes{end} and no", 512, "2 end tokens in 1 answers: a text holds the token that ends answers"),
+    ("yes<|end|> and no", 512, None),  # what a person writes is text and ends nothing
 ])  # fmt: skip
 def test_an_example_teaches_each_answer_and_one_end(
     tiny_parts: Path, answer: str, length: int, reason: str | None
 ) -> None:
     renderer = load_text_side(model_config(tiny_parts)).renderer
-    answer = answer.format(end=renderer.template.assistant_close)
     example = Example("x", "", (message("user", "<image> is it?"), message("assistant", answer)), ("a.png",))
     found = left_out(example, renderer, DataConfig(train=(), max_length_tokens=length))
     assert found is None if reason is None else reason in str(found)

@@ -145,6 +145,4 @@ def check_tokens(
     num_ends = answer_ids.count(renderer.end_token_id)
     if not any(rendered.is_answer[1:]) or num_ends < num_answers:
         raise RowError(f"no answer token is supervised, or no end: {num_ends} ends of {num_answers} answers")
-    if num_ends > num_answers:
-        raise RowError(f"{num_ends} end tokens in {num_answers} answers: a text holds the token that ends answers")
     return rendered
