@@ -205,7 +205,7 @@ def changes(config: RunConfig, memory: Memory | None = None, shape: Shape | None
             found.append(Change(text, cost))
         else:
             after = estimate(memory, shape)
-            if (saves := memory.total - after.total) <= 0.005 * memory.total:
+            if (saves := memory.total - after.total) <= 0.005 * (memory.total - memory.process):
                 continue
             found.append(Change(text, cost, saves, after.total))
             memory = after
