@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mmllm.batch import IMAGE_TOKEN, PICTURE_LABEL
+from mmllm.batch import IMAGE_TOKEN
 from mmllm.user_error import UserError
 
 
@@ -265,6 +265,6 @@ def _lacks_space(tokenizer: Any, before: str, text: str) -> bool:
 
 
 __all__ = [
-    "OWN_TEMPLATE", "PICTURE_LABEL", "TEMPLATES", "ChatError", "ChatTemplate", "apply", "begins_with_bos",
+    "OWN_TEMPLATE", "TEMPLATES", "ChatError", "ChatTemplate", "apply", "begins_with_bos",
     "find_template", "refuse_dates", "saved_jinja",
 ]  # fmt: skip
