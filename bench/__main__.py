@@ -45,9 +45,10 @@ def side_by_side(left: Work, right: Work, rounds: int = ROUNDS) -> tuple[float, 
 def _stage(**changes: Any) -> Any:
     from mmllm.config import StageConfig
     from mmllm.config_file import load_config
+    from mmllm.training.machine import settle
     from mmllm.training.stages import ConversationStage
 
-    config = load_config("configs/tiny/stage2.yaml", ["out=bench/results/run"])
+    config = settle(load_config("configs/tiny/stage2.yaml", ["out=bench/results/run"]))
     assert isinstance(config, StageConfig)
     if changes:
         config = config.model_copy(update={"data": config.data.model_copy(update=changes)})

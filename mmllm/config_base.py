@@ -22,4 +22,4 @@ PathText = Annotated[str, AfterValidator(expand_path)]  # `~`, `$HOME` and `file
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "auto"]

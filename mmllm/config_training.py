@@ -32,7 +32,7 @@ class OptimConfig(Section):
     weight_decay: NonNegative = 0.0
     beta2: Fraction = 0.999
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    precision: Precision = "fp32"
+    precision: Precision = "fp32"  # auto: bf16 where the device multiplies in it, see mmllm/training/machine.py
     gradient_checkpointing: Annotated[
         tuple[Literal["language", "vision"], ...], BeforeValidator(_parts_to_recompute)
     ] = ()

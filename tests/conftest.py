@@ -19,6 +19,13 @@ from page_driver import browser, open_page, page, picture, served, slowly  # noq
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`-m trained` are the tests that need the model of `make demo`; the others can run while it is trained."""
+    for item in items:
+        if "trained_model" in getattr(item, "fixturenames", ()):
+            item.add_marker("trained")
+
+
 @pytest.fixture(scope="session")
 def browser_path() -> str:
     """The installed Chromium. Without one the test is skipped, or fails where MMLLM_REQUIRE_BROWSER is set."""

@@ -11,7 +11,7 @@ from test_model_backbones import MIXED
 from tiny_backbones import make_backbone_parts
 
 from mmllm.inference.engine import Engine, Sampling
-from mmllm.inference.placement import answer_dtype, cpu_multiplies_bf16, spread_model
+from mmllm.inference.placement import answer_dtype, multiplies_bf16, spread_model
 from mmllm.model.build import build_model
 from mmllm.model.checkpoint import load_checkpoint
 
@@ -73,7 +73,7 @@ ON_A_CPU = [
 def test_a_cpu_answers_in_the_stored_dtype_where_it_is_fast_in_it(
     multiplies: bool, stored: torch.dtype, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mmllm.inference.placement.cpu_multiplies_bf16", lambda: multiplies)
+    monkeypatch.setattr("mmllm.inference.placement._cpu_multiplies_bf16", lambda: multiplies)
     assert answer_dtype(torch.device("cpu"), stored) == expected
 
 
@@ -81,4 +81,4 @@ def test_whether_this_cpu_multiplies_in_bf16_is_what_its_flags_say() -> None:
     flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").is_file() else None
     if flags is None:
         pytest.skip("no /proc/cpuinfo to compare with")
-    assert cpu_multiplies_bf16() == bool({"avx512_bf16", "amx_bf16", "bf16", "svebf16"} & set(flags))
+    assert multiplies_bf16(torch.device("cpu")) == bool({"avx512_bf16", "amx_bf16", "bf16", "svebf16"} & set(flags))

@@ -102,7 +102,7 @@ def test_commands_say_and_change_what_runs(mixed: Path, monkeypatch: pytest.Monk
         return next(one["text"] for one in json.loads(output)["findings"] if one["name"] == "loading")
 
     for multiplies, told in ((True, "language in bfloat16"), (False, "language in float32 (stored in bfloat16)")):
-        monkeypatch.setattr("mmllm.inference.placement.cpu_multiplies_bf16", lambda multiplies=multiplies: multiplies)
+        monkeypatch.setattr("mmllm.inference.placement._cpu_multiplies_bf16", lambda multiplies=multiplies: multiplies)
         if not torch.cuda.is_available():
             assert doctor().endswith(f"vision in float32, projector in float32, {told}")
     seen: list[Any] = []

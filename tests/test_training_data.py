@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from launches import forked
 from tiny_runs import losses_of, settings_of, train_in_process, weights_of
 from typer.testing import CliRunner
 
@@ -22,8 +21,6 @@ from mmllm.training import loop
 from mmllm.training.loop import InterruptedRunError
 from mmllm.training.stages import ConversationStage
 from mmllm.training.state import saved_steps
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -135,12 +132,7 @@ def test_one_process_goes_on_where_two_stopped_in_a_stream(tiny_runs: Path, tmp_
     train = train_on(f"path: {parquet}, streaming: true")
     unbroken = train_in_process(config, tmp_path / "unbroken", train)
     (tmp_path / "driver.py").write_text(DRIVER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    arguments = [tmp_path / "driver.py", config, f"out={out}", train, "optim.batch_size=2"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, check=False
-    )
+    done = forked(tmp_path / "driver.py", [config, f"out={out}", train, "optim.batch_size=2"], 2)
     assert "stopped after step 3 of 6" in done.stderr, done.stderr[-3000:]
     (state,) = saved_steps(out)
     position = torch.load(state / "state.pt", weights_only=True)["position"]

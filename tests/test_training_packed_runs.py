@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from launches import ROOT, forked
 from PIL import Image
 from test_training_state import assert_same_run, before_step, interrupt
 from tiny import model_config
@@ -22,7 +20,6 @@ from mmllm.config import ConfigError
 from mmllm.training.loop import InterruptedRunError
 from mmllm.training.stages import ConversationStage
 
-ROOT = Path(__file__).parent.parent
 LAYOUTS: dict[str, dict[str, Any]] = {
     "single": {},
     "tiles": {"fit": "tiles"},
@@ -90,14 +87,10 @@ def test_pictures_stay_with_their_examples(
 def test_two_processes_that_pack_are_one_that_does_not(tiny_runs: Path, tmp_path: Path) -> None:
     shared = [UNGROUPED, "optim.max_steps=3"]
     one = train_in_process(tiny_runs / "stage2.yaml", tmp_path / "one", *shared, "data.packing=never")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     two = tmp_path / "two"
     divided = ["data.packing=always", "optim.batch_size=1", "optim.accumulate_steps=2"]
-    arguments = [ROOT / "train" / "stage2.py", tiny_runs / "stage2.yaml", f"out={two}", *shared, *divided]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, check=False
-    )
+    arguments = [tiny_runs / "stage2.yaml", f"out={two}", *shared, *divided]
+    done = forked(ROOT / "train" / "stage2.py", arguments, 2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert losses_of(two) == pytest.approx(losses_of(one), abs=1e-4)
     ours, theirs = weights_of(one), weights_of(two)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from launches import Ended, forked, under_torchrun
 from tiny_runs import losses_of, weights_of
 
 from mmllm.training.state import saved_steps
-
-ROOT = Path(__file__).parent.parent
 
 # The real command; where DIES says so, the second process hangs at its data in the fifth step, until both processes
 # have said that nothing goes on, and then dies by SIGKILL.
@@ -46,16 +43,10 @@ run.main("stage2", sys.argv[1:])
 """
 
 
-def launch(folder: Path, config: Path, out: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+def launch(folder: Path, config: Path, out: Path, *overrides: str, start: Callable[..., Ended] = forked) -> Ended:
     folder.mkdir(exist_ok=True)
     (folder / "driver.py").write_text(DRIVER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    arguments = [folder / "driver.py", config, f"out={out}", *overrides]
-    settings = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DIES": str(folder)}
-    environment = {**os.environ, **settings}
-    return subprocess.run(
-        [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, check=False
-    )
+    return start(folder / "driver.py", [config, f"out={out}", *overrides], 2, {"DIES": str(folder)})
 
 
 @pytest.mark.timeout(900)
@@ -64,7 +55,7 @@ def test_a_process_that_hangs_and_dies_is_told_and_the_two_go_on_to_the_same_wei
 ) -> None:
     config, out = tiny_runs / "stage2.yaml", tmp_path / "out"
     overrides = ("optim.batch_size=2", "log.save_every_steps=2", "log.stall_seconds=2")
-    died = launch(tmp_path / "dies", config, out, *overrides)
+    died = launch(tmp_path / "dies", config, out, *overrides, start=under_torchrun)
     assert died.returncode != 0
     assert "process 1 of 2: no progress for " in died.stderr, died.stderr[-3000:]
     assert " in step 5, waits for data. Examples: " not in died.stderr, "there are none yet"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from launches import Ended, forked, under_torchrun
 from test_training_kill import streamed
 from test_training_loop import UNGROUPED, mixed_seed
 from tiny_runs import log_of, losses_of, settings_of, train_in_process, weights_of
@@ -19,7 +18,6 @@ from mmllm.training.stages import ConversationStage
 from mmllm.training.state import saved_steps
 from mmllm.training.strategy import STRATEGIES, launched_strategy
 
-ROOT = Path(__file__).parent.parent
 SETTINGS = ("optim.max_steps=4", "log.save_every_steps=2")
 LAUNCHES = {
     "ddp": {},
@@ -50,17 +48,19 @@ run.main("stage2", sys.argv[1:])
 """
 
 
-def launch(config: Path, out: Path, num_processes: int, environment: dict[str, str], *overrides: str) -> str:
-    """The whole run under torchrun, four examples a step. Gives what it printed."""
+def launch(
+    config: Path,
+    out: Path,
+    num_processes: int,
+    environment: dict[str, str],
+    *overrides: str,
+    start: Callable[..., Ended] = forked,
+) -> str:
+    """The whole run, four examples a step. Gives what it printed."""
     driver = out.with_name(f"{out.name}.py")
     driver.write_text(DRIVER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
-    arguments = [driver, config, f"out={out}", f"optim.batch_size={4 // num_processes}", *overrides]
-    fixed = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, *map(str, arguments)], env={**os.environ, **fixed, **environment}, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
+    arguments = [config, f"out={out}", f"optim.batch_size={4 // num_processes}", *overrides]
+    done = start(driver, arguments, num_processes, environment)
     assert (done.returncode != 0) == ("DIES" in environment), done.stderr[-3000:]
     return done.stdout
 
@@ -110,7 +110,8 @@ def test_two_processes_are_one_with_twice_the_batch(
     kind: str, parts: tuple[str, ...], alone: dict[tuple[str, ...], Path], tiny_runs: Path, tmp_path: Path
 ) -> None:
     config, out = tiny_runs / "stage2.yaml", tmp_path / "out"
-    told = launch(config, out, 2, LAUNCHES[kind], *shared(tiny_runs), *trains(*parts))
+    start = under_torchrun if parts == WITH_TOWER else forked
+    told = launch(config, out, 2, LAUNCHES[kind], *shared(tiny_runs), *trains(*parts), start=start)
     assert f"2 process(es) on cpu, {'zero' if kind.startswith('zero') else kind}" in told
     assert re.search(r"rehearsed saving: [\d.]+ MB written, read back and compared", told)
     assert_same(alone[parts], out)

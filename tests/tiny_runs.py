@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from launches import forkserver
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import model_config
@@ -89,9 +90,7 @@ def _train_and_die(code: str, path: Path, out: Path, overrides: tuple[str, ...])
 
 def start_in_own_process(code: str, path: Path, out: Path, *overrides: str) -> Any:
     """A process that runs some code and then trains; forked from a server that has imported what is slow to import."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mmllm.training.stages", "accelerate", "peft"])
-    process = context.Process(target=_train_and_die, args=(code, path, out, overrides))
+    process = forkserver().Process(target=_train_and_die, args=(code, path, out, overrides))
     process.start()
     return process
 

@@ -30,13 +30,22 @@ def answer_dtype(device: torch.device | None, stored: torch.dtype) -> torch.dtyp
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    is_kept = device.type == "cpu" and stored == torch.bfloat16 and cpu_multiplies_bf16()
+        return torch.bfloat16 if multiplies_bf16(device) else torch.float16
+    is_kept = device.type == "cpu" and stored == torch.bfloat16 and multiplies_bf16(device)
     return stored if is_kept else torch.float32
 
 
-def cpu_multiplies_bf16() -> bool:
-    """Whether this CPU has instructions for it (AVX512-BF16, AMX, or ARM's), and does not widen each number first."""
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether a GPU or CPU has instructions for it (AVX512-BF16, AMX, or ARM's), and does not widen each number first.
+
+    False for other kinds of device.
+    """
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return device.type == "cpu" and _cpu_multiplies_bf16()
+
+
+def _cpu_multiplies_bf16() -> bool:
     has = torch.cpu.get_capabilities()
     return any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
 

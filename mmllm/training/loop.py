@@ -21,6 +21,7 @@ from mmllm.training.alarms import new_alarms
 from mmllm.training.distributed import all_reduce_sum, build_accelerator, gather_all
 from mmllm.training.guards import Guards, TrainingError, lost_peers
 from mmllm.training.heartbeat import Heartbeat
+from mmllm.training.machine import slow_precision_text
 from mmllm.training.optim import Parts, rate_factor
 from mmllm.training.order import Item, Orders, seed_of
 from mmllm.training.state import check_room, load_state, read_newest, rehearse, save_state
@@ -338,7 +339,8 @@ def _train(run: Run) -> None:
         f"{config.stage}: {run.num_trained:,} trained parameters in {', '.join(stage.parts)}; "
         f"{'streamed' if stage.num_examples is None else f'{stage.num_examples:,}'} examples; {processes}"
     )
-    for told in (run.throughput.describe(), run.throughput.threads_text()):
+    slow = slow_precision_text(config, accelerator.device)
+    for told in (slow, run.throughput.describe(), run.throughput.threads_text()):
         if told:
             tracker.say(told)
     if first:

@@ -1,4 +1,4 @@
-"""What a run's settings ask of this machine: packages, a GPU, a compiler. Looked at before anything loads."""
+"""What a run's settings ask of this machine, and leave to it. Looked at before anything loads."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import shutil
 from importlib.util import find_spec
 
 import torch
+from omegaconf import OmegaConf
 
 from mmllm.config import BITSANDBYTES_KINDS, ConfigError, RunConfig
+from mmllm.inference.placement import multiplies_bf16
 
 
 def check_machine(config: RunConfig) -> None:
@@ -35,6 +37,36 @@ def check_machine(config: RunConfig) -> None:
         _need_package("peft", "'mmllm[lora]'", "lora" if lora else "vision_lora")
     if lora and lora.quantise:
         _need_package("bitsandbytes", "'mmllm[quant]'", f"lora.quantise={lora.quantise}")
+
+
+def settle(config: RunConfig, begun: str | None = None) -> RunConfig:
+    """The settings with `optim.precision: auto` decided: bf16 where this machine multiplies in it, else fp32.
+
+    `begun` are the dumped settings of a run that is to go on: it keeps the precision that it began with.
+    """
+    if config.optim.precision != "auto":
+        return config
+    precision = "bf16" if multiplies_bf16(_device()) else "fp32"
+    if begun is not None:
+        precision = str(OmegaConf.select(OmegaConf.create(begun), "optim.precision", default=precision))
+    return config.model_copy(update={"optim": config.optim.model_copy(update={"precision": precision})})
+
+
+def slow_precision_text(config: RunConfig, device: torch.device) -> str | None:
+    """What to say where bf16 was asked for and is slower than fp32."""
+    if config.optim.precision != "bf16" or device.type != "cpu" or multiplies_bf16(device):
+        return None
+    return (
+        "optim.precision=bf16: this CPU has no instructions for bf16 and takes several times as long over a step as in "
+        "fp32; optim.precision=auto takes what the machine is fast in"
+    )
+
+
+def _device() -> torch.device:
+    """Where accelerate will put the model."""
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "on", "t"):
+        return torch.device("cpu")
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def _need_package(package: str, install: str, setting: str) -> None:

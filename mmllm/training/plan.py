@@ -203,10 +203,12 @@ def make_plan(
     """
     from mmllm.training.distributed import build_accelerator, set_threads
     from mmllm.training.loop import Run
+    from mmllm.training.machine import settle, slow_precision_text
     from mmllm.training.stages import build_stage
 
     if not hasattr(config, "data"):
         raise ConfigError(f"stage: mmllm plan is for stage1 and stage2; {config.stage} trains a small model in minutes")
+    config = settle(config)
     set_threads(config)
     forget_peak()
     accelerator = build_accelerator(config)
@@ -238,7 +240,8 @@ def make_plan(
             measured = _of_process(measured, max(loading, peak_bytes()))
         if stage.validates:
             notes.append("the time of validations is not counted")
-        notes += [told for told in (run.throughput.describe(), run.throughput.threads_text()) if told]
+        slow = slow_precision_text(config, accelerator.device)
+        notes += [told for told in (slow, run.throughput.describe(), run.throughput.threads_text()) if told]
     except Exception as error:
         if not is_out_of_memory(error):
             raise

@@ -19,18 +19,16 @@ if TYPE_CHECKING:
 SETTINGS = "config.yaml"
 
 
-def is_finished(config: RunConfig) -> bool:
-    """Whether the run in `out` has ended already. Raises ConfigError where another run stands there."""
+def begun_settings(out: Path) -> tuple[str | None, bool]:
+    """The dumped settings of the run that stands in `out`, if one does, and whether it has ended."""
     from mmllm.model.checkpoint import MANIFEST, read_manifest
-    from mmllm.training.state import check_same_run, saved_steps
+    from mmllm.training.state import saved_steps
 
-    out, here = Path(config.out), dump_config(config)
     if (out / MANIFEST).is_file():
-        check_same_run(out, str(read_manifest(out).get("settings", "")), here)
-        return True
+        return str(read_manifest(out).get("settings", "")), True
     if saved_steps(out) and (out / SETTINGS).is_file():
-        check_same_run(out, (out / SETTINGS).read_text(), here)
-    return False
+        return (out / SETTINGS).read_text(), False
+    return None, False
 
 
 def _tidy(out: Path) -> None:
@@ -68,13 +66,19 @@ def run(config: RunConfig, tasks: Tasks | None = None) -> None:
 def _run(config: RunConfig, tasks: Tasks | None) -> None:
     from mmllm.training.distributed import build_accelerator, set_threads
     from mmllm.training.loop import train
+    from mmllm.training.machine import settle
     from mmllm.training.memory import advised
     from mmllm.training.report import write_about, write_report
     from mmllm.training.stages import build_stage
+    from mmllm.training.state import check_same_run
     from mmllm.training.tracking import LOG_FILE
 
     out = Path(config.out)
-    if is_finished(config):
+    begun, is_finished = begun_settings(out)
+    config = settle(config, begun)
+    if begun is not None:
+        check_same_run(out, begun, dump_config(config))
+    if is_finished:
         print(f"{out} is finished: `mmllm chat {out}`. To train it again, remove it or give another out=FOLDER")
         if is_first_process():
             _tidy(out)

@@ -1,0 +1,82 @@
+"""Runs of several processes, as a launcher starts them: under torchrun, or quicker, forked with the imports done."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+FIXED = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+STREAMS = {"out": 1, "err": 2}
+
+
+def forkserver() -> Any:
+    """What starts processes from a server that has imported what is slow to import: one for all tests of a process."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mmllm.training.stages", "accelerate", "peft", "deepspeed"])
+    return context
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a launch ended: 0, or what its first process that failed gave; and all that the processes said."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def under_torchrun(
+    driver: Path, arguments: Sequence[object], num_processes: int, environment: dict[str, str] | None = None
+) -> Ended:
+    """The real launcher. Each process imports torch and the rest anew, which is most of its time."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
+    done = subprocess.run(
+        [*command, driver, *map(str, arguments)], env={**os.environ, **FIXED, **(environment or {})},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+def forked(
+    driver: Path, arguments: Sequence[object], num_processes: int, environment: dict[str, str] | None = None
+) -> Ended:
+    """The same processes with the same variables, from a server that has imported what is slow to import."""
+    context = forkserver()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {
+        **FIXED, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_processes),
+        "LOCAL_WORLD_SIZE": str(num_processes), **(environment or {}),
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as said:
+        processes = []
+        for rank in range(num_processes):
+            own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            processes.append(context.Process(target=_rank, args=(driver, arguments, own, f"{said}/{rank}")))
+            processes[-1].start()
+        for process in processes:
+            process.join()
+        stdout, stderr = (
+            "".join(file.read_text() for file in sorted(Path(said).glob(f"*.{name}"))) for name in STREAMS
+        )
+    return Ended(next((code for process in processes if (code := process.exitcode)), 0), stdout, stderr)
+
+
+def _rank(driver: Path, arguments: Sequence[object], environment: dict[str, str], said: str) -> None:
+    for name, descriptor in STREAMS.items():
+        os.dup2(os.open(f"{said}.{name}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), descriptor)
+    multiprocessing.set_start_method("fork", force=True)  # for workers, as in a process that a command starts
+    os.environ.update(environment)
+    sys.argv = [str(driver), *map(str, arguments)]
+    runpy.run_path(str(driver), run_name="__main__")
