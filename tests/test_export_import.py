@@ -26,7 +26,7 @@ from mmllm.export.parity import Verdict
 from mmllm.export.parts import ModelImportError
 from mmllm.inference.engine import Engine, Sampling
 from mmllm.inference.golden import Check, verify_golden
-from mmllm.model.checkpoint import load_checkpoint
+from mmllm.model.checkpoint import load_checkpoint, stored_dtypes
 from mmllm.model.language import load_tokenizer
 
 PINPOINTS = [[32, 64], [64, 32], [64, 64], [96, 32]]  # [height, width]; 96 wide and 32 high is left out
@@ -206,6 +206,21 @@ def test_a_folder_of_llavas_own_code_says_what_transformers_says(
     (source / "pytorch_model-2.bin").unlink()
     text = refused(source, tmp_path / "half", template="vicuna_v1")
     assert "is half downloaded: it lacks pytorch_model-2.bin, 1 of the 2 files that" in text
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_folder_of_llavas_own_code_stays_in_the_precision_it_is_stored_in(
+    dtype: torch.dtype, parts: Path, tokenizer: Any, theirs: tuple[Path, Any], tmp_path: Path
+) -> None:
+    source = original(parts, tmp_path / "own", tokenizer, theirs[1])
+    weights = {name: value.to(dtype) for name, value in load_file(source / "model.safetensors").items()}
+    save_file(weights, source / "model.safetensors")
+    imported(source, tmp_path / "out", template="vicuna_v1")
+    expected = {"vision": torch.float32, "projector": dtype, "language": dtype}  # the tower is another folder's
+    assert stored_dtypes(tmp_path / "out") == expected
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(written[f"language_{name.replace('model.', 'model.model.', 1)}"], weights[name])
 
 
 def test_tiles_of_llavas_own_code_say_what_transformers_says(parts: Path, tokenizer: Any, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from mmllm.model.build import build_model
 from mmllm.training.layers import hidden_matrices
 from mmllm.training.lookup import ReadOut
 from mmllm.training.lora import add_lora
+from mmllm.training.muon import Float32Muon, build_muon
 from mmllm.training.optim import build_optimizers
 
 ATTENTION, GATED = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"gate_proj", "up_proj", "down_proj"}
@@ -96,3 +97,50 @@ def test_position_tables_and_patches_are_learnt_by_adamw() -> None:
     ends = ("attn.in_proj_weight", "attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
     assert len(names) == 3 * len(ends)
     assert all(name.endswith(ends) for name in names)
+
+
+SHAPES = [(8, 8), (24, 8), (8, 24), (8, 8), (3, 40)]
+
+
+def stepped(
+    kind: Any, num_steps: int, state: dict[str, Any] | None = None
+) -> tuple[list[torch.Tensor], dict[str, Any]]:
+    """Weights and state behind some steps with gradients that differ from step to step, from a state or from none."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
+    optimizer = kind([{"params": weights[:3], "lr": 0.1}, {"params": weights[3:], "lr": 0.02}], weight_decay=0.1)
+    if state:
+        optimizer.load_state_dict(state)
+    for _ in range(num_steps):
+        for weight in weights:
+            weight.grad = torch.randn(weight.shape, generator=generator)
+        optimizer.step()
+    return [weight.detach() for weight in weights], optimizer.state_dict()
+
+
+def test_muon_in_fp32_is_torchs_but_for_the_rounding_of_bf16() -> None:
+    begun, _ = stepped(torch.optim.Muon, 0)
+    (theirs, their_state), (ours, our_state) = stepped(torch.optim.Muon, 5), stepped(Float32Muon, 5)
+    for own, other, start in zip(ours, theirs, begun, strict=True):
+        assert float((own - other).norm()) < 0.05 * float((other - start).norm())
+    assert our_state["param_groups"] == their_state["param_groups"]
+    for number, own in our_state["state"].items():
+        torch.testing.assert_close(own, their_state["state"][number])
+    for kind, state in ((torch.optim.Muon, our_state), (Float32Muon, their_state)):
+        stepped(kind, 1, state)  # each goes on from the other's state
+
+
+def test_a_matrix_without_a_gradient_stays_as_it_is() -> None:
+    weights = [nn.Parameter(torch.ones(4, 4)) for _ in range(2)]
+    optimizer = Float32Muon([{"params": weights, "lr": 0.1}])
+    weights[0].grad = torch.eye(4)
+    optimizer.step()
+    assert not weights[0].equal(torch.ones(4, 4))
+    assert weights[1].equal(torch.ones(4, 4))
+
+
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_a_cpu_that_multiplies_in_bf16_keeps_torchs_own(multiplies: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmllm.inference.placement._cpu_multiplies_bf16", lambda: multiplies)
+    built = build_muon([{"params": [nn.Parameter(torch.ones(4, 4))], "lr": 0.1}], weight_decay=0.0)
+    assert type(built) is (torch.optim.Muon if multiplies else Float32Muon)

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from mmllm.config import ConfigError, LanguageConfig, ProjectorConfig, VisionConfig
-from mmllm.export.parts import ModelImportError, Parts, read_tensors, read_weights, tiled_layout
+from mmllm.export.parts import ModelImportError, Parts, main_dtype, read_tensors, read_weights, tiled_layout
 from mmllm.model.build import fitting_projector
 from mmllm.model.hub import WEIGHTS, check_source, quiet_transformers
 from mmllm.model.language import find_architecture, fit_vocabulary, load_language, load_tokenizer
@@ -34,7 +34,10 @@ def is_original(config: dict[str, Any]) -> bool:
 
 
 def read_original(folder: Path, config: dict[str, Any], *, vision: str | None, base: str | None) -> Parts:
-    """The parts of such a folder. Raises ModelImportError where something is missing or cannot be had here."""
+    """The parts of such a folder, each in the precision that it is stored in; an LLM with its LoRA merged in float32.
+
+    Raises ModelImportError where something is missing or cannot be had here.
+    """
     _check(folder, config)
     has_llm = any((folder / name).is_file() for name in WEIGHTS)
     extra = next((folder / name for name in PROJECTOR_FILES if (folder / name).is_file()), None)
@@ -60,13 +63,17 @@ def read_original(folder: Path, config: dict[str, Any], *, vision: str | None, b
     else:
         assert extra is not None
         weights = read_tensors(extra)
-        language_model, tokenizer = load_language(LanguageConfig(source=str(base)))
-        if (folder / ADAPTER).is_file():
+        has_adapter = (folder / ADAPTER).is_file()
+        language_model, tokenizer = load_language(
+            LanguageConfig(source=str(base), dtype="fp32" if has_adapter else "stored")
+        )
+        if has_adapter:
             language_model = _merged(language_model, folder)
     own = {re.sub(rf"^.*{re.escape(TOWER)}(vision_model\.)?", "", k): v for k, v in weights.items() if TOWER in k}
     if own:
         assert isinstance(tower, LayeredTower)
-        tower.fill({key: value.float() for key, value in own.items()})
+        tower.to(main_dtype(own))
+        tower.fill(own)
     projector = fitting_projector(kind, tower, language_model.config.hidden_size)
     _fill_projector(projector, weights, folder)
     origin = {
@@ -75,10 +82,10 @@ def read_original(folder: Path, config: dict[str, Any], *, vision: str | None, b
         "language": str(folder) if has_llm else f"{base}" + (f" + {folder}" if (folder / ADAPTER).is_file() else ""),
     }
     layout = _layout(folder, config, tower)
-    newline = next((value.float() for key, value in weights.items() if key.endswith(NEWLINE)), None)
+    newline = next((value for key, value in weights.items() if key.endswith(NEWLINE)), None)
     if layout.fit == "tiles" and newline is None:
         raise ModelImportError(f"{folder} cuts pictures into tiles but lacks the weight {NEWLINE}")
-    return Parts(tower, projector, kind, language_model.float(), tokenizer, layout, None, origin, newline)
+    return Parts(tower, projector, kind, language_model, tokenizer, layout, None, origin, newline)
 
 
 def _layout(folder: Path, config: dict[str, Any], tower: VisionTower) -> VisionConfig:
@@ -137,7 +144,7 @@ def _language(folder: Path, config: dict[str, Any], weights: dict[str, Tensor]) 
     own = {key: value for key, value in own.items() if "rotary_emb.inv_freq" not in key}  # written by old releases
     with quiet_transformers():
         language_model, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(text_config)].from_pretrained(
-            None, config=text_config, state_dict=own, output_loading_info=True
+            None, config=text_config, state_dict=own, dtype=main_dtype(own), output_loading_info=True
         )
     if missing := sorted(report["missing_keys"]):
         raise ModelImportError(f"{folder} lacks {len(missing)} weights of its LLM, such as {missing[0]}")
@@ -168,10 +175,9 @@ def _kind(config: dict[str, Any]) -> ProjectorConfig:
 
 
 def _fill_projector(projector: Any, weights: dict[str, Tensor], folder: Path) -> None:
-    found = {
-        re.sub(r"^.*mm_projector\.", "", key): value.float() for key, value in weights.items() if "mm_projector" in key
-    }
+    found = {re.sub(r"^.*mm_projector\.", "", key): value for key, value in weights.items() if "mm_projector" in key}
     prefix = "layer." if "weight" in found else "layers."
+    projector.to(main_dtype(found))
     try:
         projector.load_state_dict({prefix + key: value for key, value in found.items()})
     except RuntimeError as error:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,15 @@ def tiled_layout(source: str, sizes: Sequence[Sequence[int]], side: int) -> Visi
         raise ModelImportError(f"{source} brings pictures to {wrong[0]} pixels, which views of {side} do not fill")
     grids = tuple((height // side, width // side) for height, width in sizes)
     return VisionConfig(source=source, fit="tiles", tile_grids=grids)
+
+
+def main_dtype(weights: Mapping[str, Tensor]) -> torch.dtype:
+    """The dtype of most numbers; float32 where there are none."""
+    sizes: Counter[torch.dtype] = Counter()
+    for value in weights.values():
+        if value.is_floating_point():
+            sizes[value.dtype] += value.numel()
+    return max(sizes, key=sizes.__getitem__, default=torch.float32)
 
 
 def read_json(path: Path) -> dict[str, Any]:

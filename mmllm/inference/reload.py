@@ -35,13 +35,7 @@ def check_reload(engine: Engine) -> None:
     pixels = load_pixels(engine.processor, [Image.linear_gradient("L").resize((96, 80)).convert("RGB")])
     sizes = pixels.get("image_sizes")
     features = _compare(f"vision tower {tower}", models, lambda one: one.encode_images(pixels["pixel_values"], sizes))
-    shapes = model._shapes(sizes)
-    kind = model.config.projector["kind"]
-    _compare(
-        f"projector {kind}",
-        models,
-        lambda one: one.layout.project(one.projector, features, shapes, one.image_newline),
-    )
+    _compare(f"projector {model.config.projector['kind']}", models, lambda one: one.project_images(features, sizes))
     words = [index for index in range(1, NUM_WORDS + 2) if index != model.config.image_token_id][:NUM_WORDS]
     _compare(f"LLM {language}", models, lambda one: one(input_ids=torch.tensor([words]), use_cache=False).logits)
     model.train(was_training)

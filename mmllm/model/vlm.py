@@ -210,6 +210,12 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
             raise ValueError(f"pictures laid out as {self.layout.kind} need image_sizes beside pixel_values")
         return [] if image_sizes is None else [(int(one), int(two)) for one, two in image_sizes.tolist()]
 
+    def project_images(self, image_features: Tensor, image_sizes: Tensor | None = None) -> Tensor:
+        """Image tokens of all pictures, one after the other: [N, P, Dv] -> [N * M, D], in the projector's dtype."""
+        if not torch.is_autocast_enabled(image_features.device.type):  # which casts by itself
+            image_features = image_features.to(next(self.projector.parameters()).dtype)
+        return self.layout.project(self.projector, image_features, self._shapes(image_sizes), self.image_newline)
+
     def embed(self, input_ids: Tensor, image_features: Tensor | None, image_sizes: Tensor | None = None) -> Tensor:
         """Token embeddings with projected patches in the image slots: [B, T], [N, P, Dv] -> [B, T, D].
 
@@ -221,11 +227,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
             if (found := int(slots.sum())) > 0:
                 raise ValueError(f"{found} image slots in the text but no image was given")
             return embeds
-        if not torch.is_autocast_enabled(image_features.device.type):  # which casts by itself
-            image_features = image_features.to(next(self.projector.parameters()).dtype)
-        image_embeds = self.layout.project(  # [N * M, D]
-            self.projector, image_features, self._shapes(image_sizes), self.image_newline
-        )
+        image_embeds = self.project_images(image_features, image_sizes)
         if (found := int(slots.sum())) != len(image_embeds):
             images = f"{len(image_features)} images of {self.config.num_image_tokens}"
             if image_sizes is not None:

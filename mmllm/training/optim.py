@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mmllm.config import BITSANDBYTES_KINDS, ConfigError, OptimConfig
 from mmllm.model.adapter import quiet_bitsandbytes
 from mmllm.training.layers import hidden_matrices
+from mmllm.training.muon import build_muon
 
 Parts = Mapping[str, Sequence[tuple[str, nn.Parameter]]]  # part -> its trained parameters with their names
 
@@ -90,7 +91,7 @@ def build_optimizers(
     optimizers = [_adamw(config.kind)(adam_groups, betas=(0.9, config.beta2))]
     if matrices:
         muon = [{"params": some, "lr": rate, "peak": rate, "part": "matrices"} for rate, some in matrices.items()]
-        optimizers.append(torch.optim.Muon(muon, weight_decay=config.weight_decay))
+        optimizers.append(build_muon(muon, weight_decay=config.weight_decay))
     return optimizers
 
 
