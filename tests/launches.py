@@ -51,7 +51,6 @@ def forked(
     driver: Path, arguments: Sequence[object], num_processes: int, environment: dict[str, str] | None = None
 ) -> Ended:
     """The same processes with the same variables, from a server that has imported what is slow to import."""
-    context = forkserver()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -59,12 +58,22 @@ def forked(
         **FIXED, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_processes),
         "LOCAL_WORLD_SIZE": str(num_processes), **(environment or {}),
     }  # fmt: skip
+    ranks = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_processes)]
+    return _started(driver, arguments, ranks)
+
+
+def forked_alone(driver: Path, arguments: Sequence[object]) -> Ended:
+    """A process that no launcher started, as `forked`."""
+    return _started(driver, arguments, [FIXED])
+
+
+def _started(driver: Path, arguments: Sequence[object], environments: Sequence[dict[str, str]]) -> Ended:
+    context, processes = forkserver(), []
     with tempfile.TemporaryDirectory() as said:
-        processes = []
-        for rank in range(num_processes):
-            own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            processes.append(context.Process(target=_rank, args=(driver, arguments, own, f"{said}/{rank}")))
-            processes[-1].start()
+        for number, environment in enumerate(environments):
+            process = context.Process(target=_run, args=(driver, arguments, environment, f"{said}/{number}"))
+            process.start()
+            processes.append(process)
         for process in processes:
             process.join()
         stdout, stderr = (
@@ -73,7 +82,7 @@ def forked(
     return Ended(next((code for process in processes if (code := process.exitcode)), 0), stdout, stderr)
 
 
-def _rank(driver: Path, arguments: Sequence[object], environment: dict[str, str], said: str) -> None:
+def _run(driver: Path, arguments: Sequence[object], environment: dict[str, str], said: str) -> None:
     for name, descriptor in STREAMS.items():
         os.dup2(os.open(f"{said}.{name}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), descriptor)
     multiprocessing.set_start_method("fork", force=True)  # for workers, as in a process that a command starts

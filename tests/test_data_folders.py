@@ -14,8 +14,8 @@ from mmllm.config import SourceConfig
 from mmllm.data.files import RowError
 from mmllm.data.folders import HEIF_ENDINGS, PICTURE_ENDINGS, sort_files, tell_passed_over
 from mmllm.data.images import ImageError, load_image
-from mmllm.data.rows import PICTURE_SUFFIXES
 from mmllm.data.sources import DataFile, read_source
+from mmllm.data.tars import PICTURE_SUFFIXES
 from mmllm.inference.caption import find_pictures
 
 APPLE_DOUBLE = b"\0\5\x16\7\0\2\0\0Mac OS X        " + bytes(50) + b"\xff\xfe"

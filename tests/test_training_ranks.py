@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from launches import Ended, forked, under_torchrun
+from launches import Ended, forked
 from tiny_runs import losses_of, weights_of
 
 from mmllm.training.state import saved_steps
@@ -43,10 +42,10 @@ run.main("stage2", sys.argv[1:])
 """
 
 
-def launch(folder: Path, config: Path, out: Path, *overrides: str, start: Callable[..., Ended] = forked) -> Ended:
+def launch(folder: Path, config: Path, out: Path, *overrides: str) -> Ended:
     folder.mkdir(exist_ok=True)
     (folder / "driver.py").write_text(DRIVER)
-    return start(folder / "driver.py", [config, f"out={out}", *overrides], 2, {"DIES": str(folder)})
+    return forked(folder / "driver.py", [config, f"out={out}", *overrides], 2, {"DIES": str(folder)})
 
 
 @pytest.mark.timeout(900)
@@ -55,7 +54,7 @@ def test_a_process_that_hangs_and_dies_is_told_and_the_two_go_on_to_the_same_wei
 ) -> None:
     config, out = tiny_runs / "stage2.yaml", tmp_path / "out"
     overrides = ("optim.batch_size=2", "log.save_every_steps=2", "log.stall_seconds=2")
-    died = launch(tmp_path / "dies", config, out, *overrides, start=under_torchrun)
+    died = launch(tmp_path / "dies", config, out, *overrides)
     assert died.returncode != 0
     assert "process 1 of 2: no progress for " in died.stderr, died.stderr[-3000:]
     assert " in step 5, waits for data. Examples: " not in died.stderr, "there are none yet"

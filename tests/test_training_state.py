@@ -7,14 +7,13 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from launches import Ended, forked_alone
 from tiny_runs import log_of, losses_of, train_in_process, weights_of
 
 from mmllm.config import ConfigError
@@ -25,7 +24,6 @@ from mmllm.training.loop import InterruptedRunError
 from mmllm.training.run import main
 from mmllm.training.state import StateError, saved_steps
 
-ROOT = Path(__file__).parent.parent
 LORA = ("lora.rank=4", "lora.dropout=0.3")
 
 # Runs a stage and does something to its own process as step STEP (from 0) begins.
@@ -42,11 +40,10 @@ run.main("stage2", sys.argv[1:])
 """
 
 
-def start(config: Path, out: Path, *overrides: str, step: int, signal_name: str) -> subprocess.CompletedProcess[str]:
-    code = DRIVER.format(step=step, signal=signal_name)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", code, str(config), f"out={out}", *overrides]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+def start(config: Path, out: Path, *overrides: str, step: int, signal_name: str) -> Ended:
+    driver = out.with_name(f"{out.name}.py")
+    driver.write_text(DRIVER.format(step=step, signal=signal_name))
+    return forked_alone(driver, [config, f"out={out}", *overrides])
 
 
 def before_step(monkeypatch: pytest.MonkeyPatch, number: int, action: Any) -> None:
