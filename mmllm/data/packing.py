@@ -6,8 +6,10 @@ out: every function here returns each number of its examples once. Lengths are i
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush, heapreplace
 from typing import Literal
 
 import torch
@@ -40,16 +42,16 @@ def best_fit(lengths: Sequence[int], capacity: int) -> Groups:
     It needs at most 11/9 of the fewest rows possible: https://doi.org/10.1137/0203025
     """
     rows: Groups = []
-    room: list[int] = []
+    room: list[tuple[int, int]] = []  # what is left in a row and which one it is, in order
     for number in sorted(range(len(lengths)), key=lambda number: (-lengths[number], number)):
-        fitting = [row for row, left in enumerate(room) if left >= lengths[number]]
-        if fitting:
-            row = min(fitting, key=lambda row: (room[row], row))
+        length = lengths[number]
+        if (place := bisect_left(room, (length, 0))) < len(room):
+            left, row = room.pop(place)
             rows[row].append(number)
-            room[row] -= lengths[number]
         else:
+            left, row = max(capacity, length), len(rows)
             rows.append([number])
-            room.append(max(capacity, lengths[number]) - lengths[number])
+        insort(room, (left - length, row))
     return rows
 
 
@@ -114,15 +116,18 @@ def balanced(lengths: Sequence[int], num_images: Sequence[int], count: int) -> G
     """
     most = -(-sum(num_images) // count) + max(num_images) - 1 if any(num_images) else 0
     found: Groups = [[] for _ in range(count)]
-    tokens, images = [0] * count, [0] * count
+    images = [0] * count
+    fewest = [(0, group) for group in range(count)]  # a heap of tokens and group
     for number in sorted(range(len(lengths)), key=lambda number: (-lengths[number], number)):
-        group = min(
-            (group for group in range(count) if images[group] + num_images[number] <= most),
-            key=lambda g: (tokens[g], g),
-        )
+        full = []
+        while images[fewest[0][1]] + num_images[number] > most:
+            full.append(heappop(fewest))
+        tokens, group = fewest[0]
         found[group].append(number)
-        tokens[group] += lengths[number]
         images[group] += num_images[number]
+        heapreplace(fewest, (tokens + lengths[number], group))
+        for one in full:
+            heappush(fewest, one)
     return [sorted(group) for group in found]
 
 
