@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from mmllm.cli import app
 from mmllm.config_file import dump_config
 from mmllm.training.machine import settle, slow_precision_text
+from mmllm.training.stages import ConversationStage
 
 AUTO = ("optim.precision=auto", "optim.max_steps=2", "log.save_every_steps=1")
 MULTIPLIES = "mmllm.inference.placement._cpu_multiplies_bf16"
@@ -64,5 +65,8 @@ def test_bf16_that_is_slow_here_is_said(multiplies: bool, tiny_runs: Path, tmp_p
         slow_precision_text(settle(settings_of(tiny_runs / "stage2.yaml", tmp_path, *AUTO)), torch.device("cpu"))
         is None
     )
+    held = settings_of(tiny_runs / "stage1.yaml", tmp_path, "model.language.dtype=bf16")
+    notes = ConversationStage(held).notes
+    assert any("this CPU has no instructions for bf16: weights held in it" in note for note in notes) != multiplies
     plan = CliRunner().invoke(app, ["plan", str(tiny_runs / "stage2.yaml"), f"out={tmp_path}", "optim.precision=bf16"])
     assert ("no instructions for bf16" in plan.output) != multiplies

@@ -52,9 +52,15 @@ def settle(config: RunConfig, begun: str | None = None) -> RunConfig:
     return config.model_copy(update={"optim": config.optim.model_copy(update={"precision": precision})})
 
 
+def is_slow_in_bf16(device: torch.device | None = None) -> bool:
+    """Whether this is a CPU without instructions for bf16; default: the device that a run here gets."""
+    device = device or _device()
+    return device.type == "cpu" and not multiplies_bf16(device)
+
+
 def slow_precision_text(config: RunConfig, device: torch.device) -> str | None:
     """What to say where bf16 was asked for and is slower than fp32."""
-    if config.optim.precision != "bf16" or device.type != "cpu" or multiplies_bf16(device):
+    if config.optim.precision != "bf16" or not is_slow_in_bf16(device):
         return None
     return (
         "optim.precision=bf16: this CPU has no instructions for bf16 and takes several times as long over a step as in "

@@ -41,7 +41,7 @@ from mmllm.training.layers import compile_layers, depths, use_liger
 from mmllm.training.loop import Stage
 from mmllm.training.lora import add_lora, add_tower_lora, move_adapters
 from mmllm.training.losses import conversation_loss_sum, has_plain_head, needs_mask
-from mmllm.training.machine import check_machine
+from mmllm.training.machine import check_machine, is_slow_in_bf16
 from mmllm.training.optim import match
 from mmllm.training.order import Item, Orders
 from mmllm.training.packed_rows import Packer
@@ -155,7 +155,13 @@ class ConversationStage:
             held["language"] = f"{lora.quantise} (linear layers) and {held['language']} (embeddings and head)"
         if set(held.values()) == {"float32"}:
             return []
-        return [f"weights are held in: {', '.join(f'{part} {dtype}' for part, dtype in held.items())}"]
+        notes = [f"weights are held in: {', '.join(f'{part} {dtype}' for part, dtype in held.items())}"]
+        if "bfloat16" in held.values() and is_slow_in_bf16():
+            notes.append(
+                "this CPU has no instructions for bf16: weights held in it save memory, and take several times as long "
+                "as in fp32"
+            )
+        return notes
 
     def _freeze_named(self) -> None:
         """What `freeze` matches gets no gradient."""
