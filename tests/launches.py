@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,30 +25,20 @@ def forkserver() -> Any:
     return context
 
 
-@dataclass(frozen=True)
-class Ended:
-    """How a launch ended: 0, or what its first process that failed gave; and all that the processes said."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
 def under_torchrun(
     driver: Path, arguments: Sequence[object], num_processes: int, environment: dict[str, str] | None = None
-) -> Ended:
+) -> subprocess.CompletedProcess[str]:
     """The real launcher. Each process imports torch and the rest anew, which is most of its time."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
-    done = subprocess.run(
+    return subprocess.run(
         [*command, driver, *map(str, arguments)], env={**os.environ, **FIXED, **(environment or {})},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
-    return Ended(done.returncode, done.stdout, done.stderr)
 
 
 def forked(
     driver: Path, arguments: Sequence[object], num_processes: int, environment: dict[str, str] | None = None
-) -> Ended:
+) -> subprocess.CompletedProcess[str]:
     """The same processes with the same variables, from a server that has imported what is slow to import."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -62,12 +51,14 @@ def forked(
     return _started(driver, arguments, ranks)
 
 
-def forked_alone(driver: Path, arguments: Sequence[object]) -> Ended:
+def forked_alone(driver: Path, arguments: Sequence[object]) -> subprocess.CompletedProcess[str]:
     """A process that no launcher started, as `forked`."""
     return _started(driver, arguments, [FIXED])
 
 
-def _started(driver: Path, arguments: Sequence[object], environments: Sequence[dict[str, str]]) -> Ended:
+def _started(
+    driver: Path, arguments: Sequence[object], environments: Sequence[dict[str, str]]
+) -> subprocess.CompletedProcess[str]:
     context, processes = forkserver(), []
     with tempfile.TemporaryDirectory() as said:
         for number, environment in enumerate(environments):
@@ -79,7 +70,8 @@ def _started(driver: Path, arguments: Sequence[object], environments: Sequence[d
         stdout, stderr = (
             "".join(file.read_text() for file in sorted(Path(said).glob(f"*.{name}"))) for name in STREAMS
         )
-    return Ended(next((code for process in processes if (code := process.exitcode)), 0), stdout, stderr)
+    returncode = next((code for process in processes if (code := process.exitcode)), 0)
+    return subprocess.CompletedProcess([str(driver), *map(str, arguments)], returncode, stdout, stderr)
 
 
 def _run(driver: Path, arguments: Sequence[object], environment: dict[str, str], said: str) -> None:

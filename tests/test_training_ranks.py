@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from launches import Ended, forked
+from launches import forked
 from tiny_runs import losses_of, weights_of
 
 from mmllm.training.state import saved_steps
@@ -42,7 +43,7 @@ run.main("stage2", sys.argv[1:])
 """
 
 
-def launch(folder: Path, config: Path, out: Path, *overrides: str) -> Ended:
+def launch(folder: Path, config: Path, out: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     folder.mkdir(exist_ok=True)
     (folder / "driver.py").write_text(DRIVER)
     return forked(folder / "driver.py", [config, f"out={out}", *overrides], 2, {"DIES": str(folder)})

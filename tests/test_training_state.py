@@ -7,13 +7,14 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from launches import Ended, forked_alone
+from launches import forked_alone
 from tiny_runs import log_of, losses_of, train_in_process, weights_of
 
 from mmllm.config import ConfigError
@@ -40,7 +41,7 @@ run.main("stage2", sys.argv[1:])
 """
 
 
-def start(config: Path, out: Path, *overrides: str, step: int, signal_name: str) -> Ended:
+def start(config: Path, out: Path, *overrides: str, step: int, signal_name: str) -> subprocess.CompletedProcess[str]:
     driver = out.with_name(f"{out.name}.py")
     driver.write_text(DRIVER.format(step=step, signal=signal_name))
     return forked_alone(driver, [config, f"out={out}", *overrides])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from launches import Ended, forked, under_torchrun
+from launches import forked, under_torchrun
 from test_training_kill import streamed
 from test_training_loop import UNGROUPED, mixed_seed
 from tiny_runs import log_of, losses_of, settings_of, train_in_process, weights_of
@@ -54,7 +55,7 @@ def launch(
     num_processes: int,
     environment: dict[str, str],
     *overrides: str,
-    start: Callable[..., Ended] = forked,
+    start: Callable[..., subprocess.CompletedProcess[str]] = forked,
 ) -> str:
     """The whole run, four examples a step. Gives what it printed."""
     driver = out.with_name(f"{out.name}.py")

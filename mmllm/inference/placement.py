@@ -31,8 +31,7 @@ def answer_dtype(device: torch.device | None, stored: torch.dtype) -> torch.dtyp
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         return torch.bfloat16 if multiplies_bf16(device) else torch.float16
-    is_kept = device.type == "cpu" and stored == torch.bfloat16 and multiplies_bf16(device)
-    return stored if is_kept else torch.float32
+    return stored if stored == torch.bfloat16 and multiplies_bf16(device) else torch.float32
 
 
 def multiplies_bf16(device: torch.device) -> bool:

@@ -98,6 +98,11 @@ class Run:
         self.best: dict[str, Any] | None = None  # step and val_loss
         self.positions: dict[int, dict[int, Any]] = {}  # of the order behind each step that batches are made for
 
+    def machine_notes(self) -> list[str]:
+        """What is to be said, once, of the speed that this machine allows."""
+        slow = slow_precision_text(self.config, self.accelerator.device)
+        return [told for told in (slow, self.throughput.describe(), self.throughput.threads_text()) if told]
+
     def resume(self, say: Callable[[str], None]) -> int:
         """The step to start from: 0, or that of the newest saved state that can be read. Raises StateError."""
         state = read_newest(self.out, say, self.accelerator)
@@ -339,10 +344,8 @@ def _train(run: Run) -> None:
         f"{config.stage}: {run.num_trained:,} trained parameters in {', '.join(stage.parts)}; "
         f"{'streamed' if stage.num_examples is None else f'{stage.num_examples:,}'} examples; {processes}"
     )
-    slow = slow_precision_text(config, accelerator.device)
-    for told in (slow, run.throughput.describe(), run.throughput.threads_text()):
-        if told:
-            tracker.say(told)
+    for told in run.machine_notes():
+        tracker.say(told)
     if first:
         tracker.say(f"goes on from step {first}")
     else:

@@ -70,7 +70,9 @@ def slow_precision_text(config: RunConfig, device: torch.device) -> str | None:
 
 def _device() -> torch.device:
     """Where accelerate will put the model."""
-    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "on", "t"):
+    from accelerate.utils import parse_flag_from_env
+
+    if parse_flag_from_env("ACCELERATE_USE_CPU"):
         return torch.device("cpu")
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 

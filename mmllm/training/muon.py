@@ -1,4 +1,4 @@
-"""Muon for a machine that does not multiply in bf16: torch's own always computes in it, and takes five times as long.
+"""Muon for a machine that does not multiply in bf16: torch's own always computes in it, and takes many times as long.
 
 https://kellerjordan.github.io/posts/muon/. Settings, state and update are those of torch.optim.Muon, so that a state of
 either goes on with the other; only the precision is another one.
@@ -24,18 +24,17 @@ class Float32Muon(torch.optim.Muon):  # type: ignore[misc]
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         assert closure is None, "no caller has one"
         for group in self.param_groups:
-            by_shape: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
+            by_shape: dict[torch.Size, list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     update = self._with_momentum(parameter, group)
-                    rows, columns = update.shape
-                    by_shape[rows, columns].append((parameter, update.T if rows > columns else update))
+                    by_shape[update.shape].append((parameter, update))
             for (rows, columns), pairs in by_shape.items():
                 updates = orthogonalised(torch.stack([update for _, update in pairs]), group)
                 rate = group["lr"] * math.sqrt(max(1, rows / columns))  # `adjust_lr_fn: original`, which is the default
                 for (parameter, _), update in zip(pairs, updates, strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.add_(update.T if rows > columns else update, alpha=-rate)
+                    parameter.add_(update, alpha=-rate)
 
     def _with_momentum(self, parameter: nn.Parameter, group: dict[str, Any]) -> Tensor:
         """The gradient with Nesterov's momentum, as torch.optim.Muon has it by default."""
@@ -49,15 +48,16 @@ class Float32Muon(torch.optim.Muon):  # type: ignore[misc]
 
 
 def orthogonalised(matrices: Tensor, group: dict[str, Any]) -> Tensor:
-    """Singular values near 1, by the quintic Newton-Schulz iteration: [N, A, B], A <= B -> [N, A, B]."""
+    """Singular values near 1, by the quintic Newton-Schulz iteration: [N, A, B] -> [N, A, B]."""
     a, b, c = group["ns_coefficients"]
-    norms = matrices.flatten(1).norm(dim=1).clamp(min=group["eps"])
-    found: Tensor = matrices / norms[:, None, None]
+    is_tall = matrices.shape[1] > matrices.shape[2]
+    found = matrices.mT if is_tall else matrices  # the smaller product of the two
+    found = found / found.flatten(1).norm(dim=1).clamp(min=group["eps"])[:, None, None]
     for _ in range(group["ns_steps"]):
-        gram = found @ found.mT  # [N, A, A]
+        gram = found @ found.mT  # [N, S, S], S the smaller of A and B
         gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         found = torch.baddbmm(found, gram, found, beta=a)
-    return found
+    return found.mT if is_tall else found
 
 
 def build_muon(groups: list[dict[str, Any]], *, weight_decay: float) -> torch.optim.Muon:

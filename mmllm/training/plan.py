@@ -203,7 +203,7 @@ def make_plan(
     """
     from mmllm.training.distributed import build_accelerator, set_threads
     from mmllm.training.loop import Run
-    from mmllm.training.machine import settle, slow_precision_text
+    from mmllm.training.machine import settle
     from mmllm.training.stages import build_stage
 
     if not hasattr(config, "data"):
@@ -240,8 +240,7 @@ def make_plan(
             measured = _of_process(measured, max(loading, peak_bytes()))
         if stage.validates:
             notes.append("the time of validations is not counted")
-        slow = slow_precision_text(config, accelerator.device)
-        notes += [told for told in (slow, run.throughput.describe(), run.throughput.threads_text()) if told]
+        notes += run.machine_notes()
     except Exception as error:
         if not is_out_of_memory(error):
             raise
