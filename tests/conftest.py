@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "trained_model" in getattr(item, "fixturenames", ()):
             item.add_marker("trained")
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator() -> None:
+    """accelerate keeps one state a process, with the precision of whatever run came first."""
+    if state := sys.modules.get("accelerate.state"):
+        state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")
