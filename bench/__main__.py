@@ -44,9 +44,9 @@ def side_by_side(left: Work, right: Work, rounds: int = ROUNDS) -> tuple[float, 
 
 def _stage(**changes: Any) -> Any:
     from mmllm.config import StageConfig
-    from mmllm.config_file import load_config
-    from mmllm.training.machine import settle
-    from mmllm.training.stages import ConversationStage
+    from mmllm.config.file import load_config
+    from mmllm.runs.requirements import settle
+    from mmllm.stages.conversation import ConversationStage
 
     config = settle(load_config("configs/tiny/stage2.yaml", ["out=bench/results/run"]))
     assert isinstance(config, StageConfig)
@@ -100,11 +100,11 @@ def attention() -> dict[str, float]:
 
 def batched_replies() -> dict[str, float]:
     """Thirty-two answers in one batch against one by one."""
-    from mmllm.evaluation.tasks import find_task, read_questions
+    from mmllm.evaluation.scenes import find_task
     from mmllm.inference.engine import Engine, Sampling
 
     engine = Engine.load("runs/tiny/stage2")
-    examples = [question.example() for question in read_questions(find_task("scenes-val"), 8)][:32]
+    examples = [question.example() for question in find_task("scenes-val").questions(8)][:32]
     sampling = replace(Sampling(), max_new_tokens=8)
     ours, theirs = side_by_side(
         lambda: engine.reply_batch(examples, sampling),
@@ -116,8 +116,8 @@ def batched_replies() -> dict[str, float]:
 
 def golden_answers() -> dict[str, float]:
     """Loading a checkpoint against verifying its golden answers, prompts and pictures after that."""
-    from mmllm.inference.golden import read_golden, verify_golden
-    from mmllm.model.checkpoint import load_checkpoint
+    from mmllm.checkpoint.folder import load_checkpoint
+    from mmllm.checkpoint.golden import read_golden, verify_golden
 
     folder = "runs/tiny/stage2"
     assert read_golden(folder), f"{folder} has no golden answers; train it again"

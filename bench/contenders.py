@@ -115,9 +115,10 @@ def time_data(recorder: Recorder) -> None:
 def ours(recorder: Recorder, folder: Path, stage_name: str) -> tuple[float, float]:
     """The real stage and the loop's own step, with the settings that a user gets who gives none."""
     from mmllm.config import StageConfig
-    from mmllm.training.distributed import build_accelerator
+    from mmllm.distributed.ranks import build_accelerator
+    from mmllm.stages.conversation import ConversationStage
+    from mmllm.stages.registry import build_stage
     from mmllm.training.loop import Run
-    from mmllm.training.stages import ConversationStage, build_stage
 
     mix, train, is_cached = STAGES[stage_name]
     size = recorder.size

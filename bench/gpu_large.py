@@ -98,7 +98,7 @@ def _synchronize() -> None:
 
 def large(name: str, is_smoke: bool) -> None:
     """One run: what `mmllm plan` says of it, and then what its steps take."""
-    from mmllm.training.plan import make_plan
+    from mmllm.stages.plan import make_plan
 
     settings = RUNS[name]
     device = "cuda" if torch.cuda.is_available() else "cpu"

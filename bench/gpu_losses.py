@@ -88,7 +88,7 @@ def _kernel(*, flash_only: bool) -> Iterator[None]:
 
 def loss_and_norm(config: Any, device: str, *, flash_only: bool = False) -> tuple[float, float]:
     """The first examples' loss per supervised token, and the norm of its gradient, without an update."""
-    from mmllm.training.stages import build_stage
+    from mmllm.stages.registry import build_stage
 
     stage: Any = build_stage(config)
     stage.model.to(device)
@@ -143,8 +143,8 @@ def losses(is_smoke: bool) -> None:
 
 def golden(folder: Path, device: str) -> None:
     """What `mmllm doctor` would say of a checkpoint whose answers were given on the CPU in fp32."""
-    from mmllm.inference.golden import verify_golden
-    from mmllm.model.checkpoint import load_checkpoint
+    from mmllm.checkpoint.folder import load_checkpoint
+    from mmllm.checkpoint.golden import verify_golden
 
     print("\n| golden answers in | verdict | what was found |\n|---|---|---|")
     for dtype in (torch.float32, torch.bfloat16):

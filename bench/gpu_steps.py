@@ -53,9 +53,9 @@ def build_run(config: Any) -> tuple[Any, Iterator[Any]]:
     """(a Run whose `step` can be called, its batches)."""
     from accelerate.state import AcceleratorState
 
-    from mmllm.training.distributed import build_accelerator
+    from mmllm.distributed.ranks import build_accelerator
+    from mmllm.stages.registry import build_stage
     from mmllm.training.loop import Run
-    from mmllm.training.stages import build_stage
 
     AcceleratorState._reset_state(reset_partial_state=True)  # one process makes several runs
     accelerator = build_accelerator(config)

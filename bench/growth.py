@@ -42,9 +42,9 @@ def _write_rows(path: Path, count: int, *, num_words: int = NUM_WORDS, pictures:
 def _run(folder: Path, rows: Path, *, batch: int = BATCH, workers: int = 0, steps: int = WARM_UP + ROUNDS) -> Any:
     """The loop around a stage on these rows, as `mmllm train` builds it."""
     from mmllm.config import StageConfig
-    from mmllm.training.distributed import build_accelerator
+    from mmllm.distributed.ranks import build_accelerator
+    from mmllm.stages.registry import build_stage
     from mmllm.training.loop import Run
-    from mmllm.training.stages import build_stage
 
     train = ["projector", "language"] if "<image>" in rows.open().read(1000) else ["language"]
     values = {
@@ -145,8 +145,6 @@ def _most_resident_kib() -> int:
 
 
 def _main(folder: str, rows: str) -> None:
-    import mmllm.training.loop
-    import mmllm.training.stages  # noqa: F401
 
     before = _most_resident_kib()
     run = _run(Path(folder), Path(rows))

@@ -36,7 +36,7 @@ def _whole(path: Path) -> None:
 
 
 def _lazily(path: Path) -> None:
-    from mmllm.data.rows import open_rows
+    from mmllm.readers.rows import open_rows
 
     rows = open_rows(str(path))
     assert rows[len(rows) - 1]["id"] == f"{NUM_ROWS - 1:09}"

@@ -53,7 +53,7 @@ def _write_data(folder: Path) -> None:
 def _stage(folder: Path, mix: str, attention: str) -> Any:
     """Instructions train projector and LLM, captions the projector."""
     from mmllm.config import StageConfig
-    from mmllm.training.stages import ConversationStage
+    from mmllm.stages.conversation import ConversationStage
 
     train = ["projector", "language"] if mix == "instructions" else ["projector"]
     values = {
@@ -84,7 +84,7 @@ class _Way:
     """One setting of packing and grouping: its micro-batches, and a step of training on them."""
 
     def __init__(self, stage: Any, packing: str, *, is_grouped: bool):
-        from mmllm.training.packed_rows import Packer
+        from mmllm.batching.packed_rows import Packer
 
         self.stage = stage
         data = stage.config.data.model_copy(update={"packing": packing})

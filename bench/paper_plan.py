@@ -1,6 +1,6 @@
 """The plan on paper of docs/scale.md: `python -m bench.paper_plan` prints its tables from what is counted and measured.
 
-Counted from LLaVA-1.5-7B's config, on no memory: FLOPs of a pair (mmllm/training/flops.py) and bytes of its features.
+Counted from LLaVA-1.5-7B's config, on no memory: FLOPs of a pair (mmllm/runs/flops.py) and bytes of its features.
 Measured here: reading and transforming a JPEG, and reading a cached row. Assumed, and said so: the share of a GPU's
 peak that training reaches, and prices.
 """
@@ -53,7 +53,7 @@ def flops_of(trained: tuple[str, ...], prompt: int, answer: int, *, cached: bool
     import torch
 
     from mmllm.batch import IGNORE_INDEX, Batch
-    from mmllm.training.flops import StepFlops
+    from mmllm.runs.flops import StepFlops
 
     model = build_model(trained)
     ids = torch.zeros(1, 576 + prompt + answer, dtype=torch.long)
@@ -70,8 +70,8 @@ def seconds_per_picture() -> float:
     import numpy as np
     from PIL import Image
 
-    from mmllm.config_file import load_config
-    from mmllm.inference.engine import Engine, load_pixels
+    from mmllm.config.file import load_config
+    from mmllm.inference.engine import Engine
     from mmllm.model.build import build_model as build_parts
 
     config: Any = load_config("configs/tiny/stage1.yaml", ["out=bench/results/paper"])
@@ -86,7 +86,7 @@ def seconds_per_picture() -> float:
         picture.save(path, quality=90)
         for _ in range(33):
             begun = time.perf_counter()
-            load_pixels(processor, [str(path)])
+            processor.load_pixels([str(path)])
             taken.append(time.perf_counter() - begun)
     return statistics.median(taken[3:])
 

@@ -151,11 +151,10 @@ def write_language(folder: Path, size: Size) -> None:
 
 def write_checkpoint(folder: Path) -> None:
     """`checkpoint/` out of this folder's parts, with golden answers."""
+    from mmllm.checkpoint.folder import save_checkpoint
+    from mmllm.checkpoint.golden import make_golden
     from mmllm.config import ModelConfig
-    from mmllm.inference.engine import Engine
-    from mmllm.inference.golden import make_golden
     from mmllm.model.build import build_model
-    from mmllm.model.checkpoint import save_checkpoint
 
     values = {
         "vision": {"source": f"local-dir:{folder / 'vision'}", "layer": -2, "fit": "stretch"},
@@ -165,7 +164,7 @@ def write_checkpoint(folder: Path) -> None:
     }
     model, processor, origin = build_model(ModelConfig.model_validate(values))
     model.eval()
-    files = make_golden(Engine(model, processor, name="bench"))
+    files = make_golden(model, processor)
     save_checkpoint(folder / "checkpoint", model, processor, card="Random weights.\n", files=files, origin=origin)
 
 
@@ -173,7 +172,7 @@ def _write_llava(folder: Path, size: Size) -> None:
     """The exported folder, with the encoder's last layer, and a template that marks what the assistant says."""
     from safetensors.torch import load_file, save_file
 
-    from mmllm.export.hf_llava import export_hf
+    from mmllm.interop.hf_llava import export_hf
 
     out = folder / "llava"
     export_hf(folder / "checkpoint", out)

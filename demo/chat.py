@@ -16,8 +16,8 @@ from typing import Any
 from urllib.parse import quote
 
 from mmllm.batch import PICTURE_LABEL, Example, ImageSource, Message
-from mmllm.data.images import ImageError
-from mmllm.inference.conversation import user_message
+from mmllm.chat.conversation import user_message
+from mmllm.images import ImageError
 
 MAX_PICTURES = 4  # of one turn; a longer conversation is limited by what the model can read
 MAX_FILE_SIZE = "64mb"  # a photo of 108 megapixels; how many pixels are too many, `load_image` says
@@ -40,7 +40,7 @@ class ChatPicture:
 
 
 @dataclass(eq=False)
-class Turn:
+class ChatTurn:
     """A question and what came of it. `finish` is that of the reply and None until there is one."""
 
     text: str
@@ -55,7 +55,7 @@ class Turn:
         return self.finish is None and not self.problem
 
 
-def example_of(turns: Sequence[Turn], *, label: str = PICTURE_LABEL) -> Example:
+def example_of(turns: Sequence[ChatTurn], *, label: str = PICTURE_LABEL) -> Example:
     """The conversation that ends with the last turn's question; `label` is what the model reads before a picture."""
     messages: list[Message] = []
     images: list[ImageSource] = []
@@ -75,7 +75,7 @@ def example_of(turns: Sequence[Turn], *, label: str = PICTURE_LABEL) -> Example:
     return Example("chat", "demo", tuple(messages), tuple(images))
 
 
-def numbered_messages(turns: Sequence[Turn]) -> list[tuple[int, dict[str, Any]]]:
+def numbered_messages(turns: Sequence[ChatTurn]) -> list[tuple[int, dict[str, Any]]]:
     """What gr.Chatbot shows, each message with the number of its turn."""
     messages: list[tuple[int, dict[str, Any]]] = []
     for number, turn in enumerate(turns):
@@ -87,11 +87,11 @@ def numbered_messages(turns: Sequence[Turn]) -> list[tuple[int, dict[str, Any]]]
     return messages
 
 
-def shown(turns: Sequence[Turn]) -> list[dict[str, Any]]:
+def shown(turns: Sequence[ChatTurn]) -> list[dict[str, Any]]:
     return [message for _, message in numbered_messages(turns)]
 
 
-def turn_of_message(turns: Sequence[Turn], index: int) -> int:
+def turn_of_message(turns: Sequence[ChatTurn], index: int) -> int:
     """The number of the turn that the message at this place of the chat belongs to."""
     return numbered_messages(turns)[index][0]
 
@@ -119,7 +119,7 @@ def pictures_html(pictures: Iterable[ChatPicture]) -> str:
     return f'<div class="pictures">{"".join(links)}</div>'
 
 
-def answer_markdown(turn: Turn) -> str:
+def answer_markdown(turn: ChatTurn) -> str:
     """The answer, or why there is none; a sign of life while there is none yet."""
     if turn.is_open and not turn.answer:
         return QUEUED if turn.is_queued else THINKING
@@ -165,7 +165,7 @@ def read_pictures(
 class Session:
     """The conversation of one tab. `stop` ends the answer that is being written."""
 
-    turns: list[Turn] = field(default_factory=list)
+    turns: list[ChatTurn] = field(default_factory=list)
     stop: threading.Event = field(default_factory=threading.Event)
     files: set[Path] = field(default_factory=set)
 
@@ -179,7 +179,7 @@ class Session:
 
     def ask(self, text: str, pictures: Iterable[ChatPicture]) -> None:
         self.interrupt()
-        self.turns.append(Turn(text.strip(), tuple(pictures)))
+        self.turns.append(ChatTurn(text.strip(), tuple(pictures)))
         for picture in self.turns[-1].pictures:
             self.files |= {picture.file, picture.shown}
 
@@ -187,9 +187,9 @@ class Session:
         """Asks a turn anew, with other words if given; what came after it is forgotten."""
         self.interrupt()
         old = self.turns[number]
-        self.turns[number:] = [Turn(old.text if text is None else text.strip(), old.pictures)]
+        self.turns[number:] = [ChatTurn(old.text if text is None else text.strip(), old.pictures)]
 
-    def take_back(self) -> Turn | None:
+    def take_back(self) -> ChatTurn | None:
         """Removes the last turn and returns it."""
         self.interrupt()
         return self.turns.pop() if self.turns else None
@@ -199,7 +199,7 @@ class Session:
         self.turns = []
 
     @property
-    def open_turn(self) -> Turn | None:
+    def open_turn(self) -> ChatTurn | None:
         return self.turns[-1] if self.turns and self.turns[-1].is_open else None
 
 

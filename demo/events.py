@@ -29,8 +29,9 @@ from demo.chat import (
 from demo.examples import ExampleQuestion
 from demo.seen import NOTHING_YET, counts_html, seen_html
 from mmllm.batch import Example
-from mmllm.data.images import ImageError, load_image
-from mmllm.inference.conversation import user_message
+from mmllm.chat.conversation import user_message
+from mmllm.errors import MmllmError
+from mmllm.images import ImageError, load_image
 from mmllm.inference.engine import Engine, Sampling
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ class Events:
             return ["There is no question yet; type one, then send"]
         try:
             self.engine.renderer.render_example(Example("question", "demo", (user_message(text.strip(), 0),)))
-        except ValueError as error:
+        except MmllmError as error:
             return [f"This question cannot be asked: {error}"]
         return []
 
@@ -112,8 +113,8 @@ class Events:
                 turn.finish = turn.finish or reply.finish
                 yield gr.skip(), shown(session.turns), gr.skip(), counts_html(reply)
                 last_update = time.monotonic()
-        except (ValueError, RuntimeError) as error:  # the second is how torch says that memory ran out
-            logger.warning("no answer: %s", error, exc_info=not isinstance(error, ValueError))
+        except (MmllmError, RuntimeError) as error:  # the second is how torch says that memory ran out
+            logger.warning("no answer: %s", error, exc_info=not isinstance(error, MmllmError))
             turn.problem = str(error)
             yield gr.skip(), shown(session.turns), gr.skip(), gr.skip()
         finally:

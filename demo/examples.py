@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from mmllm.scenes.ask import QUESTION_TYPES, Turn
+from mmllm.scenes.ask import QUESTION_TYPES, QuestionTurn
 from mmllm.scenes.ask_two import TWO_PICTURES, ask_about_two
 from mmllm.scenes.draw import draw
 from mmllm.scenes.world import Kind, Scene, near_miss, sample_scene
@@ -52,7 +52,7 @@ def _picture(scene: Scene, rng: random.Random) -> Image.Image:
             return picture
 
 
-def _example(kind: Kind, question_type: str, seed: int) -> tuple[Turn, list[Image.Image]]:
+def _example(kind: Kind, question_type: str, seed: int) -> tuple[QuestionTurn, list[Image.Image]]:
     """A turn and its pictures; scenes are sampled until one can be asked that question."""
     rng = random.Random(seed)
     while True:

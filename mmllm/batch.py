@@ -16,7 +16,7 @@ from torch import Tensor
 
 IGNORE_INDEX = -100
 IMAGE_TOKEN = "<image>"
-TEXT_ENCODING = 2  # how texts become ids: mmllm/data/chat.py
+TEXT_ENCODING = 2  # how texts become ids: mmllm/chat/renderer.py
 PICTURE_LABEL = "Picture {}: "  # what stands before each of several pictures; {} is its number, from 1
 
 Role = Literal["system", "user", "assistant"]

@@ -12,7 +12,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from mmllm.errors import FAILED, USAGE, report_errors
+from mmllm.errors import FAILED, USAGE, MmllmError, report_errors
 
 app = typer.Typer(
     name="mmllm", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -27,7 +27,7 @@ def source(text: str) -> str:
 
     try:
         return expand_path(text)
-    except ValueError as error:
+    except MmllmError as error:
         raise typer.BadParameter(str(error)) from error
 
 
@@ -88,10 +88,9 @@ def train(
         given = [*(overrides or []), *context.args]
         if wrong := [text for text in given if text.startswith("-")]:
             raise ConfigError(f"unknown option {wrong[0]}; settings are given as section.key=value")
-        from mmllm.evaluation.live import LiveTasks
-        from mmllm.training.run import main
+        from mmllm.stages.run import main
 
-        main(None, [str(config), *given], tasks=LiveTasks())
+        main(None, [str(config), *given])
 
 
 @app.command()
@@ -100,7 +99,7 @@ def report(
 ) -> None:
     """Write RUN/report.html anew: curves, answers, alarms and settings in one file."""
     with report_errors(debug=_debug):
-        from mmllm.training.report import write_report
+        from mmllm.runs.report import write_report
 
         print(write_report(run))
 
@@ -115,12 +114,11 @@ def plan(
 ) -> None:
     """Run the longest batch once; say what the run needs of memory, time and disk, and what to change to need less."""
     with report_errors(debug=_debug):
-        from mmllm.config_file import load_config
-        from mmllm.evaluation.live import LiveTasks
-        from mmllm.training.plan import make_plan, parse_size, show, to_json
+        from mmllm.config.file import load_config
+        from mmllm.stages.plan import make_plan, parse_size, show, to_json
 
         limit = parse_size(memory) if memory else None
-        made = make_plan(load_config(config, overrides or []), gpus=gpus, memory=limit, tasks=LiveTasks())
+        made = make_plan(load_config(config, overrides or []), gpus=gpus, memory=limit)
         print(to_json(made)) if as_json else show(made)
         if not made.fits:
             sys.exit(FAILED)
@@ -134,7 +132,7 @@ def check(
 ) -> None:
     """Look at all data of a run before it starts: what is usable, what is not, and why."""
     with report_errors(debug=_debug):
-        from mmllm.inference.check import check_data
+        from mmllm.diagnose.check import check_data
 
         if not check_data(config, overrides or [], as_json=as_json):
             sys.exit(FAILED)
@@ -153,7 +151,7 @@ def explain(
 ) -> None:
     """Show what the model will see and be taught from one example, and whether it will be asked the same way."""
     with report_errors(debug=_debug):
-        from mmllm.inference.explain import run_explain
+        from mmllm.diagnose.explain_command import run_explain
 
         run_explain(config, overrides or [], sample=sample, html=html, as_json=as_json)
 
@@ -176,9 +174,9 @@ def chat(
 ) -> None:
     """Talk to a model in the terminal, or ask it one thing with --prompt."""
     with report_errors(debug=_debug):
-        from mmllm.data.images import load_image
-        from mmllm.inference.chat import ask_once, talk
+        from mmllm.images import load_image
         from mmllm.inference.engine import Engine, Sampling
+        from mmllm.inference.terminal_chat import ask_once, talk
 
         sampling = Sampling(temperature, top_p, max_new_tokens, seed)
         if as_json and prompt is None:
@@ -210,7 +208,7 @@ def caption(
 ) -> None:
     """Caption pictures in batches, one JSON line each; what cannot be read is reported and skipped."""
     with report_errors(debug=_debug):
-        from mmllm.inference.caption import caption_pictures
+        from mmllm.captioning.caption import caption_pictures
 
         num_failed = caption_pictures(
             model, inputs, out, prompt=prompt, batch_size=batch_size, max_new_tokens=max_new_tokens, device=device,
@@ -321,7 +319,7 @@ def doctor(
 ) -> None:
     """Say what is installed, what works here, what is missing and why."""
     with report_errors(debug=_debug):
-        from mmllm.inference.doctor import examine
+        from mmllm.diagnose.doctor import examine
 
         if not examine(model, as_json=as_json):
             sys.exit(FAILED)
@@ -346,7 +344,7 @@ def import_(
 ) -> None:
     """Make a checkpoint of somebody else's model, compared with transformers where transformers can read it."""
     with report_errors(debug=_debug):
-        from mmllm.export.import_llava import ImportOptions, import_model
+        from mmllm.interop.import_llava import ImportOptions, import_model
 
         verdict = import_model(source, out, ImportOptions(template, vision, base, projector))
         print(f"{out}: imported from {source}")
@@ -368,7 +366,7 @@ def export_hf(
 ) -> None:
     """Write a model for transformers, vLLM and TRL: LlavaForConditionalGeneration, compared before it is left there."""
     with report_errors(debug=_debug):
-        from mmllm.export.hf_llava import export_hf as export
+        from mmllm.interop.hf_llava import export_hf as export
 
         verdict = export(model, out)
         print(

@@ -1,4 +1,8 @@
-"""How every command ends when something goes wrong: one readable block on stderr, and the right exit status."""
+"""Errors with a cause outside the code, and how every command ends with them: one readable block on stderr.
+
+`MmllmError` and its children are what a user, a file or another program did. They and the operating system's own errors
+(disk, network, memory) are told in a block; every other exception is a mistake of ours and keeps its traceback.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +13,40 @@ import re
 import sys
 from collections.abc import Iterator
 
-from mmllm.user_error import shorten
-
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # How writers that are not Python's own tell the operating system's error: safetensors, in the words of Rust.
 _RUST_ERROR = re.compile(r"code: (\d+), kind|\(os error (\d+)\)")
 USAGE = 2
 FAILED = 1
 INTERRUPTED = 130
+
+_MAX_WORD = 300  # characters; longer ones are base64, or a file that was given as a value
+_SHOWN = 80  # of those
+_MAX_LINE = 5000
+_LONG_WORD = re.compile(rf"\S{{{_MAX_WORD + 1},}}")
+
+
+def shorten(text: str) -> str:
+    """The text with the beginnings of words and lines that nobody reads to their end."""
+    text = _LONG_WORD.sub(lambda word: f"{word[0][:_SHOWN]}... ({len(word[0]):,} characters)", text)
+    if len(text) <= _MAX_LINE:
+        return text
+    return "\n".join(
+        line if len(line) <= _MAX_LINE else f"{line[:_MAX_LINE]}... ({len(line):,} characters)"
+        for line in text.splitlines()
+    )
+
+
+class MmllmError(ValueError):
+    """What was given, what is allowed, and what to do; values that are too long to read are shortened.
+
+    A ValueError too, so that pydantic reports it by setting, and so that a program may catch it without importing us.
+    """
+
+    exit_status = FAILED
+
+    def __init__(self, message: object = ""):
+        super().__init__(shorten(str(message)))
 
 
 def is_disk_full(error: BaseException) -> bool:
@@ -40,23 +70,18 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def _explain(error: BaseException) -> tuple[str, int] | None:
     """(message, exit status) of an error that has a cause outside the code; None for our own mistakes."""
-    from mmllm.config import ConfigError
-
-    if isinstance(error, ConfigError):
-        return str(error), USAGE
     if is_disk_full(error):
         return (
             "the disk is full, or a limit on what may be written is reached. What was saved before is whole; "
             "free some space and start the same command again",
             FAILED,
         )
+    if isinstance(error, MmllmError):
+        return str(error), error.exit_status
     if isinstance(error, OSError):
         return f"{error.filename or 'a file'}: {error.strerror or error}", FAILED
-    name = type(error).__name__
-    if isinstance(error, ValueError) or name in ("TrainingError", "InterruptedRunError"):
-        return str(error), INTERRUPTED if name == "InterruptedRunError" else FAILED
     if is_out_of_memory(error):
-        first = str(error).splitlines()[0] if str(error) else name
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
         return (
             f"out of memory: {first}\nClose what else uses this memory, lower --batch-size or --max-new-tokens where "
             "the command has them, give fewer or smaller pictures, or use --device auto (all GPUs and main memory "

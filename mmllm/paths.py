@@ -10,13 +10,15 @@ import re
 from pathlib import Path
 from urllib.parse import unquote
 
+from mmllm.errors import MmllmError
+
 PREFIXES = ("local-dir:", "transformers:")  # of towers: what follows is a folder, or a name of a hub
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")
 _FILE_URL = re.compile(r"file:(?://(?:localhost)?)?(?=/)")
 
 
 def expand_path(text: str) -> str:
-    """The path that is meant. Raises ValueError for a variable that is not set, or a home folder that is not there.
+    """The path that is meant. Raises MmllmError for a variable that is not set, or a home folder that is not there.
 
     A name with a `~` or `$` in it that is there as it is written is taken so, save for `~` itself.
     """
@@ -29,7 +31,7 @@ def expand_path(text: str) -> str:
         try:
             path = str(Path(path).expanduser())
         except RuntimeError as error:
-            raise ValueError(f"{text}: there is no home folder of {path.split('/')[0]}; give the whole path") from error
+            raise MmllmError(f"{text}: there is no home folder of {path.split('/')[0]}; give the whole path") from error
     if "$" in path and not Path(path).exists():
         path = _VARIABLE.sub(lambda found: _value_of(found[1] or found[2], text), path)
     return prefix + path
@@ -37,5 +39,5 @@ def expand_path(text: str) -> str:
 
 def _value_of(name: str, text: str) -> str:
     if name not in os.environ:
-        raise ValueError(f"{text}: the environment has no variable {name}; set it, or give the whole path")
+        raise MmllmError(f"{text}: the environment has no variable {name}; set it, or give the whole path")
     return os.environ[name]

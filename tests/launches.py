@@ -21,7 +21,7 @@ STREAMS = {"out": 1, "err": 2}
 def forkserver() -> Any:
     """What starts processes from a server that has imported what is slow to import: one for all tests of a process."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mmllm.training.stages", "accelerate", "peft", "deepspeed"])
+    context.set_forkserver_preload(["mmllm.stages.registry", "accelerate", "peft", "deepspeed"])
     return context
 
 

@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from mmllm.config import CONFIGS, ConfigError, StageConfig
-from mmllm.config_file import dump_config, load_config
-from mmllm.training.state import settings_differences
-from mmllm.training.strategy import launched_strategy
+from mmllm.config.file import dump_config, load_config
+from mmllm.distributed.launch import launched_strategy
+from mmllm.runs.state import settings_differences
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "accelerate")

@@ -12,8 +12,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from mmllm.batch import IGNORE_INDEX, IMAGE_TOKEN, Example, ImageRef, Message, message, picture_marks
-from mmllm.data.chat import OWN_TEMPLATE, TEMPLATES, ChatError, Renderer
-from mmllm.data.collate import collate
+from mmllm.batching.collate import collate
+from mmllm.chat.renderer import OWN_TEMPLATE, TEMPLATES, ChatError, Renderer
 
 # One token for each of these, in this order from id 0 on, then one for each printable character from line feed on.
 SPECIAL = (

@@ -16,7 +16,7 @@ import pytest
 from real_parts import TOKENIZERS, real_tokenizer
 
 from mmllm.batch import IMAGE_TOKEN, Message, message
-from mmllm.data.chat import OWN_TEMPLATE, Renderer
+from mmllm.chat.renderer import OWN_TEMPLATE, Renderer
 
 M = 3
 _SYSTEM_FIRST = (

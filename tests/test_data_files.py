@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmllm.config import SourceConfig
-from mmllm.data import index
-from mmllm.data.files import DataError, expand, fingerprint, parent
-from mmllm.data.index import line_offsets, list_offsets
-from mmllm.data.rows import open_rows
 from mmllm.data.shards import ShardedFile
+from mmllm.readers import index
+from mmllm.readers.files import DataError, expand, fingerprint, parent
+from mmllm.readers.index import line_offsets, list_offsets
+from mmllm.readers.rows import open_rows
 
 
 def test_patterns_name_files_in_order(tmp_path: Path) -> None:

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from PIL import Image, features
 
+from mmllm.captioning.caption import find_pictures
 from mmllm.config import SourceConfig
-from mmllm.data.files import RowError
-from mmllm.data.folders import HEIF_ENDINGS, PICTURE_ENDINGS, sort_files, tell_passed_over
-from mmllm.data.images import ImageError, load_image
 from mmllm.data.sources import DataFile, read_source
-from mmllm.data.tars import PICTURE_SUFFIXES
-from mmllm.inference.caption import find_pictures
+from mmllm.images import ImageError, load_image
+from mmllm.readers.files import RowError
+from mmllm.readers.folders import HEIF_ENDINGS, PICTURE_ENDINGS, sort_files, tell_passed_over
+from mmllm.readers.tars import PICTURE_SUFFIXES
 
 APPLE_DOUBLE = b"\0\5\x16\7\0\2\0\0Mac OS X        " + bytes(50) + b"\xff\xfe"
 WRITERS = {

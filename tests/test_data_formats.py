@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from mmllm.batch import Example, ImageRef, Message
-from mmllm.data.files import RowError, Stored
 from mmllm.data.formats import SHAPES, UNSUPPORTED, to_example, unread_keys
-from mmllm.data.images import load_image
 from mmllm.data.turns import Context
+from mmllm.images import load_image
+from mmllm.readers.files import RowError, Stored
 
 Row = dict[str, Any]
 

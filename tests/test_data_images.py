@@ -14,7 +14,7 @@ import pytest
 from image_files import BLUE, EXIF_ORIENTATION, RED, WHITE, encode, noise, png
 from PIL import Image, ImageDraw, ImageFile
 
-from mmllm.data.images import MAX_PIXELS, ImageError, load_image
+from mmllm.images import MAX_PIXELS, ImageError, load_image
 
 
 def upright() -> Image.Image:

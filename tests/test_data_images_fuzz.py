@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from image_files import EXIF_ORIENTATION, READ, REFUSED, WHITE, encode, huge
 from PIL import Image
 
-from mmllm.data.images import FORMATS, ImageError, image_size, load_image
+from mmllm.images import FORMATS, ImageError, image_size, load_image
 
 EFFORT = int(os.environ.get("MMLLM_FUZZ", "1"))
 MAX_PIXELS = 100_000
@@ -208,7 +208,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
 READ_ALL = """
 import json, resource, sys
 from pathlib import Path
-from mmllm.data.images import ImageError, load_image
+from mmllm.images import ImageError, load_image
 resource.setrlimit(resource.RLIMIT_CPU, (60, 60))  # a file that is read for ever ends this process
 used = lambda: int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) // 1024
 grown = {}

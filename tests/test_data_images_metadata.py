@@ -12,7 +12,7 @@ import pytest
 from image_files import RED, SMALL_PX, chunk, encode, noise, red, red_png
 from PIL import Image, ImageFile, PngImagePlugin
 
-from mmllm.data.images import ImageError, image_size, load_image
+from mmllm.images import ImageError, image_size, load_image
 
 MILLIONS = 3_000_000
 

@@ -14,14 +14,14 @@ from typer.testing import CliRunner
 from mmllm.batch import Example
 from mmllm.cli import app
 from mmllm.config import ConfigError
-from mmllm.config_file import load_config
+from mmllm.config.file import load_config
 from mmllm.data.check import inspect_sources
-from mmllm.data.files import DataError, RowError
 from mmllm.data.formats import to_example
-from mmllm.data.images import ImageError
 from mmllm.data.inspection import Rules
 from mmllm.data.turns import Context
-from mmllm.user_error import UserError, shorten
+from mmllm.errors import MmllmError, shorten
+from mmllm.images import ImageError
+from mmllm.readers.files import DataError, RowError
 
 TEXT = {"type": "text", "text": "What color?"}
 
@@ -165,7 +165,7 @@ def test_no_error_prints_a_whole_picture(folder: Path, tmp_path: Path, capsys: p
         lambda: example(folder, "<image>", image="data:" + HUGE),
         lambda: to_example({HUGE: 1}, 0, "x.json", Context(str(folder), "?")),
     ):
-        with pytest.raises((UserError, OSError)) as caught:
+        with pytest.raises((MmllmError, OSError)) as caught:
             call()
         errors.append(caught.value)
     assert [str(error)[:300] for error in errors if len(str(error)) > 4000 and not isinstance(error, OSError)] == []

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from mmllm.batch import IGNORE_INDEX
-from mmllm.data.chat import Rendered
-from mmllm.data.collate import collate
-from mmllm.data.packing import RowCost, alike, balanced, best_fit, divided, plan_rows, positions, width_of
+from mmllm.batching.collate import collate
+from mmllm.batching.packing import RowCost, alike, balanced, best_fit, divided, plan_rows, positions, width_of
+from mmllm.chat.renderer import Rendered
 
 FREE = RowCost()
 DENSE = RowCost(even_width=1000)

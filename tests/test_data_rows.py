@@ -18,12 +18,12 @@ from mmllm.batch import Example
 from mmllm.config import SourceConfig
 from mmllm.data import shards
 from mmllm.data.check import inspect_sources
-from mmllm.data.files import DataError, Stored
-from mmllm.data.images import load_image
 from mmllm.data.inspection import Rules
-from mmllm.data.rows import READERS, open_rows
 from mmllm.data.shards import STREAMS, ShardedFile
 from mmllm.data.sources import read_source
+from mmllm.images import load_image
+from mmllm.readers.files import DataError, Stored
+from mmllm.readers.rows import READERS, open_rows
 
 NUM_ROWS = 7
 Row = dict[str, Any]

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from mmllm.batch import Example
+from mmllm.batching.sampler import MAX_LANES, Order, StreamOrder
 from mmllm.config import SourceConfig
-from mmllm.data.files import DataError
 from mmllm.data.inspection import Rules
 from mmllm.data.mix import epoch_items, mix
 from mmllm.data.sources import BadRow
 from mmllm.data.stream import Stream
-from mmllm.training.order import MAX_LANES, Order, StreamOrder
+from mmllm.readers.files import DataError
 
 NUM_SHARDS, ROWS = 7, 5
 

@@ -22,17 +22,17 @@ from demo.app import free_port, private_folder
 from demo.chat import (
     MAX_PICTURES,
     ChatPicture,
+    ChatTurn,
     Sessions,
-    Turn,
     example_of,
     read_pictures,
 )
 from demo.events import ANY_SEED, DRAWING_PREFIX, Events
 from demo.examples import WANTED, draw_examples
 from demo.seen import counts_html, seen_html
-from mmllm.data.chat import Renderer
-from mmllm.data.chat_templates import OWN_TEMPLATE
-from mmllm.data.images import load_image
+from mmllm.chat.renderer import Renderer
+from mmllm.chat.templates import OWN_TEMPLATE
+from mmllm.images import load_image
 from mmllm.inference.engine import Engine
 
 ROOT = Path(__file__).parent.parent
@@ -360,7 +360,7 @@ def test_counts_are_dashes_until_there_is_a_reply():
 
 
 def test_a_text_alone_has_a_prompt_and_no_picture(engine):
-    panel = seen_html(engine, example_of([Turn("hello.")]))
+    panel = seen_html(engine, example_of([ChatTurn("hello.")]))
     assert "hello." in panel
     assert "<img" not in panel
 

@@ -8,7 +8,7 @@ import pytest
 
 from demo.chat import (
     ChatPicture,
-    Turn,
+    ChatTurn,
     answer_markdown,
     example_of,
     pictures_html,
@@ -41,7 +41,7 @@ def test_an_image_mark_that_a_person_types_stays_words():
 
 def test_pictures_of_earlier_turns_stay_where_they_stand():
     a, b, c = chat_picture("a.png"), chat_picture("b.png"), chat_picture("c.png")
-    turns = [Turn("one?", (a,), "yes", "end"), Turn("two?", (), "no", "end"), Turn("three?", (b, c))]
+    turns = [ChatTurn("one?", (a,), "yes", "end"), ChatTurn("two?", (), "no", "end"), ChatTurn("three?", (b, c))]
     example = example_of(turns)
     assert example.images == ("a.png", "b.png", "c.png")
     assert [m.role for m in example.messages] == ["user", "assistant", "user", "assistant", "user"]
@@ -56,15 +56,15 @@ def test_pictures_of_earlier_turns_stay_where_they_stand():
 
 
 def test_a_turn_that_failed_is_left_out_of_the_next_prompt():
-    turns = [Turn("too long?", (chat_picture("a.png"),), problem="it does not fit"), Turn("short?")]
+    turns = [ChatTurn("too long?", (chat_picture("a.png"),), problem="it does not fit"), ChatTurn("short?")]
     assert example_of(turns).messages == (Message("user", ("short?",)),)
     assert example_of(turns).images == ()
 
 
 def test_the_pictures_of_a_turn_stopped_before_its_first_word_go_over_to_the_next():
     turns = [
-        Turn("what is it?", (chat_picture("a.png"),), finish="stopped"),
-        Turn("what color?", (chat_picture("b.png"),)),
+        ChatTurn("what is it?", (chat_picture("a.png"),), finish="stopped"),
+        ChatTurn("what color?", (chat_picture("b.png"),)),
     ]
     example = example_of(turns)
     assert example.images == ("a.png", "b.png")
@@ -72,7 +72,7 @@ def test_the_pictures_of_a_turn_stopped_before_its_first_word_go_over_to_the_nex
 
 
 def test_an_answer_that_was_stopped_in_the_middle_is_part_of_the_next_prompt():
-    turns = [Turn("what is it?", (), "a red", "stopped"), Turn("go on")]
+    turns = [ChatTurn("what is it?", (), "a red", "stopped"), ChatTurn("go on")]
     assert [m.text for m in example_of(turns).messages] == ["what is it?", "a red", "go on"]
 
 
@@ -80,27 +80,31 @@ def test_an_answer_that_was_stopped_in_the_middle_is_part_of_the_next_prompt():
 
 
 def test_a_place_in_the_chat_leads_back_to_its_turn():
-    turns = [Turn("one?", (chat_picture("a.png"),), "yes", "end"), Turn("two?", (), "no", "end"), Turn("three?")]
+    turns = [
+        ChatTurn("one?", (chat_picture("a.png"),), "yes", "end"),
+        ChatTurn("two?", (), "no", "end"),
+        ChatTurn("three?"),
+    ]
     assert [m["role"] for m in shown(turns)] == ["user", "user", "assistant", "user", "assistant", "user", "assistant"]
     assert [turn_of_message(turns, index) for index in range(7)] == [0, 0, 0, 1, 1, 2, 2]
 
 
 def test_names_of_files_and_errors_are_text_and_never_markup():
     assert "<b>" not in pictures_html([chat_picture('x"><b>.png')])
-    assert "<b>" not in answer_markdown(Turn("?", problem="the file <b> is missing"))
+    assert "<b>" not in answer_markdown(ChatTurn("?", problem="the file <b> is missing"))
 
 
 def test_a_chat_shows_that_it_waits_or_thinks_until_the_first_word():
-    assert "waiting" in answer_markdown(Turn("?"))
-    assert "thinking" in answer_markdown(Turn("?", is_queued=False))
-    assert answer_markdown(Turn("?", answer="a", is_queued=False)) == "a"
-    assert "stopped" in answer_markdown(Turn("?", finish="stopped"))
+    assert "waiting" in answer_markdown(ChatTurn("?"))
+    assert "thinking" in answer_markdown(ChatTurn("?", is_queued=False))
+    assert answer_markdown(ChatTurn("?", answer="a", is_queued=False)) == "a"
+    assert "stopped" in answer_markdown(ChatTurn("?", finish="stopped"))
 
 
 def test_a_chat_says_when_an_answer_was_stopped_or_cut_off():
-    assert "stopped" in answer_markdown(Turn("?", answer="a red", finish="stopped"))
-    assert "cut off" in answer_markdown(Turn("?", answer="a red", finish="length"))
-    assert answer_markdown(Turn("?", answer="a red", finish="end")) == "a red"
+    assert "stopped" in answer_markdown(ChatTurn("?", answer="a red", finish="stopped"))
+    assert "cut off" in answer_markdown(ChatTurn("?", answer="a red", finish="length"))
+    assert answer_markdown(ChatTurn("?", answer="a red", finish="end")) == "a red"
 
 
 @pytest.mark.parametrize(("answer", "end"), [
@@ -116,7 +120,7 @@ def test_a_chat_says_when_an_answer_was_stopped_or_cut_off():
     ("plain", ""),
 ])  # fmt: skip
 def test_the_note_of_an_answer_that_was_cut_off_in_code_is_no_code(answer, end):
-    shown_answer = answer_markdown(Turn("?", answer=answer, finish="length"))
+    shown_answer = answer_markdown(ChatTurn("?", answer=answer, finish="length"))
     assert shown_answer.startswith(f'{answer}{end}\n\n<div class="note">cut off')
 
 

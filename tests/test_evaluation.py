@@ -18,22 +18,17 @@ from typer.testing import CliRunner
 
 from mmllm.batch import PICTURE_LABEL, Example
 from mmllm.cli import app
-from mmllm.evaluation.run import evaluate_model, evaluate_task, normalise, score, show, shuffled_pictures
-from mmllm.evaluation.tasks import (
-    TASKS,
-    Question,
-    TaskError,
-    find_task,
-    guess_accuracy,
-    read_questions,
-    scene_of_picture,
-)
+from mmllm.evaluation.run import evaluate_model, evaluate_task, score, show, shuffled_pictures
+from mmllm.evaluation.scenes import TASKS, ScenesTask, find_task, read_questions, scene_of_picture
+from mmllm.evaluation.tasks import Question, TaskError, guess_accuracy, normalise
 from mmllm.inference.engine import Reply, Sampling
 from mmllm.scenes.ask import CAPTION_REQUESTS
 from mmllm.scenes.small_talk import NO_PICTURE, SMALL_TALK
 from mmllm.scenes.tell import tell
 from mmllm.scenes.world import Scene
 from mmllm.scenes.write import write_scenes
+
+SCENES = ScenesTask("scenes", Path("unused"))  # captions are judged by the graph beside each picture
 
 
 class Oracle:
@@ -167,13 +162,13 @@ def test_scores_are_counted_by_hand(pictures):
         question("caption", "?", "", image),
     ]
     told = tell(scene_of_picture(image), random.Random(0))
-    result = score(questions, ["Red.", "green", " 2", told])
+    result = score(SCENES, questions, ["Red.", "green", " 2", told])
     assert result["exact"] == pytest.approx(2 / 3)
     assert result["types"] == {"color": 0.5, "count": 1.0}
     assert result["counts"] == {"color": 2, "count": 1}
     assert result["caption_f1"] == 1.0
-    assert score(questions, ["red", "blue", "2", ""])["caption_f1"] == 0.0
-    assert "caption_f1" not in score(questions[:3], ["red", "blue", "2"])
+    assert score(SCENES, questions, ["red", "blue", "2", ""])["caption_f1"] == 0.0
+    assert "caption_f1" not in score(SCENES, questions[:3], ["red", "blue", "2"])
 
 
 @pytest.mark.parametrize(
@@ -205,7 +200,7 @@ def test_an_unknown_task_is_told_with_those_that_are_there(tmp_path, monkeypatch
 def test_a_folder_that_is_no_task_is_told(tmp_path, text, said):
     (tmp_path / "conversations.json").write_text(text)
     with pytest.raises(TaskError, match=said):
-        read_questions(find_task(str(tmp_path)))
+        find_task(str(tmp_path)).questions()
 
 
 def test_a_wrong_task_is_told_before_the_model_is_loaded(tmp_path):

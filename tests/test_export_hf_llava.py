@@ -17,14 +17,14 @@ from tiny_runs import settings_of, train_in_process
 from typer.testing import CliRunner
 
 from mmllm.batch import Example, message
+from mmllm.checkpoint.folder import save_checkpoint
 from mmllm.cli import app
 from mmllm.config import ModelConfig
-from mmllm.export.hf_llava import export_hf
-from mmllm.export.parity import probes
-from mmllm.export.towers import CLIP_NAMES, SIGLIP_NAMES, ExportError, encoder_in_transformers, rename_weights
 from mmllm.inference.engine import Engine, Sampling
+from mmllm.interop.hf_llava import export_hf
+from mmllm.interop.parity import probes
+from mmllm.interop.towers import CLIP_NAMES, SIGLIP_NAMES, ExportError, encoder_in_transformers, rename_weights
 from mmllm.model.build import build_model
-from mmllm.model.checkpoint import save_checkpoint
 from mmllm.model.language import load_tokenizer
 from mmllm.model.tower import TowerSpec
 from mmllm.model.vision import build_tower
@@ -246,7 +246,7 @@ def test_an_llm_that_llava_cannot_hold_is_refused(kind: str, tiny_parts: Path, t
 def test_a_folder_that_says_something_else_is_not_left_behind(
     parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mmllm.export import hf_llava
+    from mmllm.interop import hf_llava
 
     model = checkpoint(tmp_path / "model", f"transformers:{parts / 'clip'}", {"kind": "mlp"}, parts / "llama")
     honest = hf_llava.projector_in_llava

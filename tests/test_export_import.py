@@ -18,15 +18,15 @@ from tokenizers import processors
 from typer.testing import CliRunner
 
 from mmllm.batch import IMAGE_TOKEN, Example, message
+from mmllm.chat.renderer import ChatError
+from mmllm.checkpoint.folder import load_checkpoint, stored_dtypes
+from mmllm.checkpoint.golden import Check, verify_golden
 from mmllm.cli import app
-from mmllm.data.chat import ChatError
-from mmllm.export.hf_llava import export_hf
-from mmllm.export.import_llava import ImportOptions, import_model
-from mmllm.export.parity import Verdict
-from mmllm.export.parts import ModelImportError
 from mmllm.inference.engine import Engine, Sampling
-from mmllm.inference.golden import Check, verify_golden
-from mmllm.model.checkpoint import load_checkpoint, stored_dtypes
+from mmllm.interop.hf_llava import export_hf
+from mmllm.interop.import_llava import ImportOptions, import_model
+from mmllm.interop.parity import Verdict
+from mmllm.interop.parts import ModelImportError
 from mmllm.model.language import load_tokenizer
 
 PINPOINTS = [[32, 64], [64, 32], [64, 64], [96, 32]]  # [height, width]; 96 wide and 32 high is left out

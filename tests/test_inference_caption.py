@@ -17,11 +17,11 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from mmllm.captioning.caption import Ledger, _Failures, _Job, _Progress, find_pictures
+from mmllm.checkpoint.folder import load_checkpoint, save_checkpoint
 from mmllm.cli import app
-from mmllm.data.folders import PICTURE_ENDINGS
-from mmllm.inference.caption import Ledger, _Failures, _Job, _Progress, find_pictures
 from mmllm.inference.engine import Engine, Reply, Sampling
-from mmllm.model.checkpoint import load_checkpoint, save_checkpoint
+from mmllm.readers.folders import PICTURE_ENDINGS
 
 WAIT_SECONDS = 100
 
@@ -249,7 +249,7 @@ def test_a_full_disk_keeps_what_was_written(tmp_path: Path) -> None:
 
 
 def test_replies_are_those_of_the_chat(tiny_checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
-    from mmllm.inference.conversation import Conversation
+    from mmllm.chat.conversation import Conversation
 
     caption(tiny_checkpoint, pictures, "--out", tmp_path / "out.jsonl", "--prompt", "what?")
     engine = Engine.load(tiny_checkpoint)

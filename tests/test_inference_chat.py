@@ -17,12 +17,12 @@ from tiny import red_picture
 from typer.testing import CliRunner
 
 from mmllm.batch import ImageRef
+from mmllm.chat.conversation import Conversation, user_message
 from mmllm.cli import app
 from mmllm.config import SourceConfig
 from mmllm.data.sources import read_source
-from mmllm.inference.chat import Terminal, printable
-from mmllm.inference.conversation import Conversation, user_message
 from mmllm.inference.engine import Engine, Reply, Sampling
+from mmllm.inference.terminal_chat import Terminal, printable
 
 COMMAND = [sys.executable, "-m", "mmllm.cli"]
 SHORT = Sampling(max_new_tokens=4)

@@ -22,7 +22,7 @@ from mmllm.data import check
 from mmllm.data.check import Report, inspect_sources, left_out, load_examples
 from mmllm.data.inspection import Part, Rules
 from mmllm.data.sources import BadRow, DataError
-from mmllm.inference.check import load_text_side
+from mmllm.diagnose.check import load_text_side
 from mmllm.inference.engine import Engine
 
 ROOT = Path(__file__).parent.parent

@@ -18,9 +18,9 @@ from packaging.specifiers import SpecifierSet
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from mmllm.checkpoint.folder import load_checkpoint, save_checkpoint
 from mmllm.cli import app
-from mmllm.inference.doctor import CORE, EXTRAS, package_finding
-from mmllm.model.checkpoint import load_checkpoint, save_checkpoint
+from mmllm.diagnose.doctor import CORE, EXTRAS, package_finding
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ("golden prompts", "golden pictures", "golden answers")

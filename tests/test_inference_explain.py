@@ -17,15 +17,15 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from mmllm.batch import IMAGE_TOKEN, picture_marks
+from mmllm.chat.conversation import Conversation
 from mmllm.cli import app
-from mmllm.config_file import load_config
+from mmllm.config.file import load_config
 from mmllm.data.sources import read_source
-from mmllm.inference import explain_terminal
-from mmllm.inference.check import load_text_side
-from mmllm.inference.conversation import Conversation
+from mmllm.diagnose import explain_terminal
+from mmllm.diagnose.check import load_text_side
+from mmllm.diagnose.explain import explain, runs
+from mmllm.diagnose.explain_page import page
 from mmllm.inference.engine import Engine
-from mmllm.inference.explain import explain, runs
-from mmllm.inference.explain_page import page
 
 ROOT = Path(__file__).parent.parent
 HOSTILE = "<script>alert(1)</script> & \x1b[31m naïve 日本 🙂\tx"

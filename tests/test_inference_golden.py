@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from test_inference_doctor import examine, states
 from tiny_runs import train_in_process
 
-from mmllm.inference import golden
-from mmllm.inference.conversation import Conversation
+from mmllm.chat.conversation import Conversation
+from mmllm.checkpoint import golden
+from mmllm.checkpoint.folder import CheckpointError, load_checkpoint, save_checkpoint, write_manifest
+from mmllm.checkpoint.golden import GOLDEN, Check, make_golden, precision_of, read_golden, verify_golden
 from mmllm.inference.engine import Engine, Sampling
-from mmllm.inference.golden import GOLDEN, Check, make_golden, precision_of, read_golden, verify_golden
-from mmllm.model.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, write_manifest
 
 WEIGHTS = "model.safetensors"
 
@@ -179,12 +179,12 @@ def test_a_prompt_that_the_model_cannot_be_given_is_left_out(tiny_checkpoint: Pa
     assert found is not None
     model, processor, _ = load_checkpoint(tiny_checkpoint)
     processor.template = "plain"  # of words nothing is left
-    files = make_golden(Engine(model, processor, name="plain"))
+    files = make_golden(model, processor)
     assert [answer["name"] for answer in json.loads(files[GOLDEN])["answers"]] == ["one picture", "two pictures"]
     model, processor, _ = load_checkpoint(tiny_checkpoint)
     num_tokens = max(len(answer.prompt_ids) for answer in found.answers)
     model.config.text_config.max_position_embeddings = num_tokens + golden.NUM_TOKENS - 1
-    files = make_golden(Engine(model, processor, name="short"))
+    files = make_golden(model, processor)
     assert [answer["name"] for answer in json.loads(files[GOLDEN])["answers"]] == ["one picture", "text only"]
 
 
@@ -223,7 +223,7 @@ def test_an_answer_never_holds_the_token_that_stands_for_a_picture(tiny_checkpoi
         favoured.bias[processor.image_token_id] = 1e4
     model.language_model.lm_head = favoured
     engine = Engine(model, processor, name="favours <image>")
-    answers = json.loads(make_golden(engine)[GOLDEN])["answers"]
+    answers = json.loads(make_golden(engine.model, engine.processor)[GOLDEN])["answers"]
     assert [answer["text"] for answer in answers] == [
         answer.text for answer in (read_golden(tiny_checkpoint) or pytest.fail("none")).answers
     ]

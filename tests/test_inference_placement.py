@@ -10,10 +10,11 @@ from accelerate import dispatch_model
 from test_model_backbones import MIXED
 from tiny_backbones import make_backbone_parts
 
+from mmllm.checkpoint.folder import load_checkpoint
 from mmllm.inference.engine import Engine, Sampling
-from mmllm.inference.placement import answer_dtype, multiplies_bf16, spread_model
+from mmllm.inference.placement import answer_dtype, spread_model
+from mmllm.kernels.precision import multiplies_bf16
 from mmllm.model.build import build_model
-from mmllm.model.checkpoint import load_checkpoint
 
 SHORT = Sampling(max_new_tokens=6)
 
@@ -73,7 +74,7 @@ ON_A_CPU = [
 def test_a_cpu_answers_in_the_stored_dtype_where_it_is_fast_in_it(
     multiplies: bool, stored: torch.dtype, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mmllm.inference.placement._cpu_multiplies_bf16", lambda: multiplies)
+    monkeypatch.setattr("mmllm.kernels.precision._cpu_multiplies_bf16", lambda: multiplies)
     assert answer_dtype(torch.device("cpu"), stored) == expected
 
 

@@ -11,14 +11,14 @@ from small_towers import small_towers, small_trunks
 from tiny import model_config
 from tiny_runs import settings_of
 
-from mmllm.export.import_llava import ImportOptions, import_model
+from mmllm.checkpoint.folder import CheckpointError
+from mmllm.checkpoint.reload import check_reload
 from mmllm.inference.engine import Engine
-from mmllm.inference.reload import check_reload
+from mmllm.interop.import_llava import ImportOptions, import_model
 from mmllm.model import build
 from mmllm.model.build import build_model
-from mmllm.model.checkpoint import CheckpointError
 from mmllm.model.vision import build_tower
-from mmllm.training.stages import build_stage
+from mmllm.stages.registry import build_stage
 
 
 @pytest.fixture
@@ -50,8 +50,8 @@ def test_an_llm_that_would_come_back_otherwise_is_named(dtype: torch.dtype, tiny
     model.language_model.to(dtype)
     engine = Engine(model, processor, name="tiny")
     state = torch.get_rng_state()
-    check_reload(engine)
+    check_reload(engine.model, engine.processor)
     assert torch.equal(torch.get_rng_state(), state), "the run's random numbers are those of a run without the check"
     model.language_model.model.rotary_emb.inv_freq.mul_(0).add_(1)
     with pytest.raises(CheckpointError, match="LLM LlamaForCausalLM: saved and loaded again it would be another one"):
-        check_reload(engine)
+        check_reload(engine.model, engine.processor)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 import sys
+from collections import Counter, defaultdict
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -15,35 +18,33 @@ ROOT = Path(__file__).parent.parent
 LIBRARY = ("projector", "mmllm")
 ABOVE_LIBRARY = ("train", "demo", "bench", "tests")
 
-# A room of mmllm imports itself and rooms that stand before it; those of one row do not import each other.
-ROOMS = (
-    ("paths", "locks", "user_error"),
-    ("config_base",),
-    ("config_training",),
-    ("batch", "config"),
-    ("scenes", "errors", "config_file"),
-    ("model", "data"),
+# A floor a row: a room, or a file that stands beside the rooms, imports itself and what is on the floors before it.
+FLOORS = (
+    ("errors",),
+    ("paths", "locks", "batch"),
+    ("images",),
+    ("config",),
+    ("chat", "scenes", "kernels", "readers"),
+    ("data", "model"),
+    ("checkpoint", "batching"),
     ("inference",),
+    ("evaluation", "captioning", "diagnose", "optimizers"),
+    ("distributed",),
+    ("runs",),
     ("training",),
-    ("evaluation", "rag"),
-    ("serving",),
-    ("export",),
-    ("cli", "__main__"),
+    ("warmup",),
+    ("stages",),
+    ("interop",),
+    ("cli",),
 )
-LEVELS = {room: level for level, row in enumerate(ROOMS) for room in row}
-DEMO_USES = {
-    "paths",
-    "batch",
-    "scenes",
-    "errors",
-    "data",
-    "inference",
-}  # the page knows nothing about models and training
+LEVELS = {room: level for level, row in enumerate(FLOORS) for room in row}
+DEMO_USES = {"paths", "batch", "images", "scenes", "errors", "chat", "inference"}  # nothing of models and training
 HEAVY = {"torch", "torchvision", "transformers", "open_clip", "accelerate", "datasets", "gradio", "matplotlib", "peft"}
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 80
 MAX_FOLDERS = 2
+MAX_FILES = 16  # of a room, with its __init__.py
 VAGUE_NAMES = {"util", "utils", "common", "helper", "helpers", "misc", "legacy"}
 # Calls that configure, look for devices, read arguments or download, and so have no place at module level.
 WORK = {
@@ -68,6 +69,7 @@ def python_files(*folders: str) -> list[Path]:
     return sorted(path.relative_to(ROOT) for folder in folders for path in (ROOT / folder).rglob("*.py"))
 
 
+@functools.cache
 def tree_of(path: Path) -> ast.Module:
     return ast.parse((ROOT / path).read_text(encoding="utf-8"), filename=str(path))
 
@@ -84,7 +86,7 @@ def imports(tree: ast.Module, path: Path) -> Iterator[str]:
 
 
 def room_of(dotted: str) -> str | None:
-    """`mmllm.data.chat` is in the room `data`; `mmllm` itself and other packages are in none."""
+    """`mmllm.chat.renderer` is in the room `data`; `mmllm` itself and other packages are in none."""
     package, _, rest = dotted.partition(".")
     return rest.split(".")[0] or None if package == "mmllm" else None
 
@@ -95,6 +97,12 @@ def module_of(path: Path) -> str:
 
 def may_import(room: str, other: str) -> bool:
     return room == other or LEVELS[other] < LEVELS[room]
+
+
+def without_type_checking(tree: ast.Module) -> ast.Module:
+    """The file without what stands under `if TYPE_CHECKING:`."""
+    kept = [node for node in tree.body if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")]
+    return ast.Module(kept, [])
 
 
 def statements_run_at_import(tree: ast.Module) -> Iterator[ast.AST]:
@@ -117,13 +125,14 @@ def test_imports_are_found_wherever_they_stand():
     assert found == {"a.b", "c.d", "mmllm.model.e", "mmllm.g.h.i", "mmllm.j"}
 
 
-def test_the_order_of_rooms_is_the_one_of_the_design():
-    assert may_import("cli", "export")
-    assert may_import("data", "scenes")
-    assert may_import("training", "inference")
+def test_the_floors_are_those_of_the_design():
+    assert may_import("cli", "interop")
+    assert may_import("model", "chat")
+    assert may_import("training", "evaluation")
     assert not may_import("model", "data")
     assert not may_import("data", "model")
     assert not may_import("inference", "evaluation")
+    assert not may_import("checkpoint", "inference")
     assert not may_import("config", "cli")
 
 
@@ -146,9 +155,33 @@ def test_rooms_import_only_rooms_before_them(path):
     if room is None:
         assert not others, "mmllm/__init__.py imports no room, so that `import mmllm` stays quick"
         return
-    assert room in LEVELS, f"mmllm/{room} has no place in ROOMS; say there what it may import"
+    assert room in LEVELS, f"mmllm/{room} has no place in FLOORS; say there what it may import"
     wrong = sorted(other for other in others & LEVELS.keys() if not may_import(room, other))
     assert not wrong, f"{path} is in {room}, which may not import {', '.join(wrong)}"
+
+
+def test_no_files_import_each_other_in_a_circle():
+    """Nor inside functions: a circle is one file that was cut in two. Imports for type checkers alone do not count."""
+    modules = {module_of(path): path for path in python_files(*LIBRARY, "demo")}
+    arrows: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        named = set(imports(without_type_checking(tree_of(path)), path))
+        arrows[module] = {name if name in modules else name.rpartition(".")[0] for name in named} & modules.keys()
+    try:
+        TopologicalSorter({module: found - {module} for module, found in arrows.items()}).prepare()
+    except CycleError as error:
+        pytest.fail(f"a circle of files: {' -> '.join(error.args[1])}")
+
+
+def test_a_room_has_about_a_dozen_files_and_no_class_name_stands_twice():
+    rooms = Counter(path.parts[1] for path in python_files("mmllm") if len(path.parts) == 3)
+    assert {room: count for room, count in rooms.items() if count > MAX_FILES} == {}
+    homes: dict[str, list[str]] = defaultdict(list)
+    for path in python_files(*LIBRARY, "demo"):
+        for node in tree_of(path).body:
+            if isinstance(node, ast.ClassDef):
+                homes[node.name].append(str(path))
+    assert {name: places for name, places in homes.items() if len(places) > 1} == {}
 
 
 @pytest.mark.parametrize("path", python_files("demo"), ids=str)

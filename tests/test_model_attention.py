@@ -14,10 +14,11 @@ from test_training_packed_rows import HAS_NOT, SEES_ITS_NEIGHBOURS, backbone
 from tiny_backbones import BACKBONES, make_backbone_parts
 from torch import Tensor, nn
 
-from mmllm.data.packing import positions
+from mmllm.batching.packed_rows import why_not_packed
+from mmllm.batching.packing import positions
 from mmllm.inference.engine import Engine
-from mmllm.model import attention
-from mmllm.model.attention import (
+from mmllm.kernels import attention
+from mmllm.kernels.attention import (
     BLOCKED,
     QUERIES,
     SelfAttention,
@@ -28,7 +29,6 @@ from mmllm.model.attention import (
 )
 from mmllm.model.build import build_model
 from mmllm.training.losses import conversation_loss_sum, has_plain_head
-from mmllm.training.packed_rows import why_not_packed
 
 # Falcon's sdpa is code of its own, which blocks cannot take the place of.
 WITH_SDPA = [kind for kind in BACKBONES if (kind, "sdpa") not in HAS_NOT and kind != "falcon"]

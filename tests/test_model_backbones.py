@@ -16,15 +16,15 @@ from tiny_backbones import BACKBONES, STATE_SPACE, make_backbone_parts
 from torch import Tensor
 
 from mmllm.batch import Batch
+from mmllm.checkpoint.adapter import merge_adapter
+from mmllm.checkpoint.folder import load_checkpoint, save_checkpoint
 from mmllm.config import LoraConfig, ModelConfig, OptimConfig
 from mmllm.inference.engine import Engine
-from mmllm.model.adapter import merge_adapter
 from mmllm.model.build import build_model
-from mmllm.model.checkpoint import load_checkpoint, save_checkpoint
 from mmllm.model.language import load_language
+from mmllm.optimizers.optim import build_optimizers
 from mmllm.training.lora import add_lora
 from mmllm.training.losses import conversation_loss_sum, has_plain_head
-from mmllm.training.optim import build_optimizers
 
 ADDED = ("<|one|>", "<|two|>")
 MIXED = [asked("hello"), asked("<image>\nwhat is in the picture?", A), TWO, asked("<image>?", B)]

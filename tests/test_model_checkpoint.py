@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mmllm.model.checkpoint import (
+from mmllm.checkpoint.folder import (
     MANIFEST,
     CheckpointError,
     file_hash,

@@ -17,16 +17,17 @@ from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
 from mmllm.batch import Example, message
+from mmllm.checkpoint.folder import load_checkpoint, save_checkpoint, stored_dtypes
+from mmllm.checkpoint.generation_settings import write_generation_settings
+from mmllm.checkpoint.golden import make_golden, verify_golden
 from mmllm.cli import app
 from mmllm.config import ConfigError
-from mmllm.export.hf_llava import export_hf
 from mmllm.inference.engine import Engine, Sampling
-from mmllm.inference.golden import make_golden, verify_golden
+from mmllm.interop.hf_llava import export_hf
 from mmllm.model.build import build_model
-from mmllm.model.checkpoint import load_checkpoint, save_checkpoint, stored_dtypes
 from mmllm.model.vlm import PARTS
+from mmllm.stages.conversation import ConversationStage
 from mmllm.training.lora import merge_checkpoint
-from mmllm.training.stages import ConversationStage
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 MIXED = {"vision": FP32, "projector": FP32, "language": BF16}
@@ -48,7 +49,7 @@ def save(folder: Path, parts: Path, dtype: str, language: Path | None = None, **
         }
     )
     model, processor, origin = build_model(config)
-    files = make_golden(Engine(model.eval(), processor, name="mixed"))
+    files = make_golden(model.eval(), processor)
     save_checkpoint(folder, model, processor, card="For tests.\n", files=files, origin=origin)
     return folder
 
@@ -102,7 +103,7 @@ def test_commands_say_and_change_what_runs(mixed: Path, monkeypatch: pytest.Monk
         return next(one["text"] for one in json.loads(output)["findings"] if one["name"] == "loading")
 
     for multiplies, told in ((True, "language in bfloat16"), (False, "language in float32 (stored in bfloat16)")):
-        monkeypatch.setattr("mmllm.inference.placement._cpu_multiplies_bf16", lambda multiplies=multiplies: multiplies)
+        monkeypatch.setattr("mmllm.kernels.precision._cpu_multiplies_bf16", lambda multiplies=multiplies: multiplies)
         if not torch.cuda.is_available():
             assert doctor().endswith(f"vision in float32, projector in float32, {told}")
     seen: list[Any] = []
@@ -193,7 +194,7 @@ def test_any_of_an_llm_s_end_tokens_ends_an_answer(tiny_checkpoint: Path, tmp_pa
         reply = engine.reply(ASKED, Sampling(max_new_tokens=6))
         if len(ends) == 2:
             assert (reply.finish, reply.num_new_tokens) == ("end", 1 + list(said[0]).index(other))
-            engine.settle()
+            write_generation_settings(engine.model, engine.processor, engine.renderer)
             save_checkpoint(tmp_path / "out", model, processor, card="x")
             assert Engine.load(tmp_path / "out", device="cpu").end_token_ids == ends
             model.generation_config.eos_token_id = engine.renderer.end_token_id

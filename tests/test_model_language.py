@@ -16,9 +16,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import is_flash_attn_2_available
 
 from mmllm.batch import IMAGE_TOKEN, message
+from mmllm.batching.collate import collate
+from mmllm.chat.renderer import Renderer
 from mmllm.config import ConfigError, LanguageConfig
-from mmllm.data.chat import Renderer
-from mmllm.data.collate import collate
 from mmllm.inference.engine import Engine, Sampling
 from mmllm.model.build import build_model
 from mmllm.model.language import check_backbone, find_architecture, load_language, load_tokenizer

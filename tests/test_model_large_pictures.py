@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageDraw
 
 from mmllm.batch import PreparedImage
-from mmllm.data.images import load_image
-from mmllm.inference.engine import load_prepared
+from mmllm.images import load_image
 from mmllm.model.large_pictures import MAX_ORDINARY_PIXELS
 from mmllm.model.layout import NEXT_GRIDS, Layout, Native, Tiles
 from mmllm.model.processor import VisionLanguageProcessor
@@ -122,10 +121,10 @@ def test_a_strip_needs_the_memory_of_its_own_pixels(tmp_path: Path) -> None:
     strip.save(path, compress_level=1)
     del strip
     for fit, processor in processors.items():
-        load_prepared(processor, a_picture(40, 40))
+        processor.load_prepared(a_picture(40, 40))
         Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
         before = peak_mb()
-        assert load_prepared(processor, str(path)).size == (400, 50_000)
+        assert processor.load_prepared(str(path)).size == (400, 50_000)
         assert peak_mb() - before < 50_000 * 400 * 4 // 2**20 + 100, fit
 
 
@@ -137,8 +136,8 @@ def test_a_side_of_a_million_pixels_takes_no_memory_of_its_length_squared() -> N
 
 
 def test_a_large_photo_is_decoded_at_half_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mmllm.data.images.MAX_WHOLE_PIXELS", 1 << 19)
-    monkeypatch.setattr("mmllm.data.images.MIN_SHRUNK_SIDE_PX", 256)
+    monkeypatch.setattr("mmllm.images.MAX_WHOLE_PIXELS", 1 << 19)
+    monkeypatch.setattr("mmllm.images.MIN_SHRUNK_SIDE_PX", 256)
     path, strip = tmp_path / "phone.jpg", tmp_path / "strip.jpg"
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
@@ -148,7 +147,7 @@ def test_a_large_photo_is_decoded_at_half_its_size(tmp_path: Path, monkeypatch: 
     assert load_image(path).size == (765, 1020)
     for fit in ("pad", "tiles", "native"):
         processor = processor_of(fit)
-        prepared = load_prepared(processor, str(path))
+        prepared = processor.load_prepared(str(path))
         assert prepared.size == (1020, 765)
         exact = processor.prepare(load_image(path))
         assert prepared.inputs["pixel_values"].shape == exact.inputs["pixel_values"].shape

@@ -20,12 +20,12 @@ from tiny_runs import settings_of, train_in_process, weights_of
 from typer.testing import CliRunner
 
 from mmllm.batch import Example, message
+from mmllm.checkpoint.folder import load_checkpoint
+from mmllm.checkpoint.golden import verify_golden
 from mmllm.cli import app
 from mmllm.config import ConfigError, ModelConfig, VisionConfig
-from mmllm.inference.engine import Engine, Sampling, load_pixels
-from mmllm.inference.golden import verify_golden
+from mmllm.inference.engine import Engine, Sampling
 from mmllm.model.build import build_model
-from mmllm.model.checkpoint import load_checkpoint
 from mmllm.model.layout import NEXT_GRIDS, Layout, Native, Tiles, build_layout
 from mmllm.model.vision import load_tower
 
@@ -198,7 +198,7 @@ def test_a_model_is_trained_on_pictures_of_all_shapes_and_answers_as_it_was_trai
     for example in examples:
         count = engine.renderer.render_example(example).num_image_tokens
         with torch.inference_mode():
-            inputs = load_pixels(engine.processor, example.images)
+            inputs = engine.processor.load_pixels(example.images)
             features = engine.model.encode_images(**inputs)
             shapes = [(int(a), int(b)) for a, b in inputs["image_sizes"].tolist()]
             layout = engine.model.layout
@@ -272,7 +272,7 @@ def test_options_of_another_fit_are_refused(options: dict[str, Any], message_: s
 
 def test_pictures_without_their_sizes_are_refused(tiny_parts: Path, tmp_path: Path) -> None:
     engine = Engine.load(make_checkpoint(tmp_path / "m", tiny_parts, **TILES), device="cpu")
-    pixels = load_pixels(engine.processor, [noise(40, 20)])["pixel_values"]
+    pixels = engine.processor.load_pixels([noise(40, 20)])["pixel_values"]
     with pytest.raises(ValueError, match="pictures laid out as tiles need image_sizes beside pixel_values"):
         engine.model(input_ids=torch.zeros(1, 4, dtype=torch.long), pixel_values=pixels)
 

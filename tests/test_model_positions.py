@@ -15,12 +15,12 @@ from tiny_runs import make_data, settings_of, train_in_process, write_settings
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mmllm.batch import Example, message
-from mmllm.inference.check import check_data
+from mmllm.diagnose.check import check_data
+from mmllm.diagnose.explain import explain
 from mmllm.inference.engine import Engine
-from mmllm.inference.explain import explain
 from mmllm.model.positions import position_limit, position_limit_of
-from mmllm.training.plan import make_plan
-from mmllm.training.stages import build_stage
+from mmllm.stages.plan import make_plan
+from mmllm.stages.registry import build_stage
 
 NUM_POSITIONS = 24
 _N = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": NUM_POSITIONS}

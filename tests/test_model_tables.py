@@ -13,8 +13,8 @@ from test_model_vision_transformers import folder_of
 from torch import Tensor
 
 from mmllm.config import LanguageConfig, VisionConfig
+from mmllm.kernels.tables import tables
 from mmllm.model.language import load_language
-from mmllm.model.tables import tables
 from mmllm.model.tower import VisionTower
 from mmllm.model.vision import FusedTower, build_tower, load_tower
 from mmllm.model.vision_transformers import ENCODERS

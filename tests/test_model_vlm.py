@@ -14,10 +14,10 @@ from tiny import make_checkpoint, model_config
 from torch import Tensor
 
 from mmllm.batch import IMAGE_TOKEN, Example, message
-from mmllm.data.collate import collate
-from mmllm.inference.engine import Engine, Sampling, load_pixels
+from mmllm.batching.collate import collate
+from mmllm.checkpoint.folder import load_checkpoint, save_checkpoint
+from mmllm.inference.engine import Engine, Sampling
 from mmllm.model.build import build_model
-from mmllm.model.checkpoint import load_checkpoint, save_checkpoint
 from mmllm.training.losses import conversation_loss_sum, has_plain_head
 
 NEW = 10  # tokens generated where that many are compared
@@ -79,7 +79,7 @@ def test_the_processor_writes_the_prompt_that_the_renderer_writes(engine: Engine
         assert inputs["input_ids"][0].tolist() == rendered.input_ids
         pictures = {"pixel_values", "image_sizes"} if engine.model.layout.has_newline else {"pixel_values"}
         assert set(inputs) == {"input_ids", "attention_mask"} | (pictures if example.images else set())
-        for name, value in load_pixels(engine.processor, example.images).items() if example.images else ():
+        for name, value in engine.processor.load_pixels(example.images).items() if example.images else ():
             assert torch.equal(value.float(), inputs[name].float())
 
 
@@ -155,7 +155,7 @@ def batch_of(engine: Engine, *examples: Example) -> Any:
     rendered = [engine.renderer.render_example(example) for example in examples]
     images = [image for example in examples for image in example.images]
     names = [example.id for example in examples]
-    pictures = load_pixels(engine.processor, images) if images else {}
+    pictures = engine.processor.load_pixels(images) if images else {}
     return collate(rendered, pad_token_id=0, example_ids=names, **pictures)
 
 

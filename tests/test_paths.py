@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from mmllm.cli import app
 from mmllm.config import ConfigError, StageConfig
-from mmllm.config_file import load_config
+from mmllm.config.file import load_config
 from mmllm.paths import expand_path
 
 

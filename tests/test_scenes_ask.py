@@ -12,7 +12,7 @@ from scene_answers import UnanswerableError, answer, read_caption, the
 from mmllm.scenes.ask import (
     CAPTION_REQUESTS,
     QUESTION_TYPES,
-    Turn,
+    QuestionTurn,
     ask_about,
     references,
 )
@@ -43,7 +43,7 @@ TWO_CIRCLES = Scene(
 )
 
 
-def check(scenes: tuple[Scene, ...], turns: list[Turn]) -> None:
+def check(scenes: tuple[Scene, ...], turns: list[QuestionTurn]) -> None:
     """Every turn, read with just the turns that it needs, has its answer and no other."""
     for number, turn in enumerate(turns):
         assert turn.num_needed <= number

@@ -12,8 +12,8 @@ from pydantic import BaseModel
 from tiny_runs import settings_of
 
 from mmllm.config import CONFIGS, RunConfig
-from mmllm.config_file import with_overrides
-from mmllm.training.alarms import new_alarms
+from mmllm.config.file import with_overrides
+from mmllm.runs.alarms import new_alarms
 from mmllm.training.memory import Memory, Shape, changes, out_of_memory_text
 
 TRAIN_ALL = ("train=[vision,projector,language]",

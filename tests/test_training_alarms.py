@@ -11,9 +11,9 @@ import torch
 
 from mmllm.batch import IGNORE_INDEX, Batch
 from mmllm.config import LogConfig
-from mmllm.training.alarms import reliance_alarm
+from mmllm.evaluation.reliance import MIN_EXAMPLES, reliance_of
+from mmllm.runs.alarms import reliance_alarm
 from mmllm.training.losses import supervised_counts
-from mmllm.training.reliance import MIN_EXAMPLES, reliance_of
 
 CONFIG: Any = SimpleNamespace(
     log=LogConfig(min_image_reliance=0.02, reliance_after=0.0, reliance_validations=1),

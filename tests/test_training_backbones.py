@@ -12,13 +12,13 @@ from test_model_backbones import MIXED
 from tiny_backbones import BACKBONES, make_backbone_parts
 from tiny_runs import make_data, settings_of, train_in_process, weights_of, write_settings
 
+from mmllm.checkpoint.folder import load_checkpoint
 from mmllm.config import ConfigError, ModelConfig
-from mmllm.inference.check import check_data
+from mmllm.diagnose.check import check_data
 from mmllm.inference.engine import Engine, Sampling
-from mmllm.model.checkpoint import load_checkpoint
 from mmllm.model.language import load_language
+from mmllm.stages.registry import build_stage
 from mmllm.training.lora import merge_checkpoint
-from mmllm.training.stages import build_stage
 
 CHATML = ("<|im_start|>", "<|im_end|>")
 LORA = ("lora={rank: 2, alpha: 4}", "optim.max_steps=2")

@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 from mmllm.cli import app
 from mmllm.config import ConfigError
 from mmllm.data.sources import DataError
+from mmllm.runs.state import saved_steps
+from mmllm.stages.conversation import ConversationStage
 from mmllm.training import loop
 from mmllm.training.loop import InterruptedRunError
-from mmllm.training.stages import ConversationStage
-from mmllm.training.state import saved_steps
 
 
 @pytest.fixture
@@ -115,7 +115,8 @@ def test_a_streamed_run_that_was_stopped_ends_in_the_weights_of_one_that_was_not
 # Both ranks of a run are asked to stop as its third step begins.
 DRIVER = """
 import os, signal, sys
-from mmllm.training import loop, run
+from mmllm.training import loop
+from mmllm.stages import run
 whole_step = loop.Run.step
 def step(self, number, data):
     if number == 2:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mmllm.batch import Example
 from mmllm.data.sources import DataError
-from mmllm.inference.engine import Engine, load_pixels
+from mmllm.inference.engine import Engine
 from mmllm.model.build import build_model
 from mmllm.training import features as features_module
 from mmllm.training.feature_files import RECORD
@@ -53,7 +53,8 @@ print("missing", cache.num_missing, flush=True)
 
 def open_cache(checkpoint: Path, pictures: Path, folder: Path) -> FeatureCache:
     examples = [Example(path.name, "", (), (str(path),)) for path in sorted(pictures.glob("*.png"))]
-    return FeatureCache(Engine.load(checkpoint, device="cpu"), examples, folder)
+    engine = Engine.load(checkpoint, device="cpu")
+    return FeatureCache(engine.model, engine.processor, examples, folder)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def filler(checkpoint: Path, pictures: Path, folder: Path, *more: object) -> sub
 
 
 def encoded(cache: FeatureCache) -> Tensor:
-    pixels = load_pixels(cache.engine.processor, cache.images)["pixel_values"]
+    pixels = cache.processor.load_pixels(cache.images)["pixel_values"]
     with torch.inference_mode():
         found: Tensor = cache.engine.model.vision_tower(pixels)
     return found.bfloat16().float()
@@ -187,7 +188,7 @@ def test_a_cache_that_the_disk_has_no_room_for_is_refused_before_it_is_written(
 
 def key_of(parts: Path, **vision: Any) -> str:
     model, processor, _ = build_model(model_config(parts, **vision))
-    return features_module._key(Engine(model, processor, name="any"))
+    return features_module._key(model.vision_tower, processor)
 
 
 def test_a_tower_is_known_by_what_it_holds_and_not_by_its_path(tiny_parts: Path, tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ from mmllm.config import LoraConfig
 from mmllm.model.build import build_model
 from mmllm.model.tower import TowerSpec
 from mmllm.model.vision_transformers import TransformersTower
-from mmllm.training import flops
-from mmllm.training.flops import PEAKS, StepFlops, _measured, device_peak, row_lengths
+from mmllm.runs import flops
+from mmllm.runs.flops import PEAKS, StepFlops, _measured, device_peak, row_lengths
 from mmllm.training.lora import add_lora
 from mmllm.training.losses import conversation_loss_sum, has_plain_head
 

@@ -12,14 +12,14 @@ import torch
 from tiny_runs import log_of, settings_of, train_in_process
 from torch import nn
 
-from mmllm.inference.chat import ask_once
+from mmllm.checkpoint.folder import read_manifest
 from mmllm.inference.engine import Engine, Sampling
-from mmllm.model.checkpoint import read_manifest
+from mmllm.inference.terminal_chat import ask_once
+from mmllm.optimizers.optim import group_norms
+from mmllm.stages.conversation import ConversationStage
 from mmllm.training import guards, loop
 from mmllm.training.guards import MIN_REMEMBERED, Guards, TrainingError, lost_peers, module_of
-from mmllm.training.heartbeat import Heartbeat
-from mmllm.training.optim import group_norms
-from mmllm.training.stages import ConversationStage
+from mmllm.training.watchdog import Heartbeat
 
 
 class TwoLayers:

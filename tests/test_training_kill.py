@@ -10,16 +10,17 @@ import pytest
 import torch
 from tiny_runs import log_of, losses_of, train_in_own_process, train_in_process, weights_of
 
-from mmllm.model.checkpoint import load_checkpoint, verify_files
-from mmllm.training.state import saved_steps
+from mmllm.checkpoint.folder import load_checkpoint, verify_files
+from mmllm.runs.state import saved_steps
 
 # A process with this code ends by SIGKILL where a function is called for the `time`-th time, before or behind it.
 AT = """
 import os, shutil, signal, torch
 from pathlib import Path
-from mmllm.model import checkpoint
-from mmllm.training import loop, state
-from mmllm.training.stages import ConversationStage
+from mmllm.checkpoint import folder as checkpoint
+from mmllm.training import loop
+from mmllm.runs import state
+from mmllm.stages.conversation import ConversationStage
 calls = 0
 whole = {function}
 def dies(*given, **options):

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 from tiny_runs import start_in_own_process, train_in_process
 
-from mmllm.model.checkpoint import load_checkpoint, read_manifest, save_checkpoint
+from mmllm.checkpoint.folder import load_checkpoint, read_manifest, save_checkpoint
+from mmllm.runs.lock import LOCK_FILE, LockedError, only_run
+from mmllm.stages.run import main
 from mmllm.training.feature_files import FeatureFile, PictureHashes, has_locks
-from mmllm.training.lock import LOCK_FILE, LockedError, only_run
-from mmllm.training.run import main
 
 # The process says that it is in its third step, and stays there.
 STAYS = """

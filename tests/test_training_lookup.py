@@ -13,15 +13,22 @@ from tiny import make_language
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mmllm.batch import IMAGE_TOKEN
+from mmllm.chat.renderer import OWN_TEMPLATE, Renderer
 from mmllm.config import ConfigError, WarmupLanguageConfig
-from mmllm.data.chat import OWN_TEMPLATE, Renderer
 from mmllm.model.language import load_tokenizer
 from mmllm.scenes.ask import QUESTION_TYPES, About
 from mmllm.scenes.small_talk import TEXT_ONLY
 from mmllm.scenes.talk import about_one, about_two, describe, sample_text, twin_of
 from mmllm.scenes.world import Split, sample_scene
-from mmllm.training.lookup import MAX_PARTS, LookupBatch, ReadOut, guide_bits, guided_attention_sum, init_for_lookup
-from mmllm.training.warmup_language import WarmupLanguage, _render_chunk, _row, answer_spans
+from mmllm.warmup.attention_guidance import (
+    MAX_PARTS,
+    LookupBatch,
+    ReadOut,
+    guide_bits,
+    guided_attention_sum,
+    init_for_lookup,
+)
+from mmllm.warmup.language import WarmupLanguage, _render_chunk, _row, answer_spans
 
 
 @pytest.fixture(scope="module")

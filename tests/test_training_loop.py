@@ -11,12 +11,11 @@ import torch
 from tiny_runs import log_of, losses_of, settings_of, train_in_process
 
 from mmllm.batch import Example, message
-from mmllm.data.images import ImageError
+from mmllm.batching.sampler import Order, rank_items
 from mmllm.data.sources import DataError
-from mmllm.training.distributed import share_of
+from mmllm.images import ImageError
+from mmllm.stages.conversation import ConversationStage
 from mmllm.training.loop import TrainingError, build_accelerator, train
-from mmllm.training.order import Order
-from mmllm.training.stages import ConversationStage
 
 ROOT = Path(__file__).parent.parent
 UNGROUPED = "data.group_by_length=false"
@@ -71,7 +70,7 @@ def mixed_seed() -> int:
     for seed in range(200):
         order = Order(16, 4, seed)
         shares = [
-            [sorted(index >= 12 for index in share_of(order.batch(step), rank, 2)) for rank in (0, 1)]
+            [sorted(index >= 12 for index in rank_items(order.batch(step), rank, 2)) for rank in (0, 1)]
             for step in range(4)
         ]
         if any(pair in ([[True, True], [False, False]], [[False, False], [True, True]]) for pair in shares) and any(

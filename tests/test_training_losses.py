@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 from mmllm.config import LoraConfig
 from mmllm.inference.engine import Engine
+from mmllm.kernels.fused_cross_entropy import is_plain_linear
 from mmllm.model.build import build_model
-from mmllm.training.head_loss import is_plain_linear
 from mmllm.training.lora import add_lora
 from mmllm.training.losses import conversation_loss_sum, has_plain_head, head_loss_sum, needs_mask, token_loss_sum
 

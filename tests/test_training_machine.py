@@ -11,12 +11,12 @@ from tiny_runs import losses_of, settings_of, train_in_process
 from typer.testing import CliRunner
 
 from mmllm.cli import app
-from mmllm.config_file import dump_config
-from mmllm.training.machine import settle, slow_precision_text
-from mmllm.training.stages import ConversationStage
+from mmllm.config.file import dump_config
+from mmllm.runs.requirements import settle, slow_precision_text
+from mmllm.stages.conversation import ConversationStage
 
 AUTO = ("optim.precision=auto", "optim.max_steps=2", "log.save_every_steps=1")
-MULTIPLIES = "mmllm.inference.placement._cpu_multiplies_bf16"
+MULTIPLIES = "mmllm.kernels.precision._cpu_multiplies_bf16"
 
 
 @pytest.fixture(params=[True, False], ids=["bf16 CPU", "plain CPU"])

@@ -20,8 +20,9 @@ from torch._dynamo.utils import counters
 from mmllm.config import ConfigError
 from mmllm.model.tower import TowerSpec
 from mmllm.model.vision import FusedTower, build_tower
-from mmllm.training.optim import build_optimizers
-from mmllm.training.stages import ConversationStage, build_stage
+from mmllm.optimizers.optim import build_optimizers
+from mmllm.stages.conversation import ConversationStage
+from mmllm.stages.registry import build_stage
 
 TRAIN_ALL = ("train=[vision,projector,language]",
              "optim.learning_rates={vision: 0.01, projector: 0.01, language: 0.01}")  # fmt: skip

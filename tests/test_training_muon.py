@@ -15,11 +15,11 @@ from torch import nn
 
 from mmllm.config import LoraConfig, OptimConfig
 from mmllm.model.build import build_model
-from mmllm.training.layers import hidden_matrices
-from mmllm.training.lookup import ReadOut
+from mmllm.optimizers.layers import hidden_matrices
+from mmllm.optimizers.muon import Float32Muon, build_muon
+from mmllm.optimizers.optim import build_optimizers
 from mmllm.training.lora import add_lora
-from mmllm.training.muon import Float32Muon, build_muon
-from mmllm.training.optim import build_optimizers
+from mmllm.warmup.attention_guidance import ReadOut
 
 ATTENTION, GATED = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"gate_proj", "up_proj", "down_proj"}
 # LLM -> the modules of a layer whose weights Muon takes, by their last name
@@ -141,6 +141,6 @@ def test_a_matrix_without_a_gradient_stays_as_it_is() -> None:
 
 @pytest.mark.parametrize("multiplies", [True, False])
 def test_a_cpu_that_multiplies_in_bf16_keeps_torchs_own(multiplies: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mmllm.inference.placement._cpu_multiplies_bf16", lambda: multiplies)
+    monkeypatch.setattr("mmllm.kernels.precision._cpu_multiplies_bf16", lambda: multiplies)
     built = build_muon([{"params": [nn.Parameter(torch.ones(4, 4))], "lr": 0.1}], weight_decay=0.0)
     assert type(built) is (torch.optim.Muon if multiplies else Float32Muon)

@@ -14,10 +14,11 @@ from torch import nn
 
 from mmllm.config import ConfigError, OptimConfig
 from mmllm.model.build import build_model
-from mmllm.training import machine
-from mmllm.training.layers import depths
-from mmllm.training.optim import build_optimizers, gradient_norm, rate_factor, set_learning_rates
-from mmllm.training.stages import ConversationStage, build_stage
+from mmllm.optimizers.layers import depths
+from mmllm.optimizers.optim import build_optimizers, gradient_norm, rate_factor, set_learning_rates
+from mmllm.runs import requirements as machine
+from mmllm.stages.conversation import ConversationStage
+from mmllm.stages.registry import build_stage
 
 
 def settings(**options: Any) -> OptimConfig:

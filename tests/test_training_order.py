@@ -6,8 +6,7 @@ from collections import Counter
 
 import pytest
 
-from mmllm.training.distributed import share_of
-from mmllm.training.order import Order, seed_of
+from mmllm.batching.sampler import Order, rank_items, seed_of
 
 LENGTHS = [(7 * number) % 50 for number in range(96)]
 
@@ -71,7 +70,7 @@ def test_fewer_examples_than_one_batch_are_refused_with_both_numbers() -> None:
 
 def test_ranks_share_a_batch_without_gap_or_overlap() -> None:
     batch = list(range(12))
-    shares = [share_of(batch, rank, 3) for rank in range(3)]
+    shares = [rank_items(batch, rank, 3) for rank in range(3)]
     assert sorted(index for share in shares for index in share) == batch
     assert [len(share) for share in shares] == [4, 4, 4]
 

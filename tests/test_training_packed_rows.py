@@ -12,10 +12,10 @@ from tiny_runs import settings_of
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from mmllm.batching.packed_rows import Packer, row_cost, why_not_packed
+from mmllm.batching.packing import positions
 from mmllm.config import ConfigError, DataConfig
-from mmllm.data.packing import positions
-from mmllm.training.packed_rows import Packer, row_cost, why_not_packed
-from mmllm.training.stages import ConversationStage
+from mmllm.stages.conversation import ConversationStage
 
 HAS_NOT = [("gemma2", "sdpa"), ("gpt2", "flex_attention"), ("falcon", "flex_attention")]
 HAS_NOT += [(kind, attention) for kind in ("mpt", "bloom") for attention in ("sdpa", "flex_attention")]

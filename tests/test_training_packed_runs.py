@@ -17,8 +17,8 @@ from tiny import model_config
 from tiny_runs import losses_of, settings_of, train_in_process, weights_of
 
 from mmllm.config import ConfigError
+from mmllm.stages.conversation import ConversationStage
 from mmllm.training.loop import InterruptedRunError
-from mmllm.training.stages import ConversationStage
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "single": {},

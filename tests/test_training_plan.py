@@ -16,15 +16,15 @@ from typer.testing import CliRunner
 from mmllm.cli import app
 from mmllm.config import ConfigError
 from mmllm.errors import _explain, is_out_of_memory
+from mmllm.stages.plan import parse_size
 from mmllm.training.loop import Run
 from mmllm.training.memory import Memory, Shape, changes, forget_peak, peak_bytes, size_text
-from mmllm.training.plan import parse_size
 
 # as much address space as the libraries take, and little more; the batch needs gigabytes
 OUT_OF_MEMORY = """
 import resource, sys
-import mmllm.training.loop, mmllm.training.stages
-from mmllm.training.run import main
+import mmllm.training.loop, mmllm.stages.conversation
+from mmllm.stages.run import main
 now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (now + 700_000_000,) * 2)
 main(None, sys.argv[1:])
@@ -46,7 +46,7 @@ def test_a_plan_says_what_the_run_needs_and_writes_nothing(
         peaks.append(peak_bytes())
         return peaks[-1]
 
-    monkeypatch.setattr("mmllm.training.plan.peak_bytes", watched)
+    monkeypatch.setattr("mmllm.stages.plan.peak_bytes", watched)
     code, plan = plan_of(str(tiny_runs / "stage2.yaml"), f"out={out}")
     assert (code, plan["fits"]) == (0, True)
     assert not out.parent.exists()

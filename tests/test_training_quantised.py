@@ -11,12 +11,12 @@ from tiny_backbones import make_backbone_parts
 from tiny_runs import log_of, losses_of, settings_of, train_in_process, weights_of
 from torch import nn
 
+from mmllm.checkpoint.folder import read_manifest
 from mmllm.config import ConfigError
 from mmllm.model.build import build_model
-from mmllm.model.checkpoint import read_manifest
-from mmllm.model.quantise import quantise_language
+from mmllm.stages.conversation import ConversationStage
 from mmllm.training.lora import merge_checkpoint
-from mmllm.training.stages import ConversationStage
+from mmllm.training.quantised_base import quantise_language
 
 LORA = ("lora.rank=4", "lora.alpha=8")
 

@@ -10,16 +10,16 @@ import torch
 from launches import forked
 from tiny_runs import losses_of, weights_of
 
-from mmllm.training.state import saved_steps
+from mmllm.runs.state import saved_steps
 
 # The real command; where DIES says so, the second process hangs at its data in the fifth step, until both processes
 # have said that nothing goes on, and then dies by SIGKILL.
 DRIVER = """
 import os, signal, sys, time
 from pathlib import Path
-from mmllm.training import run
-from mmllm.training.heartbeat import Heartbeat
-from mmllm.training.stages import ConversationStage
+from mmllm.stages import run
+from mmllm.training.watchdog import Heartbeat
+from mmllm.stages.conversation import ConversationStage
 
 folder, rank, calls = Path(os.environ["DIES"]), os.environ["RANK"], 0
 whole_text, whole_batch = Heartbeat._text, ConversationStage.batch

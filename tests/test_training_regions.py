@@ -16,8 +16,8 @@ from mmllm.config import VisionConfig, WarmupVisionConfig
 from mmllm.model.vision import load_tower
 from mmllm.scenes.draw import draw
 from mmllm.scenes.world import Line, Scene, sample_scene
-from mmllm.training.regions import MAX_REGIONS, RegionWords, boxes_of, regions_of, words_of
-from mmllm.training.warmup_vision import MAX_WORDS, WarmupVision
+from mmllm.warmup.regions import MAX_REGIONS, RegionWords, boxes_of, regions_of, words_of
+from mmllm.warmup.vision import MAX_WORDS, WarmupVision
 
 SIDE = 64
 

@@ -15,9 +15,9 @@ from tiny_runs import train_in_process
 from typer.testing import CliRunner
 
 from mmllm.cli import app
-from mmllm.training.charts import chart, ticks
-from mmllm.training.report import _words, write_report
-from mmllm.training.stages import ConversationStage
+from mmllm.runs.charts import chart, ticks
+from mmllm.runs.report import _words, write_report
+from mmllm.stages.conversation import ConversationStage
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import yaml
 from safetensors import SafetensorError
 
 from mmllm.errors import is_disk_full, report_errors
-from mmllm.training.run import main
+from mmllm.stages.run import main
 
 ROOT = Path(__file__).parent.parent
 

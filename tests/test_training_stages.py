@@ -14,11 +14,11 @@ from tiny_runs import log_of, losses_of, settings_of, train_in_process, weights_
 from torch import Tensor
 
 from mmllm.batch import Example, message
+from mmllm.checkpoint.folder import read_manifest
 from mmllm.config import ConfigError
 from mmllm.inference.engine import Engine, Sampling
 from mmllm.model.build import build_model
-from mmllm.model.checkpoint import read_manifest
-from mmllm.training.stages import ConversationStage
+from mmllm.stages.conversation import ConversationStage
 
 CACHED = "data.cache_features=true"
 

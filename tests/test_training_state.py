@@ -17,20 +17,21 @@ import torch
 from launches import forked_alone
 from tiny_runs import log_of, losses_of, train_in_process, weights_of
 
+from mmllm.checkpoint.folder import load_checkpoint, verify_files
 from mmllm.config import ConfigError
 from mmllm.errors import is_disk_full
-from mmllm.model.checkpoint import load_checkpoint, verify_files
+from mmllm.runs.state import StateError, saved_steps
+from mmllm.stages.run import main
 from mmllm.training import loop, stopping
 from mmllm.training.loop import InterruptedRunError
-from mmllm.training.run import main
-from mmllm.training.state import StateError, saved_steps
 
 LORA = ("lora.rank=4", "lora.dropout=0.3")
 
 # Runs a stage and does something to its own process as step STEP (from 0) begins.
 DRIVER = """
 import os, signal, sys
-from mmllm.training import loop, run
+from mmllm.training import loop
+from mmllm.stages import run
 whole_step = loop.Run.step
 def step(self, number, data):
     if number == {step}:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from tiny_runs import log_of, train_in_process, weights_of
 
+from mmllm.runs.state import saved_steps
 from mmllm.training.loop import InterruptedRunError
-from mmllm.training.state import saved_steps
 from mmllm.training.stopping import BrokenOffError, StopSignal
 from mmllm.training.validation import Validation
 

@@ -15,9 +15,9 @@ from test_training_loop import UNGROUPED, mixed_seed
 from tiny_runs import log_of, losses_of, settings_of, train_in_process, weights_of
 
 from mmllm.config import ConfigError
-from mmllm.training.stages import ConversationStage
-from mmllm.training.state import saved_steps
-from mmllm.training.strategy import STRATEGIES, launched_strategy
+from mmllm.distributed.launch import STRATEGIES, launched_strategy
+from mmllm.runs.state import saved_steps
+from mmllm.stages.conversation import ConversationStage
 
 SETTINGS = ("optim.max_steps=4", "log.save_every_steps=2")
 LAUNCHES = {
@@ -31,7 +31,8 @@ LAUNCHES = {
 # LLM's head is called, and its gradient is not found beside it, as where its weight is gathered when it is called.
 DRIVER = """
 import os, sys
-from mmllm.training import loop, losses, run
+from mmllm.training import loop, losses
+from mmllm.stages import run
 
 if "CALLS_HEAD" in os.environ:
     losses.is_plain_linear = lambda head: False

@@ -11,8 +11,8 @@ import torch
 from tiny_runs import log_of, train_in_process
 
 from mmllm.batch import Batch
-from mmllm.training.flops import Flops, Peak
-from mmllm.training.throughput import Throughput
+from mmllm.runs.flops import Flops, Peak
+from mmllm.runs.throughput import Throughput
 
 ALONE = SimpleNamespace(num_processes=1, device=torch.device("cpu"))
 

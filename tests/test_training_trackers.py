@@ -14,15 +14,15 @@ import pytest
 from tiny_runs import settings_of
 
 from mmllm.config import ConfigError, LogConfig
-from mmllm.training.run import run
-from mmllm.training.trackers import EXTRAS
+from mmllm.runs.experiment_trackers import EXTRAS
+from mmllm.stages.run import run
 
 ROOT = Path(__file__).parent.parent
 # Steps 1 to 4, then a start from a state of step 2, as after a crash. In a process of its own: trackers leave threads.
 STOPPED_AND_RESUMED = """
 import sys
 from pathlib import Path
-from mmllm.training.tracking import Tracker
+from mmllm.runs.run_log import Tracker
 out, name = Path(sys.argv[1]), sys.argv[2]
 for first, last in ((0, 4), (2, 6)):
     one = Tracker(out, max_steps=6, first_step=first, is_main=True, trackers=[name], settings={"seed": 3})
@@ -100,7 +100,7 @@ def test_a_tracker_gets_every_figure_once_though_the_run_was_stopped(name: str, 
 def test_a_tracker_that_is_not_installed_is_refused_before_anything_loads(
     name: str, tiny_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mmllm.training.trackers.find_spec", lambda asked: None)
+    monkeypatch.setattr("mmllm.runs.experiment_trackers.find_spec", lambda asked: None)
     config = settings_of(tiny_runs / "stage1.yaml", tmp_path / "out", f"log.trackers=[{name}]")
     with pytest.raises(
         ConfigError, match=rf"log\.trackers: {name} is not installed; pip install 'mmllm\[{EXTRAS[name]}\]'"

@@ -13,13 +13,13 @@ from tiny_runs import log_of, settings_of, train_in_process
 
 from mmllm.batch import Example, message
 from mmllm.config import ConfigError, LogConfig
-from mmllm.evaluation.live import LiveTasks, some_questions
+from mmllm.evaluation.reliance import exchange_pictures
 from mmllm.evaluation.tasks import CAPTION, TaskError
-from mmllm.training.alarms import forgetting_alarm, forgetting_of, reliance_alarm
+from mmllm.evaluation.validation_tasks import some_questions, task_scores
+from mmllm.runs.alarms import forgetting_alarm, forgetting_of, reliance_alarm
+from mmllm.stages.conversation import ConversationStage
+from mmllm.stages.run import run
 from mmllm.training.loop import TrainingError
-from mmllm.training.reliance import exchange_pictures
-from mmllm.training.run import run
-from mmllm.training.stages import ConversationStage
 from mmllm.training.validation import short_names
 
 
@@ -37,7 +37,7 @@ def sources(data: Path, *names: str) -> str:
 
 
 def stage_of(tiny_runs: Path, out: Path, *overrides: str, config: str = "stage2.yaml") -> ConversationStage:
-    return ConversationStage(settings_of(tiny_runs / config, out, "log.num_samples=0", *overrides), LiveTasks())
+    return ConversationStage(settings_of(tiny_runs / config, out, "log.num_samples=0", *overrides))
 
 
 def about(*images: str) -> Example:
@@ -285,26 +285,24 @@ def test_a_few_questions_of_a_task_are_asked_at_each_validation(
 
     class Knows:
         def __getattr__(self, name: str) -> Any:
-            return getattr(stage.engine, name)
+            return getattr(stage.validation.engine, name)
 
         def reply_batch(self, examples: list[Example], sampling: Any) -> Any:
             texts = [answers[example.messages[-1].text.strip()] for example in examples]
             return [type("Reply", (), {"text": text}) for text in texts]
 
-    scores = LiveTasks().scores(Knows(), task, 5)  # type: ignore[arg-type]
+    scores = task_scores(Knows(), task, 5)  # type: ignore[arg-type]
     assert scores == {"exact": 1.0, "shuffled": 1.0, "gain": 0.0, "gain_error": 0.0}, "it answers without looking"
 
 
 def test_a_task_that_is_not_there_is_refused_before_anything_loads(tiny_runs: Path, tmp_path: Path) -> None:
     config = settings_of(tiny_runs / "stage1.yaml", tmp_path / "out", "log.tasks=[nothing]")
     with pytest.raises(TaskError, match="no task 'nothing'"):
-        run(config, LiveTasks())
+        run(config)
     assert not (tmp_path / "out").exists()
-    with pytest.raises(ConfigError, match=r"log\.tasks: nothing scores tasks here"):
-        ConversationStage(config)
 
 
-def test_the_scripts_and_the_command_hand_over_what_scores_tasks(tiny_runs: Path, tmp_path: Path, capsys: Any) -> None:
+def test_the_command_refuses_a_task_that_is_not_there(tiny_runs: Path, tmp_path: Path, capsys: Any) -> None:
     from typer.testing import CliRunner
 
     from mmllm.cli import app
@@ -314,5 +312,3 @@ def test_the_scripts_and_the_command_hand_over_what_scores_tasks(tiny_runs: Path
     )
     assert result.exit_code == 1
     assert "no task 'nothing'" in result.output + capsys.readouterr().err
-    for name in ("stage1", "stage2"):
-        assert "tasks=LiveTasks()" in (Path(__file__).parent.parent / "train" / f"{name}.py").read_text()

@@ -14,14 +14,13 @@ import torch
 from PIL import Image
 
 from mmllm.batch import IMAGE_TOKEN
+from mmllm.checkpoint.folder import save_checkpoint
+from mmllm.checkpoint.golden import make_golden
 from mmllm.config import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
-from mmllm.inference.engine import Engine
-from mmllm.inference.golden import make_golden
 from mmllm.model.build import build_model
-from mmllm.model.checkpoint import save_checkpoint
 from mmllm.scenes.talk import about_one, as_text
 from mmllm.scenes.world import sample_scene
-from mmllm.training.warmup_language import build_tokenizer
+from mmllm.warmup.language import build_tokenizer
 
 SIDE_PX = 32
 CLIP = {
@@ -99,7 +98,7 @@ def make_checkpoint(folder: Path, parts: Path, **vision: Any) -> Path:
     torch.manual_seed(0)
     model, processor, origin = build_model(model_config(parts, **vision))
     model.eval()
-    files = make_golden(Engine(model, processor, name="tiny"))
+    files = make_golden(model, processor)
     card = "A model of random weights, for tests.\n"
     save_checkpoint(folder, model, processor, card=card, files=files, origin=origin)
     return folder

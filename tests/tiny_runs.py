@@ -16,7 +16,7 @@ from tiny import model_config
 from torch import Tensor
 
 from mmllm.config import StageConfig
-from mmllm.config_file import load_config
+from mmllm.config.file import load_config
 
 COLORS = ("red", "green", "blue", "yellow", "white")
 RATES = {"projector": 0.02, "language": 0.01}
@@ -74,7 +74,7 @@ def train_in_process(path: Path, out: Path, *overrides: str) -> Path:
     """A whole run in this process."""
     from accelerate.state import AcceleratorState
 
-    from mmllm.training.run import run
+    from mmllm.stages.run import run
 
     AcceleratorState._reset_state(reset_partial_state=True)
     run(settings_of(path, out, *overrides))

@@ -3,8 +3,7 @@
 accelerate launch train/stage1.py configs/tiny/stage1.yaml [section.key=value ...]
 """
 
-from mmllm.evaluation.live import LiveTasks
-from mmllm.training.run import main
+from mmllm.stages.run import main
 
 if __name__ == "__main__":
-    main("stage1", tasks=LiveTasks())
+    main("stage1")

@@ -3,8 +3,7 @@
 accelerate launch train/stage2.py configs/tiny/stage2.yaml [section.key=value ...]
 """
 
-from mmllm.evaluation.live import LiveTasks
-from mmllm.training.run import main
+from mmllm.stages.run import main
 
 if __name__ == "__main__":
-    main("stage2", tasks=LiveTasks())
+    main("stage2")

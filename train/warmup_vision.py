@@ -3,7 +3,7 @@
 accelerate launch train/warmup_vision.py configs/tiny/warmup_vision.yaml [section.key=value ...]
 """
 
-from mmllm.training.run import main
+from mmllm.stages.run import main
 
 if __name__ == "__main__":
     main("warmup_vision")

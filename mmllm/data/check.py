@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from mmllm.batch import Example
+from mmllm.chat.renderer import ChatError, Renderer
 from mmllm.config import DataConfig, SourceConfig
-from mmllm.data.chat import ChatError, Renderer
-from mmllm.data.files import DataError, RowError
 from mmllm.data.inspection import Inspector, Part, Quarantine, Rules, check_tokens
 from mmllm.data.shards import ShardedFile
 from mmllm.data.sources import BadRow, DataFile, Examples, later_repeats
+from mmllm.readers.files import DataError, RowError
 
 ROWS_A_PART = 500
 MAX_LISTED = 10_000  # bad rows that stay in memory; the list that `mmllm check` writes has them all

@@ -19,13 +19,13 @@ from typing import Any
 from uuid import UUID
 
 from mmllm.batch import IMAGE_TOKEN, Example, Message, Role, message
-from mmllm.data.files import RowError, Stored
-from mmllm.data.index import ROW_LISTS
 from mmllm.data.message_rows import message_turns
 from mmllm.data.row_pictures import RowPicture, check_text, find_picture, kind, row_pictures
-from mmllm.data.tars import CAPTION_SUFFIXES, PICTURE_SUFFIXES, member_row
-from mmllm.data.turns import Context, Turn, list_of, object_of, role_of, text_turn
-from mmllm.user_error import shorten
+from mmllm.data.turns import Context, RowTurn, list_of, object_of, role_of, text_turn
+from mmllm.errors import shorten
+from mmllm.readers.files import RowError, Stored
+from mmllm.readers.index import ROW_LISTS
+from mmllm.readers.tars import CAPTION_SUFFIXES, PICTURE_SUFFIXES, member_row
 
 # LLaVA's names, https://github.com/haotian-liu/LLaVA/blob/main/docs/Finetune_Custom_Data.md
 ROLES: dict[str, Role] = {"human": "user", "gpt": "assistant", "system": "system"}
@@ -120,7 +120,7 @@ def _column_text(value: Any) -> Any:
 # Pictures
 
 
-def _place(turns: list[Turn], pictures: list[RowPicture], user: str, context: Context) -> Iterator[RowPicture]:
+def _place(turns: list[RowTurn], pictures: list[RowPicture], user: str, context: Context) -> Iterator[RowPicture]:
     """One picture a mark, in order. LLaVA lets one image without a mark pass, and then trains blind on that row."""
     places = [place for turn in turns for place in turn.pictures]
     numbers = {place for place in places if isinstance(place, int)}
@@ -146,7 +146,7 @@ def _place(turns: list[Turn], pictures: list[RowPicture], user: str, context: Co
 # Turns
 
 
-def _conversations(fields: Mapping[str, Any], context: Context) -> list[Turn]:
+def _conversations(fields: Mapping[str, Any], context: Context) -> list[RowTurn]:
     turns = []
     for index, value in enumerate(list_of(fields["conversations"], "conversations", "turns")):
         turn = object_of(value, f"turn {index}", "from and value")
@@ -155,7 +155,7 @@ def _conversations(fields: Mapping[str, Any], context: Context) -> list[Turn]:
     return turns
 
 
-def _texts(fields: Mapping[str, Any], context: Context) -> list[Turn]:
+def _texts(fields: Mapping[str, Any], context: Context) -> list[RowTurn]:
     """Cauldron's pairs. Its texts have no marks: the pictures come first, as its own loaders place them."""
     turns = []
     for index, value in enumerate(list_of(fields["texts"], "texts", "pairs")):
@@ -167,7 +167,7 @@ def _texts(fields: Mapping[str, Any], context: Context) -> list[Turn]:
     return turns
 
 
-def _caption(key: str, fields: Mapping[str, Any], context: Context) -> list[Turn]:
+def _caption(key: str, fields: Mapping[str, Any], context: Context) -> list[RowTurn]:
     if not row_pictures(fields):
         raise RowError(f"the row has {key} but no image; a caption needs the picture that it tells about")
     answer = check_text(fields[key], key)
@@ -176,8 +176,8 @@ def _caption(key: str, fields: Mapping[str, Any], context: Context) -> list[Turn
     if IMAGE_TOKEN in answer:
         raise RowError(f"{key} holds {IMAGE_TOKEN}; a caption is text alone")
     return [
-        Turn("user", "user", f"{IMAGE_TOKEN}\n{context.prompt}", (None,)),
-        Turn("assistant", key, answer, ()),
+        RowTurn("user", "user", f"{IMAGE_TOKEN}\n{context.prompt}", (None,)),
+        RowTurn("assistant", key, answer, ()),
     ]
 
 
@@ -194,7 +194,7 @@ def _unfinished(fields: Mapping[str, Any]) -> str | None:
 
 
 # A row has exactly one of these keys.
-SHAPES: dict[str, Callable[[Mapping[str, Any], Context], list[Turn]]] = {
+SHAPES: dict[str, Callable[[Mapping[str, Any], Context], list[RowTurn]]] = {
     "conversations": _conversations,
     "messages": message_turns,
     "texts": _texts,
@@ -213,7 +213,7 @@ def unread_keys(fields: Any) -> list[str]:
     return [key for key in said if not key.startswith("__") and key.rsplit(".", 1)[-1].lower() not in COLUMNS]
 
 
-def _messages(turns: list[Turn], names: Mapping[Role, str]) -> tuple[Message, ...]:
+def _messages(turns: list[RowTurn], names: Mapping[Role, str]) -> tuple[Message, ...]:
     """An optional system turn, then user and assistant in turn, ending with an answer."""
     messages: list[Message] = []
     num_images = 0

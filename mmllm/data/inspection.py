@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mmllm.batch import Example
-from mmllm.data.chat import ChatError, Rendered, Renderer
-from mmllm.data.files import RowError, Stored
+from mmllm.chat.renderer import ChatError, Rendered, Renderer
 from mmllm.data.formats import row_id, unread_keys
-from mmllm.data.images import ImageError, load_image
 from mmllm.data.sources import BadRow, hash_of, load_pictures
+from mmllm.images import ImageError, load_image
+from mmllm.readers.files import RowError, Stored
 
 _PICTURE_WORDS = re.compile(r"\b(picture|image|photo|photograph)s?\b", re.IGNORECASE)
 

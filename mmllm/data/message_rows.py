@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from mmllm.batch import IMAGE_TOKEN, Role
-from mmllm.data.files import RowError
 from mmllm.data.row_pictures import RowPicture, check_text, kind, picture, picture_of_base64
-from mmllm.data.turns import Context, Turn, list_of, object_of, role_of, text_turn
+from mmllm.data.turns import Context, RowTurn, list_of, object_of, role_of, text_turn
+from mmllm.readers.files import RowError
 
 # OpenAI's models of today call the system's role developer.
 MESSAGE_ROLES: dict[str, Role] = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
@@ -26,7 +26,7 @@ PART_TYPES = (*_TEXT_TYPES, *_IMAGE_TYPES)
 _IMAGE_KEYS = ("image", "image_url", "path", "url", "base64", "bytes", "source")
 
 
-def message_turns(fields: Mapping[str, Any], context: Context) -> list[Turn]:
+def message_turns(fields: Mapping[str, Any], context: Context) -> list[RowTurn]:
     """The turns of `messages`. Raises RowError."""
     turns = []
     for index, value in enumerate(list_of(fields["messages"], "messages", "turns")):
@@ -51,7 +51,7 @@ def _says_something(key: str, value: Any) -> bool:
     return value not in (None, "", [], {}) and not (isinstance(value, dict) and all(v is None for v in value.values()))
 
 
-def _parts_turn(role: Role, parts: list[Any], where: str) -> Turn:
+def _parts_turn(role: Role, parts: list[Any], where: str) -> RowTurn:
     text, pictures = "", list[RowPicture | int | None]()
     for number, value in enumerate(parts):
         here = f"part {number} of {where}"
@@ -71,7 +71,7 @@ def _parts_turn(role: Role, parts: list[Any], where: str) -> Turn:
             raise RowError(f"{here} is of type {type_} but has a text; make it two parts")
         text += IMAGE_TOKEN
         pictures.append(_part_picture(part, given, here))
-    return Turn(role, role, text, tuple(pictures))
+    return RowTurn(role, role, text, tuple(pictures))
 
 
 def _part_picture(part: Mapping[str, Any], given: list[str], where: str) -> RowPicture | int | None:

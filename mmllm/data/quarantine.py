@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from mmllm.config import SourceConfig
-from mmllm.data.files import DataError, expand, fingerprint, is_folder, join, list_folder, local_path
 from mmllm.data.inspection import Part
-from mmllm.data.plain_copy import inner_suffix
-from mmllm.data.rows import READERS
 from mmllm.data.shards import STREAMS
 from mmllm.data.sources import BadRow
+from mmllm.readers.arrow_to_python import inner_suffix
+from mmllm.readers.files import DataError, expand, fingerprint, is_folder, join, list_folder, local_path
+from mmllm.readers.rows import READERS
 
 FOLDER = "check"
 BAD_LIST = "bad.jsonl"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from mmllm.data.files import RowError, Stored, is_url, join, local_path, read_range
+from mmllm.readers.files import RowError, Stored, is_url, join, local_path, read_range
 
 RowPicture = str | bytes | Stored
 

@@ -9,13 +9,13 @@ from typing import Any, Protocol
 
 from mmllm.batch import Example
 from mmllm.config import SourceConfig
-from mmllm.data.files import DataError, expand, is_folder, join, list_folder, local_path, open_file
 from mmllm.data.formats import to_example
-from mmllm.data.json_rows import parse_row
-from mmllm.data.plain_copy import DAMAGE, inner_suffix, is_compressed, open_decompressed
 from mmllm.data.sources import context_of
-from mmllm.data.tables import arrow_to_python, batches_of_group, open_parquet
-from mmllm.data.tars import group_members, read_members, tar_row
+from mmllm.readers.arrow_to_python import DAMAGE, inner_suffix, is_compressed, open_decompressed
+from mmllm.readers.files import DataError, expand, is_folder, join, list_folder, local_path, open_file
+from mmllm.readers.json_rows import parse_row
+from mmllm.readers.tables import arrow_to_python, batches_of_group, open_parquet
+from mmllm.readers.tars import group_members, read_members, tar_row
 
 SHARD_BYTES = 32 << 20  # of JSON lines
 ROWS_AT_ONCE = 16  # of a row group

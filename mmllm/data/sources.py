@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from mmllm.batch import Example
 from mmllm.config import SourceConfig
-from mmllm.data.files import DataError, RowError, Stored, is_folder, local_path, parent
 from mmllm.data.formats import row_id, to_example
-from mmllm.data.rows import FolderRows, open_rows
 from mmllm.data.turns import Context
+from mmllm.readers.files import DataError, RowError, Stored, is_folder, local_path, parent
+from mmllm.readers.rows import FolderRows, open_rows
 
 __all__ = ["BadRow", "DataError", "DataFile", "Examples", "RowError", "Source", "read_source"]
 

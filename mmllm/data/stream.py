@@ -14,10 +14,10 @@ import numpy as np
 
 from mmllm.batch import Example
 from mmllm.config import SourceConfig
-from mmllm.data.files import DataError
 from mmllm.data.inspection import Inspector, Rules
 from mmllm.data.mix import epoch_items, mix
 from mmllm.data.shards import ShardedFile
+from mmllm.readers.files import DataError
 
 MIN_SEEN = 1000  # rows, before the share of bad ones is judged by what was seen
 

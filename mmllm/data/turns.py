@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmllm.batch import IMAGE_TOKEN, Role
-from mmllm.data.files import RowError
 from mmllm.data.row_pictures import RowPicture, check_text, kind
+from mmllm.readers.files import RowError
 
 
 @dataclass(frozen=True)
-class Turn:
+class RowTurn:
     """Who speaks, under which name, and what.
 
     `pictures` has one place a mark: a picture, the number of one of the row's, or None for the row's next one.
@@ -32,10 +32,10 @@ class Context:
     prompt: str
 
 
-def text_turn(role: Role, name: str, value: Any, where: str) -> Turn:
+def text_turn(role: Role, name: str, value: Any, where: str) -> RowTurn:
     """A turn of text alone, whose marks stand for pictures of the row."""
     text = check_text(value, where)
-    return Turn(role, name, text, (None,) * text.count(IMAGE_TOKEN))
+    return RowTurn(role, name, text, (None,) * text.count(IMAGE_TOKEN))
 
 
 def list_of(value: Any, key: str, what: str) -> list[Any]:

@@ -12,14 +12,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from mmllm.evaluation.tasks import CAPTION, Question, find_task, guess_accuracy, read_questions, scene_of_picture
+from mmllm.evaluation.scenes import find_task
+from mmllm.evaluation.tasks import CAPTION, Question, Task, guess_accuracy, normalise
 from mmllm.inference.engine import Engine, Sampling
-from mmllm.scenes.tell import f1, fact_counts
-
-
-def normalise(text: str) -> str:
-    """How answers are compared: lower case, single spaces, no full stop at the end."""
-    return " ".join(text.lower().split()).rstrip(".")
 
 
 def shuffled_pictures(questions: Sequence[Question], seed: int = 0) -> list[tuple[str, ...]]:
@@ -60,19 +55,18 @@ def answer_all(
     return answers
 
 
-def hits_of(questions: Sequence[Question], answers: Sequence[str]) -> list[bool]:
-    """Whether each answer is exactly right."""
-    pairs = zip(questions, answers, strict=True)
-    return [normalise(answer) == normalise(question.answer) for question, answer in pairs]
+def f1(num_right: int, num_stated: int, num_true: int) -> float:
+    """Harmonic mean of precision and recall; as SPICE scores captions, https://arxiv.org/abs/1607.08822"""
+    return 2 * num_right / (num_stated + num_true) if num_stated + num_true else 0.0
 
 
-def score(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, Any]:
-    """`exact` over all questions but captions, `types` per question type, `caption_f1` against the scene graphs."""
+def score(task: Task, questions: Sequence[Question], answers: Sequence[str]) -> dict[str, Any]:
+    """`exact` over all questions but captions, `types` per question type, `caption_f1` by the task's own rule."""
     right: dict[str, list[bool]] = defaultdict(list)
     counts = [0, 0, 0]
     for question, answer in zip(questions, answers, strict=True):
         if question.type == CAPTION:
-            found = fact_counts(answer, scene_of_picture(question.images[0]))
+            found = task.caption_facts(question, answer)
             counts = [total + new for total, new in zip(counts, found, strict=True)]
         else:
             right[question.type].append(normalise(answer) == normalise(question.answer))
@@ -91,17 +85,18 @@ def evaluate_task(
     engine: Engine, name: str, *, max_pictures: int | None, batch_size: int, progress: Any
 ) -> dict[str, Any]:
     """The result of one task: `score`, beside it `shuffled` (pictures exchanged) and `guess` (no picture at all)."""
-    questions = read_questions(find_task(name), max_pictures)
+    task = find_task(name)
+    questions = task.questions(max_pictures)
     bar = progress.add_task(name, total=2 * len(questions))
 
     def advance(count: int) -> None:
         progress.update(bar, advance=count)
 
-    result = score(questions, answer_all(engine, questions, [q.images for q in questions], batch_size, advance))
+    result = score(task, questions, answer_all(engine, questions, [q.images for q in questions], batch_size, advance))
     seen = [question for question in questions if question.images]
     progress.update(bar, total=len(questions) + len(seen))
     answers = answer_all(engine, seen, shuffled_pictures(seen), batch_size, advance)
-    result["shuffled"] = score(seen, answers)
+    result["shuffled"] = score(task, seen, answers)
     result["guess"] = guess_accuracy([question for question in questions if question.type != CAPTION])
     return result
 

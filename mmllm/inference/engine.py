@@ -16,12 +16,15 @@ from PIL import Image
 from torch import Tensor
 
 from mmllm.batch import Example, ImageSource, PreparedImage
-from mmllm.data.chat import Rendered, Renderer
-from mmllm.data.images import image_size, load_image
-from mmllm.inference.placement import answer_dtypes, spread_model
+from mmllm.chat.renderer import Rendered
+from mmllm.checkpoint.folder import load_checkpoint, stored_dtypes
+from mmllm.checkpoint.generation_settings import end_token_ids
+from mmllm.checkpoint.golden import require_golden
+from mmllm.errors import MmllmError
+from mmllm.images import image_size, load_image
+from mmllm.inference.placement import answer_dtypes, find_device, spread_model
 from mmllm.inference.seen import as_seen, preview
-from mmllm.model.checkpoint import load_checkpoint, stored_dtypes
-from mmllm.model.positions import position_limit
+from mmllm.model.positions import max_length_tokens
 from mmllm.model.processor import VisionLanguageProcessor
 from mmllm.model.vlm import VisionLanguageModel
 
@@ -37,11 +40,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
-            raise ValueError(f"temperature must be 0 (greedy) or more, got {self.temperature}")
+            raise MmllmError(f"temperature must be 0 (greedy) or more, got {self.temperature}")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+            raise MmllmError(f"top_p must be above 0 and at most 1, got {self.top_p}")
         if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+            raise MmllmError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
 
 
 GREEDY = Sampling()
@@ -76,62 +79,15 @@ class _Streamer:
         """Nothing is held back."""
 
 
-def load_prepared(processor: VisionLanguageProcessor, image: ImageSource | Path) -> PreparedImage:
-    """A picture as the model takes it, and the only thing that stays of it. Raises ImageError."""
-    if isinstance(image, PreparedImage):
-        return image
-    return processor.prepare(load_image(image, may_shrink=True), image_size(image))
-
-
-def load_pixels(processor: VisionLanguageProcessor, images: Sequence[ImageSource | Path]) -> dict[str, Tensor]:
-    """Pictures as the model takes them: `pixel_values` [N, C, H, W] in float32, and `image_sizes` where they count.
-
-    Large ones are read and made small one by one. Raises ImageError for what is no picture.
-    """
-    return processor.image_inputs(_loaded(processor, image) for image in images)
-
-
-def _loaded(processor: VisionLanguageProcessor, image: ImageSource | Path) -> Image.Image | PreparedImage:
-    if isinstance(image, PreparedImage):
-        return image
-    picture, size = load_image(image, may_shrink=True), image_size(image)
-    return picture if picture.size == size[::-1] else processor.prepare(picture, size)
-
-
-def find_device(name: str | None) -> torch.device:
-    """The device of this name, or a GPU where there is one. Raises ValueError where this machine has no such device."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    num_gpus = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= num_gpus:
-        raise ValueError(f"no device {name}: this machine shows {num_gpus} CUDA GPUs; leave --device out, or give cpu")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("no device mps: it needs an Apple GPU; leave --device out, or give cpu")
-    return device
-
-
 class Engine:
     """A model, its processor and its renderer. One generation at a time; safe to call from several threads."""
 
     def __init__(self, model: VisionLanguageModel, processor: VisionLanguageProcessor, *, name: str):
         self.model, self.processor, self.name = model, processor, name
-        self.renderer = self.renderer_of(processor)
-        self.max_positions = position_limit(model.language_model)  # None where rows of any length can be computed
-        self.end_token_ids = self._find_ends()
+        self.renderer = processor.build_renderer()
+        self.max_length_tokens = max_length_tokens(model)  # of prompt and answer together
+        self.end_token_ids = end_token_ids(model, self.renderer)
         self._lock = threading.Lock()
-
-    @staticmethod
-    def renderer_of(processor: VisionLanguageProcessor) -> Renderer:
-        """The renderer that a checkpoint's own processor describes. Raises ChatError."""
-        return Renderer(
-            processor.tokenizer,
-            processor.template,
-            image_token_id=processor.image_token_id,
-            num_image_tokens=processor.image_layout.num_image_tokens,
-            encoding=processor.encoding,
-            saved=processor.chat_template,
-        )
 
     @staticmethod
     def load(
@@ -141,15 +97,13 @@ class Engine:
         dtype: str | None = None,
         verify: bool = True,
     ) -> Engine:
-        """The engine of a checkpoint. Raises CheckpointError, ValueError.
+        """The engine of a checkpoint. Raises CheckpointError, MmllmError.
 
         `device` is one device, or `auto`: all of this machine's, for a model that is too large for one. `dtype` is
         `fp32`, `bf16` or `fp16` for all parts, or `stored`: each in its own; default: see `answer_dtype`.
         With `verify` one that does not give its golden answers is refused. For the small model that takes 0.03 s,
         where the files take 0.08 s and the first import of the libraries a second; see CHEAP_PARAMETERS for large ones.
         """
-        from mmllm.inference.golden import require_golden  # which asks engines, so it cannot be imported before
-
         place = None if device == "auto" else find_device(device)
         dtypes = answer_dtypes(stored_dtypes(path), place, dtype)
         model, processor, _ = load_checkpoint(path, dtype=dtypes)
@@ -158,43 +112,14 @@ class Engine:
             require_golden(model, processor, path)
         return Engine(model, processor, name=Path(path).resolve().name)
 
-    def _find_ends(self) -> list[int]:
-        """The tokens that end an answer: the renderer's, and those that the LLM or the checkpoint names beside it.
-
-        Llama 3 ends a turn with one token and a text with another; a model tuned from it may say either.
-        """
-        language_model = self.model.language_model
-        for settings in (self.model.generation_config, language_model.generation_config, language_model.config):
-            ends = settings.eos_token_id
-            if isinstance(ends, list) and self.renderer.end_token_id in ends:
-                return ends
-        return [self.renderer.end_token_id]
-
-    def settle(self) -> None:
-        """Makes what will be saved beside the weights say what the renderer does: chat template, end, padding."""
-        self.processor.chat_template = self.renderer.saved_template(self.picture_label)
-        settings = self.model.generation_config
-        settings.eos_token_id = self.end_token_ids if len(self.end_token_ids) > 1 else self.renderer.end_token_id
-        settings.pad_token_id = int(self.processor.tokenizer.pad_token_id)
-
     @property
     def picture_label(self) -> str:
         """What stands before each of several pictures of a question; `{}` is its number."""
         return self.processor.picture_label
 
-    @property
-    def max_length_tokens(self) -> int:
-        """The longest prompt and reply together that the LLM has positions for."""
-        trained_length = getattr(self.model.config.text_config, "max_position_embeddings", 0) or 2**31
-        return min(int(trained_length), self.max_positions or 2**31)
-
-    def prompt(self, example: Example) -> str:
-        """The exact prompt as text; each picture is one `<image>`."""
-        return self.renderer.text(example.messages)
-
     def prepare(self, image: ImageSource | Path) -> PreparedImage:
         """A picture as this model takes it, to be asked about any number of times. Raises ImageError."""
-        return load_prepared(self.processor, image)
+        return self.processor.load_prepared(image)
 
     def prepare_shown(self, image: str | Path, longest_px: int) -> tuple[PreparedImage, Image.Image]:
         """A picture as this model takes it, and one for people, with no longer side than this; decoded once."""
@@ -216,16 +141,16 @@ class Engine:
             mask[row, longest - len(one.input_ids) :] = 1
         inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
         if images:
-            inputs |= {name: value.to(device) for name, value in load_pixels(self.processor, images).items()}
+            inputs |= {name: value.to(device) for name, value in self.processor.load_pixels(images).items()}
         return inputs
 
     def _render(self, example: Example, sampling: Sampling) -> Rendered:
         if not example.messages or example.messages[-1].role != "user":
-            raise ValueError("the last message must be the user's: there is nothing to answer")
+            raise MmllmError("the last message must be the user's: there is nothing to answer")
         rendered = self.renderer.render_example(example)
         room = self.max_length_tokens - len(rendered.input_ids)
         if room < 1:
-            raise ValueError(
+            raise MmllmError(
                 f"the conversation is {len(rendered.input_ids)} tokens long ({rendered.num_image_tokens} of them for "
                 f"pictures) but this model takes {self.max_length_tokens}; begin a new one"
             )
@@ -254,7 +179,7 @@ class Engine:
     ) -> Iterator[Reply]:
         """The reply as it is written; the last one has `finish`. Setting `stop` ends the computation at the next token.
 
-        Raises ValueError for a conversation that does not fit, ImageError for a picture that cannot be read.
+        Raises MmllmError for a conversation that does not fit, ImageError for a picture that cannot be read.
         """
         begun = time.monotonic()
         rendered = self._render(example, sampling)

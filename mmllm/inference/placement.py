@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
+from mmllm.errors import MmllmError
+from mmllm.kernels.precision import multiplies_bf16
 from mmllm.model.language import DTYPES
 from mmllm.model.vlm import VisionLanguageModel
 
@@ -34,19 +36,17 @@ def answer_dtype(device: torch.device | None, stored: torch.dtype) -> torch.dtyp
     return stored if stored == torch.bfloat16 and multiplies_bf16(device) else torch.float32
 
 
-def multiplies_bf16(device: torch.device) -> bool:
-    """Whether a GPU or CPU has instructions for it (AVX512-BF16, AMX, or ARM's), and does not widen each number first.
-
-    False for other kinds of device.
-    """
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return device.type == "cpu" and _cpu_multiplies_bf16()
-
-
-def _cpu_multiplies_bf16() -> bool:
-    has = torch.cpu.get_capabilities()
-    return any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
+def find_device(name: str | None) -> torch.device:
+    """The device of this name, or a GPU where there is one. Raises MmllmError where this machine has no such device."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    num_gpus = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= num_gpus:
+        raise MmllmError(f"no device {name}: this machine shows {num_gpus} CUDA GPUs; leave --device out, or give cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise MmllmError("no device mps: it needs an Apple GPU; leave --device out, or give cpu")
+    return device
 
 
 def spread_model(
@@ -54,7 +54,7 @@ def spread_model(
 ) -> VisionLanguageModel:
     """The model spread by accelerate: first over the GPUs, then main memory, from where layers come when they run.
 
-    Raises ValueError where both together are too small. `max_memory` is what each may hold; default: what is free.
+    Raises MmllmError where both together are too small. `max_memory` is what each may hold; default: what is free.
     """
     from accelerate import dispatch_model, infer_auto_device_map
     from accelerate.utils import compute_module_sizes, get_max_memory
@@ -64,7 +64,7 @@ def spread_model(
     places = infer_auto_device_map(model, max_memory=max_memory, no_split_module_classes=sorted(blocks))
     if "disk" in places.values():
         room = ", ".join(f"{name}: {int(size) / GIB:.1f}" for name, size in get_max_memory(max_memory).items())
-        raise ValueError(
+        raise MmllmError(
             f"the model needs {compute_module_sizes(model)[''] / GIB:.1f} GiB, more than this machine has free "
             f"(GiB of each GPU and of memory: {room}); use a machine with more, or a smaller model"
         )

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import __version__ as transformers_version
 
 from mmllm.batch import IMAGE_TOKEN
 from mmllm.config import ConfigError, LanguageConfig
-from mmllm.model.attention import caps_scores, keep_score_cap
+from mmllm.kernels.attention import caps_scores, keep_score_cap
 from mmllm.model.hub import check_source, quiet_transformers
 from mmllm.model.probing import HALF_TYPES, held_in_float32, probing, spread_of
 from mmllm.model.vlm import VisionLanguageModel
@@ -254,3 +254,12 @@ def _follow(model: Any, ids: Tensor, mask: Tensor | None, follow: Sequence[int],
         return_dict_in_generate=True,
     )
     return torch.stack(out.logits, 1)
+
+
+def decoder_layers(language_model: Any) -> list[nn.Module]:
+    """The LLM's layers in the order in which they run. Raises ConfigError where they are not found."""
+    count = language_model.config.num_hidden_layers
+    for module in language_model.get_decoder().modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return list(module)
+    raise ConfigError(f"model.language: the {count} layers of {type(language_model).__name__} are not where others are")

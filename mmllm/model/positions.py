@@ -53,3 +53,9 @@ def position_limit_of(config: Any) -> int | None:
             return position_limit(AutoModelForCausalLM.from_config(config))
     except _FAILURES:
         return None
+
+
+def max_length_tokens(model: Any) -> int:
+    """The longest prompt and answer together that a vision-language model was trained for and can compute."""
+    trained_length = getattr(model.config.text_config, "max_position_embeddings", 0) or 2**31
+    return min(int(trained_length), position_limit(model.language_model) or 2**31)

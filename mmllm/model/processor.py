@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -11,7 +12,9 @@ from torch import Tensor
 from transformers import AutoProcessor, ProcessorMixin
 from transformers.image_utils import make_flat_list_of_images
 
-from mmllm.batch import IMAGE_TOKEN, PICTURE_LABEL, PreparedImage
+from mmllm.batch import IMAGE_TOKEN, PICTURE_LABEL, ImageSource, PreparedImage
+from mmllm.chat.renderer import Renderer
+from mmllm.images import image_size, load_image
 from mmllm.model.large_pictures import MAX_ORDINARY_PIXELS
 from mmllm.model.layout import Layout, build_layout
 
@@ -105,6 +108,36 @@ class VisionLanguageProcessor(ProcessorMixin):  # type: ignore[misc]
                 waiting.append(picture)
         done += self._process(layout, waiting)
         return done[0] if len(done) == 1 else layout.join(done)
+
+    def load_prepared(self, image: ImageSource | Path) -> PreparedImage:
+        """A picture as the model takes it, and the only thing that stays of it. Raises ImageError."""
+        if isinstance(image, PreparedImage):
+            return image
+        return self.prepare(load_image(image, may_shrink=True), image_size(image))
+
+    def load_pixels(self, images: Iterable[ImageSource | Path]) -> dict[str, Tensor]:
+        """Pictures as the model takes them: `pixel_values` [N, C, H, W] in float32, and `image_sizes` where they count.
+
+        Large ones are read and made small one by one. Raises ImageError for what is no picture.
+        """
+        return self.image_inputs(self._loaded(image) for image in images)
+
+    def _loaded(self, image: ImageSource | Path) -> Image.Image | PreparedImage:
+        if isinstance(image, PreparedImage):
+            return image
+        picture, size = load_image(image, may_shrink=True), image_size(image)
+        return picture if picture.size == size[::-1] else self.prepare(picture, size)
+
+    def build_renderer(self) -> Renderer:
+        """The renderer that this processor describes: its tokenizer, template and image tokens. Raises ChatError."""
+        return Renderer(
+            self.tokenizer,
+            self.template,
+            image_token_id=self.image_token_id,
+            num_image_tokens=self.image_layout.num_image_tokens,
+            encoding=self.encoding,
+            saved=self.chat_template,
+        )
 
     def prepare(self, picture: Image.Image, size: tuple[int, int] | None = None) -> PreparedImage:
         """One picture as the model takes it. `size` is its (height, width), where it was made smaller when read."""

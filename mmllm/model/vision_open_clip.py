@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mmllm.config import ConfigError, TowerConfig
-from mmllm.model.attention import use_self_attention
+from mmllm.kernels.attention import use_self_attention
 from mmllm.model.tower import LayeredTower, TowerSpec, concatenate
 
 LOCAL_DIR = "local-dir:"

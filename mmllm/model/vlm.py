@@ -28,9 +28,9 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mmllm.batch import Batch
-from mmllm.model.attention import keep_score_cap
+from mmllm.kernels.attention import keep_score_cap
+from mmllm.kernels.tables import compute_tables
 from mmllm.model.layout import build_layout
-from mmllm.model.tables import compute_tables
 from mmllm.model.tower import TowerSpec, VisionTower
 from mmllm.model.vision import build_tower
 from projector import Projector, build_projector

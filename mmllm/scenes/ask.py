@@ -17,7 +17,7 @@ About = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
-class Turn:
+class QuestionTurn:
     """One question and its answer; `num_needed` turns right before it are needed to understand it.
 
     `about` says where the answer is read: for each thing that the question names, in its order, the parts of the
@@ -33,7 +33,7 @@ class Turn:
     compared: tuple[str, str] | None = None
 
 
-Asker = Callable[[Scene, random.Random], list[Turn]]
+Asker = Callable[[Scene, random.Random], list[QuestionTurn]]
 RELATIONS: dict[str, Callable[[Thing, Thing], bool]] = {
     "left of": lambda x, y: x.column < y.column,
     "right of": lambda x, y: x.column > y.column,
@@ -58,12 +58,12 @@ def yes_no(truth: bool) -> str:
 
 
 def about_each(scene: Scene, *parts: Thing | Line | Bar) -> About:
-    """`Turn.about` of a question that names these parts one by one."""
+    """`QuestionTurn.about` of a question that names these parts one by one."""
     return tuple((scene.parts.index(part),) for part in parts)
 
 
 def about_all(present: Sequence[str], value: str) -> About:
-    """`Turn.about` of a question that names whatever has this value, given the value of each part."""
+    """`QuestionTurn.about` of a question that names whatever has this value, given the value of each part."""
     found = tuple(index for index, there in enumerate(present) if there == value)
     return (found,) if found else ()
 
@@ -92,7 +92,7 @@ def refer(scene: Scene, thing: Thing, rng: random.Random, *hidden: str) -> str |
 def ask_attribute(name: str) -> Asker:
     """An asker for the `color`, `shape`, `size` or `place` of one object."""
 
-    def ask(scene: Scene, rng: random.Random) -> list[Turn]:
+    def ask(scene: Scene, rng: random.Random) -> list[QuestionTurn]:
         if not scene.things:
             return []
         thing = rng.choice(scene.things)
@@ -100,12 +100,12 @@ def ask_attribute(name: str) -> Asker:
         if subject is None:
             return []
         question = rng.choice(ATTRIBUTE_QUESTIONS[name]).format(subject)
-        return [Turn(name, question, getattr(thing, name), about=about_each(scene, thing))]
+        return [QuestionTurn(name, question, getattr(thing, name), about=about_each(scene, thing))]
 
     return ask
 
 
-def ask_relation(scene: Scene, rng: random.Random) -> list[Turn]:
+def ask_relation(scene: Scene, rng: random.Random) -> list[QuestionTurn]:
     if len(scene.things) < 2:
         return []
     name = rng.choice(list(RELATIONS))
@@ -115,7 +115,7 @@ def ask_relation(scene: Scene, rng: random.Random) -> list[Turn]:
         subject = refer(scene, anchor, rng, "place")
         if len(there) == 1 and subject:
             about = about_each(scene, anchor)
-            return [Turn("relation", f"what shape is {name} the {subject}?", there[0].shape, about=about)]
+            return [QuestionTurn("relation", f"what shape is {name} the {subject}?", there[0].shape, about=about)]
     wanted = rng.random() < 0.5
     pairs = [(x, y) for x in scene.things for y in scene.things if x != y and RELATIONS[name](x, y) == wanted]
     if not pairs:
@@ -124,17 +124,19 @@ def ask_relation(scene: Scene, rng: random.Random) -> list[Turn]:
     first, second = refer(scene, x, rng, "place"), refer(scene, y, rng, "place")
     if not first or not second:
         return []
-    return [Turn("relation", f"is the {first} {name} the {second}?", yes_no(wanted), about=about_each(scene, x, y))]
+    return [
+        QuestionTurn("relation", f"is the {first} {name} the {second}?", yes_no(wanted), about=about_each(scene, x, y))
+    ]
 
 
-def ask_count(scene: Scene, rng: random.Random) -> list[Turn]:
+def ask_count(scene: Scene, rng: random.Random) -> list[QuestionTurn]:
     if scene.kind == "chart":
-        return [Turn("count", "how many bars are there?", str(len(scene.bars)))]
+        return [QuestionTurn("count", "how many bars are there?", str(len(scene.bars)))]
     if not scene.things:
         return []
     names = rng.choice(((), ("shape",), ("shape",), ("color",), ("size",)))
     if not names:
-        return [Turn("count", "how many objects are there?", str(len(scene.things)))]
+        return [QuestionTurn("count", "how many objects are there?", str(len(scene.things)))]
     name = names[0]
     present = [getattr(t, name) for t in scene.things]
     # mostly something that is there: a count of zero is what `exists` asks
@@ -142,7 +144,7 @@ def ask_count(scene: Scene, rng: random.Random) -> list[Turn]:
     value = rng.choice(present) if rng.random() < 0.85 else rng.choice(choices)
     noun = plural(value) if name == "shape" else f"{value} objects"
     about = about_all(present, value)
-    return [Turn("count", f"how many {noun} are there?", str(present.count(value)), about=about)]
+    return [QuestionTurn("count", f"how many {noun} are there?", str(present.count(value)), about=about)]
 
 
 def _near_misses(scene: Scene) -> list[str]:
@@ -152,7 +154,7 @@ def _near_misses(scene: Scene) -> list[str]:
     return [f"{c} {s}" for c in colors for s in shapes if (c, s) not in there]
 
 
-def ask_exists(scene: Scene, rng: random.Random) -> list[Turn]:
+def ask_exists(scene: Scene, rng: random.Random) -> list[QuestionTurn]:
     wanted = rng.random() < 0.5
     if scene.kind != "objects":
         kinds = {"chart": "bar chart", "text": rng.choice(("word", "number"))}
@@ -161,8 +163,8 @@ def ask_exists(scene: Scene, rng: random.Random) -> list[Turn]:
         if scene.kind == "chart" and rng.random() < 0.7:
             colors = [b.color for b in scene.bars]
             color = rng.choice(colors if wanted else [c for c in COLORS if c not in colors])
-            return [Turn("exists", f"is there {a(color)} bar?", yes_no(wanted), about=about_all(colors, color))]
-        return [Turn("exists", f"is there {a(noun)}?", yes_no(noun in shown))]
+            return [QuestionTurn("exists", f"is there {a(color)} bar?", yes_no(wanted), about=about_all(colors, color))]
+        return [QuestionTurn("exists", f"is there {a(noun)}?", yes_no(noun in shown))]
     form = rng.choice(("pair", "pair", "shape", "color", "place"))
     if form == "place":
         taken = [t.place for t in scene.things]
@@ -170,7 +172,9 @@ def ask_exists(scene: Scene, rng: random.Random) -> list[Turn]:
         if not places:
             return []
         place = rng.choice(places)
-        return [Turn("exists", f"is there anything {at(place)}?", yes_no(wanted), about=about_all(taken, place))]
+        return [
+            QuestionTurn("exists", f"is there anything {at(place)}?", yes_no(wanted), about=about_all(taken, place))
+        ]
     if form == "pair":
         present = [f"{t.color} {t.shape}" for t in scene.things]
         absent = _near_misses(scene) or [f"{rng.choice(COLORS)} {t.shape}" for t in scene.things]
@@ -182,10 +186,10 @@ def ask_exists(scene: Scene, rng: random.Random) -> list[Turn]:
     if not nouns:
         return []
     noun = rng.choice(nouns)
-    return [Turn("exists", f"is there {a(noun)}?", yes_no(wanted), about=about_all(present, noun))]
+    return [QuestionTurn("exists", f"is there {a(noun)}?", yes_no(wanted), about=about_all(present, noun))]
 
 
-def _compare_bars(scene: Scene, rng: random.Random, wanted: bool) -> list[Turn]:
+def _compare_bars(scene: Scene, rng: random.Random, wanted: bool) -> list[QuestionTurn]:
     x, y = rng.sample(scene.bars, 2)
     if x.value == y.value:
         return []
@@ -194,10 +198,10 @@ def _compare_bars(scene: Scene, rng: random.Random, wanted: bool) -> list[Turn]:
         x, y = y, x
     question = f"is the {x.color} bar {taller} than the {y.color} bar?"
     values = str(x.value), str(y.value)
-    return [Turn("compare", question, yes_no(wanted), about=about_each(scene, x, y), compared=values)]
+    return [QuestionTurn("compare", question, yes_no(wanted), about=about_each(scene, x, y), compared=values)]
 
 
-def _compare_counts(scene: Scene, rng: random.Random, wanted: bool) -> list[Turn]:
+def _compare_counts(scene: Scene, rng: random.Random, wanted: bool) -> list[QuestionTurn]:
     shapes = sorted({t.shape for t in scene.things})
     counts = {s: sum(t.shape == s for t in scene.things) for s in shapes}
     pairs = [(s, t) for s in shapes for t in shapes if s != t and (counts[s] > counts[t]) == wanted]
@@ -208,20 +212,22 @@ def _compare_counts(scene: Scene, rng: random.Random, wanted: bool) -> list[Turn
     about = tuple(group for shape in pair for group in about_all([t.shape for t in scene.things], shape))
     values = str(counts[pair[0]]), str(counts[pair[1]])
     question = f"are there more {first} than {second}?"
-    return [Turn("compare", question, yes_no(wanted), about=about, compared=values)]
+    return [QuestionTurn("compare", question, yes_no(wanted), about=about, compared=values)]
 
 
-def _compare_sizes(scene: Scene, rng: random.Random, one: Thing, other: Thing) -> list[Turn]:
+def _compare_sizes(scene: Scene, rng: random.Random, one: Thing, other: Thing) -> list[QuestionTurn]:
     first, second = refer(scene, one, rng, "size", "place"), refer(scene, other, rng, "size", "place")
     if one.size == other.size or not first or not second:
         return []
     word = rng.choice(("larger", "smaller"))
     answer = first if (one.size == "large") == (word == "larger") else second
     question = f"which is {word}, the {first} or the {second}?"
-    return [Turn("compare", question, answer, about=about_each(scene, one, other), compared=(one.size, other.size))]
+    return [
+        QuestionTurn("compare", question, answer, about=about_each(scene, one, other), compared=(one.size, other.size))
+    ]
 
 
-def _compare_attribute(scene: Scene, rng: random.Random, wanted: bool) -> list[Turn]:
+def _compare_attribute(scene: Scene, rng: random.Random, wanted: bool) -> list[QuestionTurn]:
     name = rng.choice(("color", "shape", "size"))
     pairs = [(x, y) for x in scene.things for y in scene.things if x != y]
     fitting = [(x, y) for x, y in pairs if (getattr(x, name) == getattr(y, name)) == wanted]
@@ -233,10 +239,10 @@ def _compare_attribute(scene: Scene, rng: random.Random, wanted: bool) -> list[T
         return []
     question = f"are the {first} and the {second} the same {name}?"
     values = getattr(one, name), getattr(other, name)
-    return [Turn("compare", question, yes_no(wanted), about=about_each(scene, one, other), compared=values)]
+    return [QuestionTurn("compare", question, yes_no(wanted), about=about_each(scene, one, other), compared=values)]
 
 
-def ask_compare(scene: Scene, rng: random.Random) -> list[Turn]:
+def ask_compare(scene: Scene, rng: random.Random) -> list[QuestionTurn]:
     wanted = rng.random() < 0.5
     if scene.kind == "chart":
         return _compare_bars(scene, rng, wanted)
@@ -249,19 +255,19 @@ def ask_compare(scene: Scene, rng: random.Random) -> list[Turn]:
     return _compare_sizes(scene, rng, one, other) if form == "larger" else _compare_attribute(scene, rng, wanted)
 
 
-def ask_text(scene: Scene, rng: random.Random) -> list[Turn]:
+def ask_text(scene: Scene, rng: random.Random) -> list[QuestionTurn]:
     if not scene.lines:
         return []
     line = rng.choice(scene.lines)
     if rng.random() < 0.3:
-        return [Turn("text", f"what color is the {line.kind}?", line.color, about=about_each(scene, line))]
+        return [QuestionTurn("text", f"what color is the {line.kind}?", line.color, about=about_each(scene, line))]
     wordings = [f"what {line.kind} is written?", f"read the {line.kind}."]
     if len(scene.lines) == 1:
         wordings.append("what does it say?")
-    return [Turn("text", rng.choice(wordings), line.text, about=about_each(scene, line))]
+    return [QuestionTurn("text", rng.choice(wordings), line.text, about=about_each(scene, line))]
 
 
-def ask_chart(scene: Scene, rng: random.Random) -> list[Turn]:
+def ask_chart(scene: Scene, rng: random.Random) -> list[QuestionTurn]:
     if not scene.bars:
         return []
     form = rng.choice(("value", "value", "most", "least", "which"))
@@ -269,21 +275,21 @@ def ask_chart(scene: Scene, rng: random.Random) -> list[Turn]:
     bar = rng.choice(scene.bars)
     if form == "value":
         wording = rng.choice(("what is the value of the {} bar?", "how tall is the {} bar?"))
-        return [Turn("chart", wording.format(bar.color), str(bar.value), about=about_each(scene, bar))]
+        return [QuestionTurn("chart", wording.format(bar.color), str(bar.value), about=about_each(scene, bar))]
     if form == "which":
         if values.count(bar.value) != 1:
             return []
         question = f"which bar has the value {bar.value}?"
-        return [Turn("chart", question, bar.color, about=about_each(scene, bar))]
+        return [QuestionTurn("chart", question, bar.color, about=about_each(scene, bar))]
     extreme = max(values) if form == "most" else min(values)
     if values.count(extreme) != 1:
         return []
     word = "tallest" if form == "most" else "shortest"
     index = values.index(extreme)
-    return [Turn("chart", f"which bar is the {word}?", scene.bars[index].color, about=((index,),))]
+    return [QuestionTurn("chart", f"which bar is the {word}?", scene.bars[index].color, about=((index,),))]
 
 
-def _ask_other_one(scene: Scene, rng: random.Random) -> list[Turn]:
+def _ask_other_one(scene: Scene, rng: random.Random) -> list[QuestionTurn]:
     pairs = [(x, y) for x in scene.things for y in scene.things if x != y and x.shape == y.shape]
     pairs = [(x, y) for x, y in pairs if sum(t.shape == x.shape for t in scene.things) == 2]
     if not pairs:
@@ -291,17 +297,17 @@ def _ask_other_one(scene: Scene, rng: random.Random) -> list[Turn]:
     one, other = rng.choice(pairs)
     name = rng.choice(("color", "size"))
     question = ATTRIBUTE_QUESTIONS[name][0].format(f"{one.shape} {at(one.place)}")
-    follow = Turn("follow_up", "and the other one?", getattr(other, name), 1, about_each(scene, other))
-    return [Turn(name, question, getattr(one, name), about=about_each(scene, one)), follow]
+    follow = QuestionTurn("follow_up", "and the other one?", getattr(other, name), 1, about_each(scene, other))
+    return [QuestionTurn(name, question, getattr(one, name), about=about_each(scene, one)), follow]
 
 
-def ask_follow_up(scene: Scene, rng: random.Random) -> list[Turn]:
+def ask_follow_up(scene: Scene, rng: random.Random) -> list[QuestionTurn]:
     if scene.kind == "chart":
         one, other = rng.sample(scene.bars, 2)
         question = f"what is the value of the {one.color} bar?"
-        first = Turn("chart", question, str(one.value), about=about_each(scene, one))
+        first = QuestionTurn("chart", question, str(one.value), about=about_each(scene, one))
         about = about_each(scene, other)
-        return [first, Turn("follow_up", f"and the {other.color} bar?", str(other.value), 1, about)]
+        return [first, QuestionTurn("follow_up", f"and the {other.color} bar?", str(other.value), 1, about)]
     if rng.random() < 0.5 and (turns := _ask_other_one(scene, rng)):
         return turns
     name = rng.choice(list(ATTRIBUTE_QUESTIONS))
@@ -315,20 +321,20 @@ def ask_follow_up(scene: Scene, rng: random.Random) -> list[Turn]:
             return []
         thing, other_subject = rng.choice(named)
         about = about_each(scene, thing)
-        return [*turns, Turn("follow_up", f"and the {other_subject}?", getattr(thing, name), 1, about)]
+        return [*turns, QuestionTurn("follow_up", f"and the {other_subject}?", getattr(thing, name), 1, about)]
     thing = rng.choice(scene.things)
     second = rng.choice([n for n in ATTRIBUTE_QUESTIONS if n != name])
     subject = refer(scene, thing, rng, name, second)
     if subject is None:
         return []
     about = about_each(scene, thing)
-    first = Turn(name, ATTRIBUTE_QUESTIONS[name][0].format(subject), getattr(thing, name), about=about)
+    first = QuestionTurn(name, ATTRIBUTE_QUESTIONS[name][0].format(subject), getattr(thing, name), about=about)
     wording = "where is it?" if second == "place" else f"what {second} is it?"
-    return [first, Turn("follow_up", wording, getattr(thing, second), 1, about)]
+    return [first, QuestionTurn("follow_up", wording, getattr(thing, second), 1, about)]
 
 
-def ask_caption(scene: Scene, rng: random.Random) -> list[Turn]:
-    return [Turn("caption", rng.choice(CAPTION_REQUESTS), tell(scene, rng))]
+def ask_caption(scene: Scene, rng: random.Random) -> list[QuestionTurn]:
+    return [QuestionTurn("caption", rng.choice(CAPTION_REQUESTS), tell(scene, rng))]
 
 
 QUESTION_TYPES: dict[str, Asker] = {
@@ -347,10 +353,10 @@ QUESTION_TYPES: dict[str, Asker] = {
 }
 
 
-def ask_about(scene: Scene, rng: random.Random, num_turns: int, types: Sequence[str] = ()) -> list[Turn]:
+def ask_about(scene: Scene, rng: random.Random, num_turns: int, types: Sequence[str] = ()) -> list[QuestionTurn]:
     """About `num_turns` turns of these types (default: all) on one scene, no question twice, at most one caption."""
     names = list(types) or list(QUESTION_TYPES)
-    turns: list[Turn] = []
+    turns: list[QuestionTurn] = []
     num_tries = 0
     while len(turns) < num_turns and num_tries < 20 * num_turns:
         num_tries += 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from mmllm.scenes.ask import QUESTION_TYPES, Turn
+from mmllm.scenes.ask import QUESTION_TYPES, QuestionTurn
 from mmllm.scenes.world import MAX_VALUE, Scene
 
 TEXT_ONLY = "text_only"
@@ -30,22 +30,22 @@ SMALL_TALK = (
 NO_PICTURE = "there is no picture."
 
 
-def ask_without_picture(rng: random.Random, scene: Scene, num_turns: int) -> list[Turn]:
+def ask_without_picture(rng: random.Random, scene: Scene, num_turns: int) -> list[QuestionTurn]:
     """Turns that no picture belongs to: small talk, numbers, and questions that a picture would be needed for."""
-    turns: list[Turn] = []
+    turns: list[QuestionTurn] = []
     for _ in range(num_turns):
         form = rng.choice(("talk", "more", "next", "picture"))
         if form == "talk":
-            turns.append(Turn(TEXT_ONLY, *rng.choice(SMALL_TALK)))
+            turns.append(QuestionTurn(TEXT_ONLY, *rng.choice(SMALL_TALK)))
         elif form == "more":
             x, y = rng.sample(range(MAX_VALUE + 5), 2)
-            turns.append(Turn(TEXT_ONLY, f"which is more, {x} or {y}?", str(max(x, y))))
+            turns.append(QuestionTurn(TEXT_ONLY, f"which is more, {x} or {y}?", str(max(x, y))))
         elif form == "next":
             x = rng.randrange(9)
-            turns.append(Turn(TEXT_ONLY, f"what number comes after {x}?", str(x + 1)))
+            turns.append(QuestionTurn(TEXT_ONLY, f"what number comes after {x}?", str(x + 1)))
         else:
             name = rng.choice([n for n in QUESTION_TYPES if n not in ("exists", "follow_up")])
             asked = QUESTION_TYPES[name](scene, rng)
             if asked:
-                turns.append(Turn(TEXT_ONLY, asked[0].question, NO_PICTURE))
+                turns.append(QuestionTurn(TEXT_ONLY, asked[0].question, NO_PICTURE))
     return turns

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mmllm.batch import PICTURE_LABEL, Example, Message
-from mmllm.scenes.ask import CAPTION_REQUESTS, QUESTION_TYPES, Turn, ask_about
+from mmllm.scenes.ask import CAPTION_REQUESTS, QUESTION_TYPES, QuestionTurn, ask_about
 from mmllm.scenes.ask_two import TWO_PICTURES, ask_about_two
 from mmllm.scenes.small_talk import TEXT_ONLY, ask_without_picture
 from mmllm.scenes.tell import tell, tell_clauses
@@ -17,11 +17,11 @@ ALL_TYPES = (*QUESTION_TYPES, TWO_PICTURES, TEXT_ONLY)
 
 
 @dataclass(frozen=True)
-class Conversation:
+class SceneConversation:
     """Turns about the scenes, in which each scene stands for one picture."""
 
     scenes: tuple[Scene, ...]
-    turns: tuple[Turn, ...]
+    turns: tuple[QuestionTurn, ...]
 
 
 def twin_of(scene: Scene, rng: random.Random, split: Split) -> Scene:
@@ -32,33 +32,33 @@ def twin_of(scene: Scene, rng: random.Random, split: Split) -> Scene:
     return near_miss(scene, rng, split) if form == "near" else sample_scene(rng, split, "objects")
 
 
-def about_one(scene: Scene, rng: random.Random, num_turns: int, types: Sequence[str] = ()) -> Conversation:
-    return Conversation((scene,), tuple(ask_about(scene, rng, num_turns, types)))
+def about_one(scene: Scene, rng: random.Random, num_turns: int, types: Sequence[str] = ()) -> SceneConversation:
+    return SceneConversation((scene,), tuple(ask_about(scene, rng, num_turns, types)))
 
 
-def about_two(first: Scene, second: Scene, rng: random.Random, num_turns: int) -> Conversation:
-    return Conversation((first, second), tuple(ask_about_two(first, second, rng, num_turns)))
+def about_two(first: Scene, second: Scene, rng: random.Random, num_turns: int) -> SceneConversation:
+    return SceneConversation((first, second), tuple(ask_about_two(first, second, rng, num_turns)))
 
 
-def about_none(rng: random.Random, split: Split, num_turns: int) -> Conversation:
-    return Conversation((), tuple(ask_without_picture(rng, sample_scene(rng, split), num_turns)))
+def about_none(rng: random.Random, split: Split, num_turns: int) -> SceneConversation:
+    return SceneConversation((), tuple(ask_without_picture(rng, sample_scene(rng, split), num_turns)))
 
 
-def retold(scene: Scene, rng: random.Random, num_turns: int) -> Conversation:
+def retold(scene: Scene, rng: random.Random, num_turns: int) -> SceneConversation:
     """The scene told again and again in other words and another order: what teaches a small LM to look things up."""
     captions = (
-        Turn("caption", rng.choice(CAPTION_REQUESTS), tell(scene, rng, shuffled=True)) for _ in range(num_turns)
+        QuestionTurn("caption", rng.choice(CAPTION_REQUESTS), tell(scene, rng, shuffled=True)) for _ in range(num_turns)
     )
-    return Conversation((scene,), tuple(captions))
+    return SceneConversation((scene,), tuple(captions))
 
 
 Told = tuple[int | None, ...]
 
 
-def describe(conversation: Conversation, rng: random.Random, example_id: str) -> tuple[Example, Told]:
+def describe(conversation: SceneConversation, rng: random.Random, example_id: str) -> tuple[Example, Told]:
     """The conversation with a description in the place of each picture, one clause after the other.
 
-    With it goes what each piece of the first message tells of, as in `Turn.about`: a part of the scenes, or None.
+    With it goes what each piece of the first message tells of, as in `QuestionTurn.about`: a part of the scenes or None.
     """
     opening: list[tuple[str, int | None]] = []
     num_parts = 0
@@ -80,7 +80,7 @@ def describe(conversation: Conversation, rng: random.Random, example_id: str) ->
     return Example(example_id, "text", tuple(messages)), (*(part for _, part in opening), None)
 
 
-def as_text(conversation: Conversation, rng: random.Random, example_id: str) -> Example:
+def as_text(conversation: SceneConversation, rng: random.Random, example_id: str) -> Example:
     """`describe` for those who only read it."""
     return describe(conversation, rng, example_id)[0]
 
@@ -93,7 +93,7 @@ def sample_text(
     retell: float,
     two: float = 0.08,
     types: Sequence[str] = (),
-) -> Conversation:
+) -> SceneConversation:
     """A conversation to be had about descriptions.
 
     The share `retell` of them only tells the scene again in other words, the share `two` is about two scenes. A type of

@@ -97,11 +97,6 @@ def facts_in(caption: str) -> set[Fact]:
 
 
 def fact_counts(caption: str, scene: Scene) -> tuple[int, int, int]:
-    """(facts stated and true, facts stated, facts of the scene): sum these over pictures, then `f1`."""
+    """(facts stated and true, facts stated, facts of the scene): sum these over pictures."""
     stated, true = facts_in(caption), facts_of(scene)
     return len(stated & true), len(stated), len(true)
-
-
-def f1(num_right: int, num_stated: int, num_true: int) -> float:
-    """Harmonic mean of precision and recall; as SPICE scores captions, https://arxiv.org/abs/1607.08822"""
-    return 2 * num_right / (num_stated + num_true) if num_stated + num_true else 0.0

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from mmllm.errors import MmllmError
+
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "black")
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
 SIZES = ("small", "large")
@@ -89,7 +91,7 @@ class Scene:
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Scene:
-        """The scene of a scene-graph file. Raises ValueError where a part is missing or unknown."""
+        """The scene of a scene-graph file. Raises MmllmError where a part is missing or unknown."""
         try:
             return Scene(
                 kind=data["kind"],
@@ -98,7 +100,7 @@ class Scene:
                 bars=tuple(Bar(**bar) for bar in data["bars"]),
             )
         except (KeyError, TypeError) as error:
-            raise ValueError(
+            raise MmllmError(
                 f"not a scene graph ({error}); expected kind, things, lines and bars as `mmllm scenes` writes them"
             ) from error
 

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from mmllm.batch import picture_marks
-from mmllm.scenes.ask import CAPTION_REQUESTS, QUESTION_TYPES, Turn
+from mmllm.errors import MmllmError
+from mmllm.scenes.ask import CAPTION_REQUESTS, QUESTION_TYPES, QuestionTurn
 from mmllm.scenes.draw import draw
 from mmllm.scenes.small_talk import TEXT_ONLY
-from mmllm.scenes.talk import Conversation, about_none, about_one, about_two, as_text, twin_of
+from mmllm.scenes.talk import SceneConversation, about_none, about_one, about_two, as_text, twin_of
 from mmllm.scenes.tell import tell
 from mmllm.scenes.world import Kind, Scene, Split, sample_kind, sample_scene
 
@@ -49,11 +50,11 @@ def scene_of(seed: int, split: Split, number: int) -> Scene:
     return sample_scene(rng, split, sample_kind(rng, SHOWN_IN_TRAINING) if split == "train" else None)
 
 
-def _talk_about(scene: Scene, rng: random.Random, split: Split) -> Conversation:
+def _talk_about(scene: Scene, rng: random.Random, split: Split) -> SceneConversation:
     return about_one(scene, rng, TURNS_PER_PICTURE, ASKED_IN_TRAINING if split == "train" else ())
 
 
-def _turns_json(turns: Sequence[Turn], opening: str) -> list[dict[str, str]]:
+def _turns_json(turns: Sequence[QuestionTurn], opening: str) -> list[dict[str, str]]:
     rows: list[dict[str, str]] = []
     for number, turn in enumerate(turns):
         rows.append({"from": "human", "value": (opening if number == 0 else "") + turn.question})
@@ -61,7 +62,7 @@ def _turns_json(turns: Sequence[Turn], opening: str) -> list[dict[str, str]]:
     return rows
 
 
-def conversation_row(row_id: str, images: Sequence[str], conversation: Conversation) -> dict[str, Any]:
+def conversation_row(row_id: str, images: Sequence[str], conversation: SceneConversation) -> dict[str, Any]:
     """A row of LLaVA's JSON; `types` and `needs` say for each answer what was asked, and how many turns it follows."""
     row: dict[str, Any] = {"id": row_id}
     if images:
@@ -86,8 +87,8 @@ def _write_chunk(folder: str, seed: int, split: Split, numbers: range) -> tuple[
         draw(scene, _rng(seed, split, "draw", number)).save(path, optimize=False)
         path.with_suffix(".json").write_text(json.dumps(scene.to_json()))
         rng = _rng(seed, split, "ask", number)
-        caption = Turn("caption", rng.choice(CAPTION_REQUESTS), tell(scene, rng))
-        captions.append(conversation_row(f"{split}-{number:06d}", [name], Conversation((scene,), (caption,))))
+        caption = QuestionTurn("caption", rng.choice(CAPTION_REQUESTS), tell(scene, rng))
+        captions.append(conversation_row(f"{split}-{number:06d}", [name], SceneConversation((scene,), (caption,))))
         talk = _talk_about(scene, rng, split)
         conversations.append(conversation_row(f"{split}-{number:06d}", [name], talk))
         if number % TWIN_EVERY == TWIN_EVERY - 1:
@@ -107,10 +108,10 @@ def _text_row(row_id: str, rng: random.Random, split: Split, scene: Scene) -> di
     example = as_text(talk, rng, row_id)
     turns = tuple(
         # the description stands in the first turn; a retelling of it has no one right answer, and stays a caption
-        Turn(turn.type if turn.type == "caption" else TEXT_ONLY, message.text, turn.answer, number)
+        QuestionTurn(turn.type if turn.type == "caption" else TEXT_ONLY, message.text, turn.answer, number)
         for number, (message, turn) in enumerate(zip(example.messages[::2], talk.turns, strict=True))
     )
-    return conversation_row(row_id, [], Conversation((), turns))
+    return conversation_row(row_id, [], SceneConversation((), turns))
 
 
 def _dump(rows: list[Any], path: Path) -> None:
@@ -148,10 +149,10 @@ def write_scenes(
     num_processes: int | None = None,
     advance: Callable[[int], None] = lambda n: None,
 ) -> None:
-    """Writes the splits that have a count. Raises ValueError where something else stands in the folder."""
+    """Writes the splits that have a count. Raises MmllmError where something else stands in the folder."""
     strangers = [path.name for path in out.iterdir() if path.name not in SPLITS] if out.is_dir() else []
     if strangers:
-        raise ValueError(f"{out} holds {', '.join(sorted(strangers)[:3])}: give an empty or new folder for the scenes")
+        raise MmllmError(f"{out} holds {', '.join(sorted(strangers)[:3])}: give an empty or new folder for the scenes")
     for split, count in counts.items():
         if count > 0:
             write_split(out, split, count, seed, num_processes=num_processes or os.cpu_count() or 1, advance=advance)

@@ -10,17 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmllm.batch import Example
+from mmllm.batching.sampler import Division, Item, Order, Orders, StreamOrder, as_they_come
+from mmllm.chat.renderer import Renderer
 from mmllm.config import SourceConfig, StageConfig
-from mmllm.data.chat import Renderer
 from mmllm.data.check import Report, load_examples
-from mmllm.data.folders import tell_passed_over
 from mmllm.data.inspection import Rules, positions_note
 from mmllm.data.mix import mix
 from mmllm.data.quarantine import BAD_LIST, FOLDER, read_quarantine
 from mmllm.data.sources import DataError, Examples
 from mmllm.data.stream import Stream
-from mmllm.training.distributed import cores_of_process
-from mmllm.training.order import Division, Item, Order, Orders, StreamOrder, as_they_come
+from mmllm.distributed.ranks import cores_of_process
+from mmllm.readers.folders import tell_passed_over
 
 
 class TrainingData:

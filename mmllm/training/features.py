@@ -21,7 +21,9 @@ from torch import Tensor
 from mmllm.batch import Example
 from mmllm.config import ConfigError
 from mmllm.data.sources import DataError
-from mmllm.inference.engine import Engine, load_pixels
+from mmllm.model.processor import VisionLanguageProcessor
+from mmllm.model.tower import VisionTower
+from mmllm.model.vlm import VisionLanguageModel
 from mmllm.training.feature_files import NUM_FILES, FeatureFile, PictureHashes, file_of, has_locks, sums
 from mmllm.training.memory import size_text
 
@@ -32,15 +34,17 @@ VERIFIED_AT_START = 8 * 10**9  # bytes that are read in seconds; every row is co
 class FeatureCache:
     """Patch tokens [images, P, Dv] in bfloat16. `fill` encodes what is missing; until then nothing is written."""
 
-    def __init__(self, engine: Engine, examples: Sequence[Example], folder: Path):
-        if engine.model.layout.has_newline:
-            fit = engine.model.layout.kind
+    def __init__(
+        self, model: VisionLanguageModel, processor: VisionLanguageProcessor, examples: Sequence[Example], folder: Path
+    ):
+        if model.layout.has_newline:
+            fit = model.layout.kind
             raise ConfigError(f"data.cache_features keeps one view of each picture, but model.vision.fit is {fit}; "
                               "take one of the two out")  # fmt: skip
-        tower = engine.model.vision_tower
-        self.engine, self.shape = engine, (tower.num_patches, tower.width)
+        tower = self.tower = model.vision_tower
+        self.processor, self.shape = processor, (tower.num_patches, tower.width)
         self.blank = False  # whether `get` gives zeros, for a plan of the run
-        self.root, self.folder = folder, folder / _key(engine)
+        self.root, self.folder = folder, folder / _key(tower, processor)
         self.images = list(dict.fromkeys(_image(image) for example in examples for image in example.images))
         hashes = PictureHashes(folder / "pictures.sqlite" if folder.is_dir() else None)
         names = hashes.of(self.images)
@@ -114,7 +118,7 @@ class FeatureCache:
             )
         wanted, first = self._by_file(), rank * NUM_FILES // world_size
         images = {name: image for image, name in self.name_of.items()}
-        tower = self.engine.model.vision_tower
+        tower = self.tower
         home, was_training = next((one.device for one in tower.parameters()), device), tower.training
         tower.to(device).eval()
         try:
@@ -148,8 +152,8 @@ class FeatureCache:
 
     @torch.inference_mode()
     def _encode(self, images: Sequence[Any], device: torch.device) -> Any:
-        tower = self.engine.model.vision_tower
-        pixels = load_pixels(self.engine.processor, images)["pixel_values"].to(device)
+        tower = self.tower
+        pixels = self.processor.load_pixels(images)["pixel_values"].to(device)
         dtype = next((one.dtype for one in tower.parameters()), pixels.dtype)
         return tower(pixels.to(dtype)).cpu().to(torch.bfloat16).view(torch.int16).flatten(1).numpy()
 
@@ -164,7 +168,7 @@ class FeatureCache:
 
         A first read waits for the disk, and a run reads each row many times.
         """
-        some, tower = self.images[:16], self.engine.model.vision_tower
+        some, tower = self.images[:16], self.tower
         home = next((one.device for one in tower.parameters()), device)
         tower.to(device)
         encoded = _least_seconds(lambda: self._encode(some, device), tries=2)
@@ -221,16 +225,15 @@ def _without_names(value: Any) -> Any:
     return [_without_names(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
-def _key(engine: Engine) -> str:
+def _key(tower: VisionTower, processor: VisionLanguageProcessor) -> str:
     """The hash of what decides a feature: the tower's weights, how it computes, and what is done to a picture before.
 
     Not of names and paths: a tower that has been moved, or is named otherwise, is the same one.
     """
-    tower = engine.model.vision_tower
     digest = hashlib.sha256()
     for name, value in tower.state_dict().items():
         digest.update(name.encode())
         digest.update(value.cpu().float().numpy().tobytes())
-    for described in (engine.processor.image_processor.to_dict(), tower.spec.to_json()):
+    for described in (processor.image_processor.to_dict(), tower.spec.to_json()):
         digest.update(json.dumps(_without_names(described), sort_keys=True, default=str).encode())
     return f"features-{digest.hexdigest()[:20]}"

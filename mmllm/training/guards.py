@@ -12,7 +12,8 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from mmllm.training.optim import Parts
+from mmllm.errors import MmllmError
+from mmllm.optimizers.optim import Parts
 
 MAX_IDLE_STEPS = 3  # steps in a row in which a loss may be 0, or a trained module get no gradient though it should
 NUM_REMEMBERED = 256  # micro-batches that a loss is compared with
@@ -27,7 +28,7 @@ _LOST_PEER = ("gloo", "nccl", "connection closed by peer", "connection reset by 
 Norms = Callable[[Sequence[Sequence[nn.Parameter]]], list[float] | None]
 
 
-class TrainingError(RuntimeError):
+class TrainingError(MmllmError):
     """A run that must not go on; the message names the step and the examples."""
 
 

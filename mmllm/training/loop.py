@@ -15,27 +15,31 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from mmllm.batching.sampler import Item, Orders, seed_of
 from mmllm.config import RunConfig
-from mmllm.config_file import dump_config
-from mmllm.training.alarms import new_alarms
-from mmllm.training.distributed import all_reduce_sum, build_accelerator, gather_all
+from mmllm.config.file import dump_config
+from mmllm.distributed.launch import STRATEGIES, launched_strategy
+from mmllm.distributed.ranks import all_reduce_sum, build_accelerator, gather_all
+from mmllm.distributed.strategy import load_weights
+from mmllm.errors import INTERRUPTED, MmllmError
+from mmllm.optimizers.optim import Parts, rate_factor
+from mmllm.runs.alarms import new_alarms
+from mmllm.runs.requirements import slow_precision_text
+from mmllm.runs.run_log import Tracker
+from mmllm.runs.state import check_room, load_state, read_newest, rehearse, save_state
+from mmllm.runs.throughput import Throughput, step_flops
 from mmllm.training.guards import Guards, TrainingError, lost_peers
-from mmllm.training.heartbeat import Heartbeat
-from mmllm.training.machine import slow_precision_text
-from mmllm.training.optim import Parts, rate_factor
-from mmllm.training.order import Item, Orders, seed_of
-from mmllm.training.state import check_room, load_state, read_newest, rehearse, save_state
 from mmllm.training.stopping import BrokenOffError, StopSignal
-from mmllm.training.strategy import STRATEGIES, launched_strategy, load_weights
-from mmllm.training.throughput import Throughput, step_flops
-from mmllm.training.tracking import Tracker
+from mmllm.training.watchdog import Heartbeat
 
 BEST = "best"
 VALIDATION = "the validation is broken off, and made when the run goes on; the state is saved"
 
 
-class InterruptedRunError(RuntimeError):
+class InterruptedRunError(MmllmError):
     """The run was asked to stop; its state is saved."""
+
+    exit_status = INTERRUPTED
 
 
 class Stage(Protocol):
@@ -125,7 +129,7 @@ class Run:
         """A micro-batch, or what is wrong with its data: an error that a worker raises would bring its traceback."""
         try:
             return self.stage.batch(indices)
-        except ValueError as error:
+        except MmllmError as error:
             return error
 
     def batches(self, first_step: int) -> Iterator[Any]:
@@ -151,7 +155,7 @@ class Run:
 
     def _num_valid(self, step: int, batches: Sequence[Any]) -> float:
         """What the loss averages over, of all ranks. Raises what is wrong with the data of this one or another."""
-        wrong = [batch for batch in batches if isinstance(batch, ValueError)]
+        wrong = [batch for batch in batches if isinstance(batch, MmllmError)]
         mine = math.nan if wrong else sum(self.stage.count(batch) for batch in batches)
         total = all_reduce_sum(self.accelerator, mine)
         if wrong:
@@ -170,7 +174,7 @@ class Run:
         beat(step, "data")
         with self.throughput.waiting():
             batches = [next(data) for _ in range(optim.accumulate_steps)]
-        beat(step, "all processes to have their data", [one for one in batches if not isinstance(one, ValueError)])
+        beat(step, "all processes to have their data", [one for one in batches if not isinstance(one, MmllmError)])
         num_valid = self._num_valid(step, batches)
         self.strategy.set_rates(rate_factor(step, optim))
         losses: list[float] = []

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from mmllm.checkpoint.adapter import merge_adapter, quiet_bitsandbytes, quiet_peft
+from mmllm.checkpoint.card import model_card
+from mmllm.checkpoint.folder import CheckpointError, check_new, load_checkpoint, read_manifest, save_checkpoint
+from mmllm.checkpoint.golden import all_logits, precision_of, read_golden, require_golden, with_logits
 from mmllm.config import ConfigError, LoraConfig
-from mmllm.inference.engine import find_device
-from mmllm.inference.golden import all_logits, precision_of, read_golden, require_golden, with_logits
-from mmllm.model.adapter import merge_adapter, quiet_bitsandbytes, quiet_peft
-from mmllm.model.checkpoint import CheckpointError, check_new, load_checkpoint, read_manifest, save_checkpoint
+from mmllm.inference.placement import find_device
 from mmllm.model.tower import VisionTower
 from mmllm.model.vlm import VisionLanguageModel
-from mmllm.training.card import model_card
 
 MERGE_TOLERANCE = 1e-4  # of the largest logit
 

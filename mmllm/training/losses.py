@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmllm.batch import IGNORE_INDEX, Batch
+from mmllm.kernels.fused_cross_entropy import is_plain_linear, linear_loss_sum
 from mmllm.model.probing import probing, spread_of
 from mmllm.model.vlm import VisionLanguageModel
-from mmllm.training.head_loss import is_plain_linear, linear_loss_sum
 
 
 def token_loss_sum(logits: Tensor, targets: Tensor) -> Tensor:

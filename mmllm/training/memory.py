@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from mmllm.config import ConfigError, RunConfig, StageConfig
-from mmllm.config_file import with_overrides
+from mmllm.config.file import with_overrides
+from mmllm.distributed.launch import launched_strategy
 from mmllm.errors import is_out_of_memory
-from mmllm.training.strategy import launched_strategy
-from mmllm.training.throughput import recomputed
+from mmllm.runs.throughput import recomputed
 
 NF4_BYTES = 0.5625  # of a weight: 4 bits, and a scale of 32 bits for 64 of them
 _CGROUP = Path("/sys/fs/cgroup/memory.max")

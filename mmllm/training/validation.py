@@ -11,27 +11,24 @@ import re
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePath
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 
 from mmllm.batch import Batch, Example, ImageRef
-from mmllm.config import ConfigError, StageConfig
+from mmllm.config import StageConfig
+from mmllm.evaluation.reliance import exchange_pictures, reliance_of
+from mmllm.evaluation.validation_tasks import task_scores
 from mmllm.inference.engine import Engine, Sampling
-from mmllm.training.alarms import TEXT_LOSS
+from mmllm.model.positions import position_limit
+from mmllm.model.processor import VisionLanguageProcessor
+from mmllm.model.vlm import VisionLanguageModel
+from mmllm.runs.alarms import TEXT_LOSS
 from mmllm.training.data import spread
 from mmllm.training.losses import supervised_counts
-from mmllm.training.reliance import exchange_pictures, reliance_of
 
 REHEARSED_QUESTIONS = 32  # of a task: a batch
 _NO_FILE_NAME = re.compile(r"[^\w.-]")  # characters of an id that a file name better does without
-
-
-class Tasks(Protocol):
-    """What scores a model on tasks while it trains. It stands above training, so whoever starts a run hands it over."""
-
-    def check(self, names: Sequence[str]) -> None: ...  # raises where there is no such task
-    def scores(self, engine: Engine, name: str, num_questions: int) -> dict[str, float]: ...
 
 
 def short_names(paths: Sequence[str]) -> dict[str, str]:
@@ -57,17 +54,16 @@ class Validation:
     def __init__(
         self,
         config: StageConfig,
-        engine: Engine,
+        model: VisionLanguageModel,
+        processor: VisionLanguageProcessor,
         *,
         examples: Sequence[Example],
         text: Sequence[Example],
         collate: Callable[[Sequence[Example]], Batch],
         module: nn.Module,
-        tasks: Tasks | None = None,
     ):
-        if config.log.tasks and tasks is None:
-            raise ConfigError("log.tasks: nothing scores tasks here; start with train/STAGE.py or `mmllm train`")
-        self.config, self.engine, self.tasks = config, engine, tasks
+        self.config, self.engine = config, Engine(model, processor, name=Path(config.out).name)
+        self.max_positions = position_limit(model.language_model)
         self.examples, self.text = examples, text
         self.collate, self.module = collate, module
         paths = list(dict.fromkeys(example.source for example in examples))
@@ -78,7 +74,7 @@ class Validation:
 
     def _fits(self, example: Example) -> bool:
         length = len(self.engine.renderer.render_example(example).input_ids)
-        return length <= min(self.config.data.max_length_tokens, self.engine.max_positions or length)
+        return length <= min(self.config.data.max_length_tokens, self.max_positions or length)
 
     def _notes(self) -> list[str]:
         notes = []
@@ -115,8 +111,7 @@ class Validation:
             losses, counts = self._losses(self.text)
             found[TEXT_LOSS] = sum(losses) / max(1, sum(counts))
         for task, name in self.task_names.items():
-            assert self.tasks is not None
-            scores = self.tasks.scores(self.engine, task, self.config.log.task_questions)
+            scores = task_scores(self.engine, task, self.config.log.task_questions)
             found |= {f"task/{name}/{measure}": value for measure, value in scores.items()}
         if self.examples:
             self._write_samples(step, writes=writes)
@@ -130,8 +125,7 @@ class Validation:
         if self.examples and self.config.log.num_samples:
             self.engine.reply(_first_question(longest[0]), Sampling(max_new_tokens=2))
         for task in self.task_names:
-            assert self.tasks is not None
-            self.tasks.scores(self.engine, task, min(self.config.log.task_questions, REHEARSED_QUESTIONS))
+            task_scores(self.engine, task, min(self.config.log.task_questions, REHEARSED_QUESTIONS))
 
     def _validation_losses(self) -> dict[str, float]:
         """The loss, that of each source, and image reliance: the same batches are shown twice, so it costs one pass."""

@@ -1,0 +1,60 @@
+"""A conversation that grows turn by turn, and the prompt of its next question, worded as in the training data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from mmllm.batch import PICTURE_LABEL, Example, ImageSource, Message, Part, message, picture_marks
+from mmllm.errors import MmllmError
+
+
+def user_message(text: str, num_pictures: int, first_image: int = 0, *, label: str = PICTURE_LABEL) -> Message:
+    """One question: its pictures, each on a line of its own, then its words. `label` is the model's, see its processor.
+
+    The words are taken as they are: an `<image>` that a user types never becomes a picture.
+    """
+    parts: list[Part] = list(message("user", picture_marks(num_pictures, label), first_image).parts)
+    if parts and isinstance(parts[-1], str):
+        text = parts.pop() + text  # type: ignore[operator]
+    return Message("user", (*parts, text))
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question with its pictures, and the answer to it."""
+
+    question: str
+    pictures: tuple[ImageSource, ...]
+    answer: str
+
+
+@dataclass
+class Conversation:
+    """The turns so far. A question becomes a turn by `add`, when its answer is there."""
+
+    turns: list[Turn] = field(default_factory=list)
+    label: str = PICTURE_LABEL  # what stands before each of several pictures
+
+    def ask(self, question: str, pictures: Sequence[ImageSource] = ()) -> Example:
+        """All turns and this question behind them. Raises MmllmError for a question without words."""
+        if not question.strip():
+            raise MmllmError("the question is empty; ask something")
+        messages: list[Message] = []
+        images: list[ImageSource] = []
+        for turn in self.turns:
+            messages.append(user_message(turn.question, len(turn.pictures), len(images), label=self.label))
+            messages.append(Message("assistant", (turn.answer,)))
+            images += turn.pictures
+        messages.append(user_message(question.strip(), len(pictures), len(images), label=self.label))
+        return Example("question", "chat", tuple(messages), (*images, *pictures))
+
+    def add(self, question: str, pictures: Sequence[ImageSource], answer: str) -> None:
+        self.turns.append(Turn(question.strip(), tuple(pictures), answer))
+
+    def take_back(self) -> Turn | None:
+        """Removes the last turn and returns it."""
+        return self.turns.pop() if self.turns else None
+
+    def clear(self) -> None:
+        self.turns.clear()

@@ -1,0 +1,325 @@
+"""The one renderer: messages -> (input_ids, is_answer), for training, chat, captioning, evaluation and export.
+
+A conversation is one text (chat_text.py), and its ids are those that the rest of the world makes of that text: it is
+encoded in one go and never piece by piece, for a SentencePiece tokenizer puts a space in front of each piece. Which
+tokens are answer follows from where they are in the text.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import threading
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from mmllm.batch import IGNORE_INDEX, IMAGE_TOKEN, TEXT_ENCODING, Example, ImageRef, Message
+from mmllm.chat.pieces import PieceConversations
+from mmllm.chat.templates import OWN_TEMPLATE, TEMPLATES, ChatError, find_template, saved_jinja
+from mmllm.chat.text import Conversations, Transcript
+from mmllm.images import image_size
+
+Size = tuple[int, int]  # height and width
+
+_CACHED_CHARACTERS = 200  # segments up to this length repeat: template pieces, short questions and answers
+
+
+@dataclass(frozen=True)
+class AnswerTokens:
+    """Tokens of one answer: `start` to `words_end` are its words, up to `end` what closes it."""
+
+    start: int
+    words_end: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """Token ids of a conversation, and which of them are answers (supervised, end token included)."""
+
+    input_ids: list[int]
+    is_answer: list[bool]
+    num_image_tokens: int
+    answers: tuple[AnswerTokens, ...] = ()
+    text: str = ""  # with one `<image>` for each picture
+    ends: tuple[int, ...] = ()  # where each token ends in it
+
+    @property
+    def texts(self) -> list[str]:
+        """What each token is of the text. What several tokens share is shown at the first."""
+        texts, done = [], 0
+        for end in self.ends:
+            texts.append(self.text[done:end])
+            done = max(done, end)
+        return texts
+
+    @property
+    def labels(self) -> list[int]:
+        return [i if answer else IGNORE_INDEX for i, answer in zip(self.input_ids, self.is_answer, strict=True)]
+
+
+_Token = tuple[int, int]  # id, and where it ends in the transcript's text
+
+
+class Renderer:
+    """Turns conversations into tokens for one tokenizer, template and number of image tokens.
+
+    That number is the same for every picture, or a function of a picture's (height, width).
+
+    Args:
+        template: a key of TEMPLATES, or `tokenizer`.
+        encoding: that of the checkpoint. 1: each piece of the template and each text by itself, as checkpoints were
+            trained that do not say it (chat_pieces.py), with their chat template in `saved`; 2: in one go.
+
+    Raises ChatError for a template that the tokenizer cannot render or end.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: str,
+        *,
+        image_token_id: int,
+        num_image_tokens: int | Callable[[Size], int],
+        encoding: int = TEXT_ENCODING,
+        saved: str | None = None,
+    ):
+        self.tokenizer = tokenizer
+        self.template_name = template
+        self.image_token_id = image_token_id
+        self.num_image_tokens = num_image_tokens
+        self.encoding, self._saved = encoding, saved
+        self.template = find_template(template, tokenizer)
+        self._conversations: Conversations | PieceConversations
+        if encoding == 1:
+            self._conversations = PieceConversations(tokenizer, saved or "")
+        else:
+            self._conversations = Conversations(tokenizer, self.template)
+        self._lock = threading.Lock()
+        self._cached = functools.lru_cache(maxsize=65536)(self._encode_segment)
+        self._specials, self.control = self._special_tokens()
+        longest_first = sorted(self._specials, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, longest_first)))
+        self.end_token_id, self.ends_answers = self._end_token()
+        if template != OWN_TEMPLATE:
+            self.require_end()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For other processes: made anew there, since a cache cannot travel."""
+        make = functools.partial(
+            Renderer, image_token_id=self.image_token_id, num_image_tokens=self.num_image_tokens,
+            encoding=self.encoding, saved=self._saved,
+        )  # fmt: skip
+        return make, (self.tokenizer, self.template_name)
+
+    def _special_tokens(self) -> tuple[dict[str, int], frozenset[str]]:
+        """(special tokens and their ids, those of them that mean something to the model).
+
+        Control are those that the tokenizer names and that the template writes. Others are content, such as `<box>` in
+        an answer: they are read from texts and shown in answers.
+        """
+        added = self.tokenizer.added_tokens_decoder
+        special = dict(zip(self.tokenizer.all_special_tokens, self.tokenizer.all_special_ids, strict=True))
+        special |= {token.content: number for number, token in added.items() if token.special}
+        special[IMAGE_TOKEN] = self.image_token_id
+        named = {token for token in self.tokenizer.special_tokens_map.values() if isinstance(token, str)}
+        frame = self._conversations.frame()
+        written = {token for token in special if token in frame or token in self.template.jinja}
+        # some template's tokens are not flagged as special: DeepSeek's <|User|>. A thought's <think> is no frame.
+        special |= {token.content: number for number, token in added.items() if token.content in frame}
+        return special, frozenset({*named, *written, IMAGE_TOKEN, *(token for token in special if token in frame)})
+
+    def _end_token(self) -> tuple[int, bool]:
+        """(the token that ends an answer, whether the template writes it)."""
+        rendered = self.render([Message("user", ("Uu0",)), Message("assistant", ("A",))])
+        answer = rendered.answers[-1]
+        probe = self._decode_shown(self.tokenizer.encode("A", add_special_tokens=False))
+        self._lead = self._decode_shown(rendered.input_ids[answer.start : answer.words_end]).removesuffix(probe).strip()
+        closing = rendered.input_ids[answer.words_end : answer.end]
+        special = {*self.tokenizer.get_added_vocab().values(), *self.tokenizer.all_special_ids}
+        if end := next((number for number in closing if number in special), None):
+            return end, True
+        if self.tokenizer.eos_token_id is None:
+            raise ChatError(
+                f"template {self.template_name!r} ends answers with nothing; the tokenizer needs an end token"
+            )
+        return int(self.tokenizer.eos_token_id), False
+
+    def require_end(self) -> None:
+        """Raises ChatError where training on this template could not teach where an answer ends."""
+        if self.ends_answers:
+            return
+        raise ChatError(
+            f"template {self.template_name!r} ends answers with {self._conversations.closing!r}, which this tokenizer "
+            "has no special token for, so training could not teach where an answer ends; choose one of "
+            f"{', '.join(TEMPLATES)}"
+        )
+
+    def count_image_tokens(self, image: Any) -> int:
+        """The image tokens of a picture: its file is looked into where their number depends on it."""
+        if isinstance(self.num_image_tokens, int):
+            return self.num_image_tokens
+        return self.num_image_tokens(image_size(image))
+
+    def render(self, messages: Sequence[Message], images: Sequence[Any] = ()) -> Rendered:
+        """The tokens of a conversation; one that ends with a question becomes the prompt of its answer.
+
+        Images become as many image tokens as they need. `images` are those that the messages refer to; they are asked
+        for where the number of tokens depends on them. The prompt is, token by token, the beginning of the conversation
+        with the answer: a token that is partly answer is not in it. Raises ChatError.
+        """
+        is_prompt = not messages or messages[-1].role != "assistant"
+        transcript = self._conversations.asked(messages) if is_prompt else self._conversations.whole(messages)
+        refs = [part.index for message in messages for part in message.parts if isinstance(part, ImageRef)]
+        if len(refs) != len(transcript.images):
+            raise ChatError(
+                f"the chat template shows {len(transcript.images)} of the conversation's {len(refs)} pictures"
+            )
+        is_fixed = isinstance(self.num_image_tokens, int)
+        counts = [self.count_image_tokens(None if is_fixed else images[index]) for index in refs]
+        tokens = self._tokens(transcript, counts)
+        ends = [end for _, end in tokens]
+        answers = [
+            AnswerTokens(*(bisect_right(ends, place) for place in (span.start, span.words_end, span.end)))
+            for span in transcript.answers
+        ]
+        if is_prompt:
+            del tokens[answers[-1].start :], answers[-1]
+        is_answer = [False] * len(tokens)
+        for answer in answers:
+            is_answer[answer.start : answer.end] = [True] * (answer.end - answer.start)
+        ids = [number for number, _ in tokens]
+        if any(
+            part
+            for message in messages
+            if message.role == "assistant"
+            for part in message.parts
+            if isinstance(part, ImageRef)
+        ):  # a picture is never learnt
+            is_answer = [flag and number != self.image_token_id for flag, number in zip(is_answer, ids, strict=True)]
+        return Rendered(ids, is_answer, sum(counts), tuple(answers), transcript.text, tuple(ends[: len(ids)]))
+
+    def render_example(self, example: Example) -> Rendered:
+        """`render`, with the example's images counted against its references."""
+        refs = [part.index for message in example.messages for part in message.parts if isinstance(part, ImageRef)]
+        if refs != list(range(len(example.images))):
+            raise ChatError(f"example {example.id}: its text refers to images {refs} but it has {len(example.images)}")
+        return self.render(example.messages, example.images)
+
+    def text(self, messages: Sequence[Message]) -> str:
+        """The same conversation as one text, for people to read; each image is one `<image>`."""
+        return self.text_and_images(messages)[0]
+
+    def text_and_images(self, messages: Sequence[Message]) -> tuple[str, tuple[int, ...]]:
+        """`text`, and where its images begin in it: an `<image>` anywhere else was typed."""
+        if not messages or messages[-1].role != "assistant":
+            transcript = self._conversations.asked(messages)
+            return transcript.prompt, transcript.images
+        transcript = self._conversations.whole(messages)
+        return transcript.text, transcript.images
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of generated tokens, without control tokens and what the template writes before an answer's words.
+
+        The second is an empty thought, `<think></think>`, where a thinking template writes one before each answer.
+        """
+        text = self._decode_shown(ids)
+        return "" if text and self._lead.startswith(text) else text.removeprefix(self._lead).strip()
+
+    def _decode_shown(self, ids: Sequence[int]) -> str:
+        hidden = {self._specials[token] for token in self.control if token in self._specials}
+        shown = [number for number in ids if number not in hidden]
+        return str(self.tokenizer.decode(shown, skip_special_tokens=False)).strip()
+
+    def saved_template(self, label: str) -> str:
+        """The chat template for other programs, images included; `label` stands before each of several pictures."""
+        if self.encoding == 1 and self._saved:
+            return self._saved
+        return saved_jinja(self.template, self.tokenizer, label=label)
+
+    def _tokens(self, transcript: Transcript, counts: Sequence[int]) -> list[_Token]:
+        """The text's tokens, `counts` of them for each picture.
+
+        A control token that a person wrote is text; where the template wrote it, it is the token.
+        """
+        text = transcript.text
+        number_of_image = dict(zip(transcript.images, counts, strict=True))
+        first_of_content = [start for start, _ in transcript.contents]
+        cuts = self._cuts(transcript)
+        edges: list[int] = []
+        if not self.tokenizer.is_fast:
+            edges = [edge for span in transcript.answers for edge in (span.start, span.words_end, span.end)]
+        tokens: list[_Token] = []
+        place, before = 0, ""
+        for found in self._special.finditer(text):
+            token, (start, end) = found[0], found.span()
+            count = number_of_image.get(start, 0) if token == IMAGE_TOKEN else 1
+            if token in self.control and (token != IMAGE_TOKEN or not count):
+                content = bisect_right(first_of_content, start) - 1
+                if content >= 0 and end <= transcript.contents[content][1]:
+                    continue  # a person wrote it
+            if place < start:
+                self._add_segment(tokens, text, (place, start), (before, token), cuts, edges)
+            tokens += [(self._specials[token], end)] * count
+            place, before = end, token
+        if place < len(text):
+            self._add_segment(tokens, text, (place, len(text)), (before, ""), cuts, edges)
+        return tokens
+
+    def _cuts(self, transcript: Transcript) -> set[int]:
+        """Places where a text ends and another one begins, for the tokenizer."""
+        cuts = set(transcript.cuts)
+        if self.encoding > 1 and (begin := self.template.begin) and transcript.text.startswith(begin):
+            cuts.add(len(begin))
+        if self.encoding == 1 or self.template.cuts_at_images:
+            cuts |= {place + side for place in transcript.images for side in (0, len(IMAGE_TOKEN))}
+        return cuts
+
+    def _add_segment(
+        self, tokens: list[_Token], text: str, span: tuple[int, int], neighbours: tuple[str, str], cuts: set[int],
+        edges: Sequence[int],
+    ) -> None:  # fmt: skip
+        """The tokens of a part of the text that no special token interrupts; `neighbours` are those around it."""
+        inner = [cut for cut in cuts if span[0] < cut < span[1]] if cuts else []
+        borders = [span[0], *sorted(inner), span[1]]
+        for first, last in pairwise(borders):
+            before = "" if first in cuts or first > span[0] else neighbours[0]
+            after = "" if last in cuts or last < span[1] else neighbours[1]
+            here = tuple(edge - first for edge in edges if first < edge < last)
+            encode = self._cached if last - first <= _CACHED_CHARACTERS else self._encode_segment
+            tokens += [(number, first + end) for number, end in encode(text[first:last], before, after, here)]
+
+    def _encode_segment(
+        self, text: str, before: str, after: str, edges: tuple[int, ...]
+    ) -> tuple[tuple[int, int], ...]:
+        """(id, where it ends in `text`) of each token, encoded between these two special tokens.
+
+        Without character offsets (tokenizers that are not fast), tokens end at those of `edges` that they come before.
+        """
+        options = {"add_special_tokens": False, "split_special_tokens": False}
+        if self._special.search(text):  # a person wrote them: they are text
+            before, after, options["split_special_tokens"] = "", "", True
+        whole = before + text + after
+        skipped = bool(before), bool(after)
+        if self.tokenizer.is_fast:
+            with self._lock:  # which a fast tokenizer needs where threads share it
+                encoded = self.tokenizer(whole, return_offsets_mapping=True, **options)
+            pairs = zip(encoded.input_ids, (end for _, end in encoded.offset_mapping), strict=True)
+            tokens = [(number, min(max(end - len(before), 0), len(text))) for number, end in pairs]
+            return tuple(tokens[skipped[0] : len(tokens) - skipped[1]])
+        ids = self.tokenizer.encode(whole, **options)[skipped[0] :]
+        ids = ids[: len(ids) - skipped[1]]
+        ends = [len(text)] * len(ids)
+        for edge in sorted(edges, reverse=True):
+            part = self.tokenizer.encode(before + text[:edge], **options)[skipped[0] :]
+            same = next(
+                (index for index, pair in enumerate(zip(ids, part, strict=False)) if pair[0] != pair[1]), len(part)
+            )
+            ends[:same] = [edge] * same
+        return tuple(zip(ids, ends, strict=True))
+
+
+__all__ = ["OWN_TEMPLATE", "TEMPLATES", "AnswerTokens", "ChatError", "Rendered", "Renderer"]

@@ -1,0 +1,70 @@
+"""Stage 1 and stage 2: which parts of the model are trained, on which data."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from mmllm.config.base import PositiveInt
+from mmllm.config.data import DataConfig
+from mmllm.config.model import LanguageConfig, ModelConfig
+from mmllm.config.run import RunConfig
+from mmllm.config.training import LanguageLoraConfig, LoraConfig, OptimConfig
+
+
+def check_precision(language: LanguageConfig, optim: OptimConfig, *, is_trained: bool) -> None:
+    """Raises ValueError where the LLM's weights cannot be trained, or computed with, as they are held."""
+    if language.dtype == "fp16":
+        raise ValueError(
+            "model.language.dtype fp16 is for answers only, since small gradients vanish in it; train with fp32, or "
+            "with bf16 where the LLM is frozen or has lora"
+        )
+    if language.is_half and is_trained:
+        raise ValueError(
+            f"model.language.dtype {language.dtype} would lose small updates of an LLM that is trained whole; leave it "
+            "at fp32 and set optim.precision=bf16 to compute in bf16, or use lora"
+        )
+    if language.attention == "flash_attention_2" and optim.precision == "fp32" and not language.is_half:
+        raise ValueError("model.language.attention flash_attention_2 has no fp32; set optim.precision=bf16")
+
+
+class StageConfig(RunConfig):
+    """Stage 1 (projector on captions) and stage 2 (projector and LLM on conversations)."""
+
+    stage: Literal["stage1", "stage2"]
+    model: ModelConfig
+    data: DataConfig
+    train: Annotated[tuple[Literal["vision", "projector", "language"], ...], Field(min_length=1)]
+    freeze: tuple[str, ...] = ()  # patterns of names: of the parts in `train`, what is not trained after all
+    vision_last_layers: PositiveInt | None = None  # of a trained tower, how many layers are; default: all of it
+    lora: LanguageLoraConfig | None = None  # of the LLM
+    vision_lora: LoraConfig | None = None  # of the tower
+
+    @model_validator(mode="after")
+    def _combination(self) -> StageConfig:
+        self.check_rates(self.train)
+        if isinstance(self.optim.layer_decay, dict) and (unknown := set(self.optim.layer_decay) - set(self.train)):
+            raise ValueError(
+                f"optim.layer_decay has {sorted(unknown)}, but train lists {sorted(self.train)}; give parts of train"
+            )
+        if self.lora and "language" not in self.train:
+            raise ValueError("lora adapts the LLM, but train does not list language")
+        if self.vision_lora and self.vision_last_layers:
+            raise ValueError("give vision_lora or vision_last_layers: a tower is adapted, or its last layers trained")
+        if (self.vision_lora or self.vision_last_layers) and "vision" not in self.train:
+            raise ValueError("vision_lora or vision_last_layers train the tower, but train does not list vision")
+        if self.lora and self.lora.quantise and self.optim.liger:
+            raise ValueError("lora.quantise ends on the CPU, where optim.liger has no kernels; take one of them out")
+        if self.log.text_probe and "language" not in self.train:
+            raise ValueError("log.text_probe shows what a trained LLM forgets, but train does not list language")
+        if self.data.cache_features and "vision" in self.train:
+            raise ValueError("data.cache_features keeps the frozen tower's output, but train lists vision")
+        if "vision" in self.optim.gradient_checkpointing and "vision" not in self.train:
+            raise ValueError(
+                "optim.gradient_checkpointing lists vision, but train does not: a frozen tower keeps nothing for "
+                "backward; leave it out"
+            )
+        if self.model.language:
+            check_precision(self.model.language, self.optim, is_trained="language" in self.train and not self.lora)
+        return self

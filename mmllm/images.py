@@ -1,0 +1,380 @@
+"""One safe way from a file, bytes or a picture in memory to an RGB picture.
+
+Rules: EXIF orientation is applied; transparency is laid on white; 16-bit grey is scaled so that 65535 is white; of an
+animation or a file of several pages the first is taken; the content decides the format, never the suffix; colour
+profiles are not applied. What cannot be decoded to the end is an ImageError, so a truncated file is never half grey.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+
+from mmllm.batch import PreparedImage
+from mmllm.errors import MmllmError
+
+# Pillow warns from this many pixels on, see Image.MAX_IMAGE_PIXELS: a quarter of a gigabyte as RGB.
+MAX_PIXELS = 89_478_485
+
+# A JPEG with more pixels may be decoded at a half, a quarter or an eighth of its size, which is made while decoding.
+# Every photo of 33 megapixels is then read whole, and one of 50 takes 50 MB, not 200.
+MAX_WHOLE_PIXELS = 1 << 25
+MIN_SHRUNK_SIDE_PX = 1024  # far above what any tower sees of the shorter side
+
+# Not whatever Pillow can open: its EPS reader starts Ghostscript, and TGA has no signature to recognise it by.
+# A phone's MPO, several JPEG pictures in one file, is read as JPEG.
+FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+
+# Formats that are recognised to be named, not read: how their files begin.
+_UNREAD_FORMATS = {
+    b"\xff\x0a": "JPEG XL",
+    b"\0\0\0\x0cJXL ": "JPEG XL",
+    b"8BPS": "a Photoshop file",
+    b"<svg": "an SVG drawing",
+    b"%!PS": "PostScript",
+    b"%PDF": "a PDF",
+}
+# ISO 23008-12: the brands of HEIF files that hold HEVC pictures, as phones write them; `mif1` also begins AVIF's.
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs")
+_HEIF_GENERAL_BRANDS = (b"mif1", b"mif2", b"msf1")
+
+# What decides a PNG's pixels and how they stand. Text and colour profiles are left out where they trouble Pillow.
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
+_PNG_CHECKED_CHUNKS = (b"eXIf",)  # kept where their checksum is right
+
+# What Pillow's readers raise on damaged files; they have no common base class.
+_DAMAGE = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    SyntaxError,
+    EOFError,
+    LookupError,
+    TypeError,
+    ArithmeticError,
+    struct.error,
+    zlib.error,
+)
+
+# EXIF 2.32, tag 274: how the stored picture must be turned to stand upright; 1 is upright already.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# Pillow spreads PNG's grey of fewer bits over 0-255, but leaves the transparent grey as the file has it.
+_STEPS = {"1": 255, "L;2": 85, "L;4": 17}
+
+# Of Pillow's warnings none says more than the picture or the ImageError does, and a million rows would repeat them.
+_PILLOWS_WARNINGS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
+
+
+HEIF_INSTALL = "pip install 'mmllm[heif]'"
+
+
+class ImageError(MmllmError):
+    """An image that cannot be used; the message names it, says what is wrong and what to do."""
+
+
+def load_image(
+    source: str | Path | bytes | Image.Image, *, max_pixels: int = MAX_PIXELS, may_shrink: bool = False
+) -> Image.Image:
+    """The upright RGB picture of a path, of a file's bytes, or of a picture in memory, which is left as it is.
+
+    The result shares nothing with the source and carries no metadata. `max_pixels` (width x height) is checked
+    before anything is decoded; Pillow's own limit, about twice the default, holds as well. With `may_shrink` a JPEG
+    of more than MAX_WHOLE_PIXELS may come smaller than `image_size` says, and its limit is that of what is decoded.
+    Raises ImageError.
+    """
+    if max_pixels < 1:
+        raise ValueError(f"max_pixels must be at least 1, got {max_pixels}")
+    with _without_warnings():
+        if isinstance(source, Image.Image):
+            return _decode(source, "the image in memory", max_pixels, is_ours=False)
+        if isinstance(source, bytes):
+            return _read(io.BytesIO(source), f"the image given as {len(source):,} bytes", max_pixels, may_shrink)
+        if not isinstance(source, str | Path):
+            raise ImageError(f"an image must be a path, bytes or a PIL image, got {type(source).__name__}")
+        with _open_file(source) as file:
+            return _read(file, _shown(source), max_pixels, may_shrink)
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Like `warnings.catch_warnings`, which would lose or keep filters where several threads read pictures."""
+    filters: list[Any] = warnings.filters  # type: ignore[assignment]
+    filters.insert(0, _PILLOWS_WARNINGS)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):  # where another thread emptied the list meanwhile
+            filters.remove(_PILLOWS_WARNINGS)
+
+
+def _shown(source: str | Path) -> str:
+    text = str(source)
+    return text if len(text) <= 300 else f"{text[:300]}..."
+
+
+def _open_file(source: str | Path) -> IO[bytes]:
+    name, path = _shown(source), Path(source)
+    try:
+        if path.is_dir():
+            raise ImageError(f"{path} is a folder, not an image; give the path of one image file")
+        if not path.exists():
+            if "://" in name:
+                raise ImageError(f"{name} is an address; images are read from disk only, so download it first")
+            raise ImageError(f"no image file at {name}; check the path (now in {Path.cwd()})")
+        if not path.is_file():
+            raise ImageError(f"{name} is a device or a pipe, not an image; give the path of an image file")
+        return path.open("rb")
+    except OSError as error:
+        raise ImageError(f"{name} cannot be opened ({error.strerror}); check the path and its rights") from error
+
+
+def image_size(source: str | Path | bytes | Image.Image | PreparedImage) -> tuple[int, int]:
+    """(height, width) of the upright picture, from the head of the file alone. Raises ImageError."""
+    if isinstance(source, PreparedImage):
+        return source.size
+    with _without_warnings():
+        if isinstance(source, Image.Image):
+            return _upright_size(source, _orientation(source))
+        if isinstance(source, bytes):
+            return _size_of_file(io.BytesIO(source), f"the image given as {len(source):,} bytes")
+        with _open_file(source) as file:
+            return _size_of_file(file, _shown(source))
+
+
+def _size_of_file(file: IO[bytes], name: str) -> tuple[int, int]:
+    is_told_at_its_head = not _has_late_chunks(file)
+    file.seek(0)
+    return _upright_size(picture := _open_picture(file, name), _orientation(picture, head_only=is_told_at_its_head))
+
+
+def _has_late_chunks(file: IO[bytes]) -> bool:
+    """Whether a PNG has chunks behind its pixels; the orientation may be among them."""
+    if file.read(8) != _PNG_SIGNATURE:
+        return False
+    is_behind = False
+    while len(head := file.read(8)) == 8 and head[4:] != b"IEND":
+        is_behind |= head[4:] == b"IDAT"
+        if is_behind and head[4:] not in (b"IDAT", b"fcTL", b"fdAT"):
+            return True
+        file.seek(int.from_bytes(head[:4], "big") + 4, io.SEEK_CUR)
+    return False
+
+
+def _upright_size(picture: Image.Image, orientation: int) -> tuple[int, int]:
+    width, height = picture.size  # of a TIFF, Pillow gives the upright size already
+    is_turned = picture.format != "TIFF" and orientation in (5, 6, 7, 8)  # by these, sides change places
+    return (width, height) if is_turned else (height, width)
+
+
+def _read(file: IO[bytes], name: str, max_pixels: int, may_shrink: bool) -> Image.Image:
+    try:
+        picture = _open_picture(file, name)
+        if may_shrink:
+            _decode_smaller(picture)
+        return _decode(picture, name, max_pixels)
+    except ImageError as error:
+        if isinstance(error.__cause__, _DAMAGE) and (bare := _bare_png(file)) is not None:
+            return _decode(_open_picture(bare, name), name, max_pixels)
+        raise
+
+
+def _decode_smaller(picture: Image.Image) -> None:
+    """Has a large JPEG decoded at a fraction of its size: libjpeg makes it out of fewer frequencies of each block."""
+    width, height = picture.size
+    if picture.format not in ("JPEG", "MPO") or width * height <= MAX_WHOLE_PIXELS:
+        return
+    allowed = [step for step in (2, 4, 8) if min(width, height) // step >= MIN_SHRUNK_SIDE_PX]
+    enough = [step for step in allowed if width * height <= MAX_WHOLE_PIXELS * step**2]
+    if allowed:
+        step = min(enough, default=max(allowed))
+        picture.draft(None, (width // step, height // step))
+
+
+def _open_picture(file: IO[bytes], name: str) -> Image.Image:
+    start = file.read(64)
+    if not start:
+        raise ImageError(f"{name} is empty (0 bytes); copy or download it again")
+    file.seek(0)
+    try:
+        if _is_heif(start):
+            return _open_heif(file, name)
+        return Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError as error:
+        kind = next((kind for begin, kind in _UNREAD_FORMATS.items() if start.startswith(begin)), None)
+        if kind:
+            raise ImageError(f"{name} is {kind}, which is not read; convert it to PNG or JPEG") from error
+        if (bare := _bare_png(file)) is not None:  # broken beside its pixels
+            return _open_picture(bare, name)
+        if start.startswith(_PNG_SIGNATURE):
+            raise ImageError(_damaged(name, error)) from error
+        raise ImageError(
+            f"{name} is not an image that can be read, it starts with {start[:24]!r}; "
+            f"give one of {', '.join(FORMATS)}, HEIF, or copy it again if it should be one"
+        ) from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{name} has too many pixels ({error}); make it smaller") from error
+    except _DAMAGE as error:
+        if (bare := _bare_png(file)) is not None:
+            return _open_picture(bare, name)
+        raise ImageError(_damaged(name, error)) from error
+
+
+def _is_heif(start: bytes) -> bool:
+    """Whether a file begins as HEIF with HEVC pictures does. AVIF, which has the same frame, Pillow reads itself."""
+    if start[4:8] != b"ftyp":
+        return False
+    size, brand = int.from_bytes(start[:4], "big"), start[8:12]
+    others = start[16 : max(16, size)]
+    return brand in _HEIF_BRANDS or (brand in _HEIF_GENERAL_BRANDS and b"avif" not in others and b"avis" not in others)
+
+
+def _open_heif(file: IO[bytes], name: str) -> Image.Image:
+    """The reader of pillow-heif, which is used by itself: registered with Pillow it would open files of others too."""
+    try:
+        from pillow_heif import HeifImageFile
+    except ImportError as error:
+        raise ImageError(f"{name} is HEIF, as phones write it, which needs {HEIF_INSTALL}; or convert it") from error
+    picture: Image.Image = HeifImageFile(file)  # type: ignore[no-untyped-call]
+    return picture
+
+
+def _bare_png(file: IO[bytes]) -> IO[bytes] | None:
+    """A PNG without text, profiles and whatever else is no pixel; None for another file, or one that is bare already.
+
+    Programs keep megabytes of text in PNGs, more than Pillow reads, which guards against texts that grow when they
+    are unpacked. Here they are not unpacked at all, and Pillow's limits stay as they are for everybody else.
+    """
+    file.seek(0)
+    if file.read(8) != _PNG_SIGNATURE:
+        return None
+    bare, num_dropped = io.BytesIO(), 0
+    bare.write(_PNG_SIGNATURE)
+    while head := file.read(8):
+        size, kind = int.from_bytes(head[:4], "big"), head[4:]
+        if kind in _PNG_CHUNKS or kind in _PNG_CHECKED_CHUNKS:
+            body = file.read(size + 4)
+            if kind in _PNG_CHUNKS or body[-4:] == zlib.crc32(kind + body[:-4]).to_bytes(4, "big"):
+                bare.write(head + body)
+                continue
+        else:
+            file.seek(size + 4, io.SEEK_CUR)
+        num_dropped += 1
+    bare.seek(0)
+    return bare if num_dropped else None
+
+
+def _damaged(name: str, error: Exception) -> str:
+    is_unknown = isinstance(error, UnidentifiedImageError)  # Pillow says where the bytes are in memory
+    why = "its head cannot be read" if is_unknown else str(error) or type(error).__name__
+    return f"{name} is damaged or cut off ({why}); copy or download it again"
+
+
+def _decode(picture: Image.Image, name: str, max_pixels: int, *, is_ours: bool = True) -> Image.Image:
+    """The upright RGB picture; one that is not ours was opened by the caller and is left as it is."""
+    width, height = picture.size
+    if width * height > max_pixels:
+        raise ImageError(
+            f"{name} has {width} x {height} = {width * height:,} pixels, allowed are {max_pixels:,}; make it smaller"
+        )
+    if width * height == 0:
+        raise ImageError(f"{name} has no pixels ({width} x {height}); give a picture of at least 1 x 1")
+    tiles = picture.tile if isinstance(picture, ImageFile.ImageFile) else []
+    stored = str(tiles[0].args) if tiles else ""
+    try:
+        picture.load()
+    except AssertionError as error:  # Pillow's, where the file of a picture that was opened is gone
+        raise ImageError(f"{name} was opened but its file is closed; call its load() before that") from error
+    except _DAMAGE as error:
+        raise ImageError(_damaged(name, error)) from error
+    turn = _TURNS.get(_orientation(picture))
+    if (
+        isinstance(picture, ImageFile.ImageFile)
+        and is_ours
+        and picture.mode == "RGB"
+        and "transparency" not in picture.info
+    ):
+        rgb = picture._new(picture.im)  # no copy, which would be hundreds of megabytes of a large picture
+    else:
+        rgb = _to_rgb(_with_transparent_colour(picture, stored), name)
+    if turn is not None:
+        rgb = rgb.transpose(turn)
+    rgb.info = {}  # it still names the old orientation, and would be turned again when loaded again
+    return rgb
+
+
+def _orientation(picture: Image.Image, *, head_only: bool = False) -> int:
+    """The EXIF orientation. A picture whose EXIF block is damaged is shown as it is stored, as viewers do.
+
+    With `head_only` a PNG is not decoded to see whether its EXIF stands behind the pixels.
+    """
+    try:
+        exif = Image.Image.getexif(picture) if head_only else picture.getexif()
+        value = exif.get(ExifTags.Base.Orientation, 1)
+    except _DAMAGE:
+        return 1
+    return value if isinstance(value, int) else 1
+
+
+def _with_transparent_colour(picture: Image.Image, stored: str) -> Image.Image:
+    """The picture with PNG's transparent colour in the bits of its pixels; `stored` is Pillow's name of the file's."""
+    transparent = picture.info.get("transparency")
+    if stored in _STEPS and isinstance(transparent, int):
+        transparent *= _STEPS[stored]
+    elif stored == "RGB;16B" and isinstance(transparent, tuple):  # so is every colour that became the same in 8 bits
+        transparent = tuple(value >> 8 for value in transparent)
+    else:
+        return picture
+    picture = picture.copy()
+    picture.info["transparency"] = transparent
+    return picture
+
+
+def _to_rgb(picture: Image.Image, name: str) -> Image.Image:
+    if picture.mode == "I" or picture.mode.startswith("I;16"):
+        picture = _grey_of_16_bits(picture, name)
+    if picture.mode == "F":
+        raise ImageError(f"{name} has floating-point pixels, for which no white is defined; save it with 8 or 16 bits")
+    if picture.mode in ("P", "PA") and picture.palette is None:
+        raise ImageError(f"{name} has colours of a palette but no palette; save it as RGB")
+    try:
+        if not picture.has_transparency_data:
+            return picture.convert("RGB")
+        rgba = picture.convert("RGBA")
+    except ValueError as error:
+        raise ImageError(f"{name} has colour mode {picture.mode} ({error}); save it as RGB") from error
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+
+
+def _grey_of_16_bits(picture: Image.Image, name: str) -> Image.Image:
+    """Mode L of a 16-bit picture; Pillow's own conversion has clipped it at 255 in some versions and modes."""
+    values = np.asarray(picture)
+    if values.min() < 0 or values.max() > 65535:
+        raise ImageError(
+            f"{name} has 32-bit grey values from {values.min()} to {values.max()}, for which no white is defined; "
+            "save it with 8 or 16 bits"
+        )
+    grey = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    transparent = picture.info.get("transparency")
+    if isinstance(transparent, int):
+        grey[values == transparent] = 255
+    return Image.fromarray(grey)

@@ -1,0 +1,94 @@
+"""Whether an imported model is asked as its folder's own processor asks: the ids of whole prompts, one by one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from PIL import Image
+
+from mmllm.chat.conversation import Conversation
+from mmllm.inference.engine import Engine
+from mmllm.model.hub import quiet_transformers
+
+_SIDE_PX = 64
+# Turns of (number of pictures, question, answer); the last turn is the one that is asked.
+_CHATS: dict[str, tuple[tuple[int, str, str], ...]] = {
+    "one picture": ((1, "What color is it?", ""),),
+    "two pictures": ((2, "Which one has a star?", ""),),
+    "a second turn": ((1, "What is in the picture?", "A red circle."), (0, "And above it?", "")),
+    "no picture": ((0, "Hello, who are you?", ""),),
+}
+
+
+@dataclass(frozen=True)
+class PromptComparison:
+    """How many prompts of the folder's own processor are ours, and what the first other one is."""
+
+    num_equal: int
+    num_prompts: int
+    first_difference: str = ""
+
+    def __str__(self) -> str:
+        if self.num_equal == self.num_prompts:
+            return f"{self.num_equal} prompts of its own processor are ours, token by token"
+        return (
+            f"{self.num_prompts - self.num_equal} of {self.num_prompts} prompts of its own processor are not ours: "
+            f"{self.first_difference}"
+        )
+
+
+def compare_prompts(engine: Engine, folder: str | Path) -> PromptComparison:
+    """Asks the folder's own processor and the engine for the prompts of the same conversations.
+
+    Some templates write the line break between a picture and its question, and others leave it to the question: a
+    prompt is ours where either is.
+    """
+    from transformers import AutoProcessor
+
+    with quiet_transformers():
+        processor = AutoProcessor.from_pretrained(folder)
+    num_equal, first = 0, ""
+    for name, turns in _CHATS.items():
+        ours = _our_ids(engine, turns)
+        try:
+            theirs = [_their_ids(processor, turns, break_) for break_ in ("", "\n")]
+        except (TemplateError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+            first = first or f"of {name}, it makes none ({error})"
+            continue
+        if ours in theirs:
+            num_equal += 1
+        elif not first:
+            place = next((n for n, pair in enumerate(zip(ours, theirs[0], strict=False)) if pair[0] != pair[1]), None)
+            shared = min(len(ours), len(theirs[0])) if place is None else place
+            own, other = (engine.processor.tokenizer.decode(ids[shared : shared + 8]) for ids in (ours, theirs[0]))
+            first = f"of {name}, token {shared} begins {other!r} there and {own!r} here"
+    return PromptComparison(num_equal, len(_CHATS), first)
+
+
+def _our_ids(engine: Engine, turns: tuple[tuple[int, str, str], ...]) -> list[int]:
+    conversation = Conversation(label=engine.picture_label)
+    for number, question, answer in turns[:-1]:
+        conversation.add(question, [_picture()] * number, answer)
+    number, question, _ = turns[-1]
+    return engine.renderer.render_example(conversation.ask(question, [_picture()] * number)).input_ids
+
+
+def _their_ids(processor: Any, turns: tuple[tuple[int, str, str], ...], line_break: str) -> list[int]:
+    chat = []
+    for number, question, answer in turns:
+        pictures = [{"type": "image", "image": _picture()} for _ in range(number)]
+        text = {"type": "text", "text": (line_break if number else "") + question}
+        chat.append({"role": "user", "content": [*pictures, text]})
+        if answer:
+            chat.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    ids: list[int] = processor.apply_chat_template(
+        chat, add_generation_prompt=True, tokenize=True, return_dict=True
+    )["input_ids"][0]  # fmt: skip
+    return list(ids)
+
+
+def _picture() -> Image.Image:
+    return Image.new("RGB", (_SIDE_PX, _SIDE_PX))

@@ -1,0 +1,135 @@
+"""Optimizers and the learning-rate schedule. Each trained part has a learning rate of its own, or each layer."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Collection, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmllm.checkpoint.adapter import quiet_bitsandbytes
+from mmllm.config import BITSANDBYTES_KINDS, ConfigError, OptimConfig
+from mmllm.optimizers.layers import hidden_matrices
+from mmllm.optimizers.muon import build_muon
+
+Parts = Mapping[str, Sequence[tuple[str, nn.Parameter]]]  # part -> its trained parameters with their names
+
+
+def _is_decayed(name: str, parameter: nn.Parameter) -> bool:
+    """Biases and norms are not, nor is a state space's `A_log`, as in Mamba: https://arxiv.org/abs/2312.00752"""
+    return parameter.ndim >= 2 and name.rpartition(".")[2] != "A_log"
+
+
+def match(patterns: Sequence[str], names: Sequence[str], *, setting: str) -> dict[str, str]:
+    """The pattern that matches each name, for names that one does: `*` and `?` as in a shell, over the whole name.
+
+    Raises ConfigError for a pattern that matches no name, and for a name that two match: order decides nothing.
+    """
+    found: dict[str, str] = {}
+    for pattern in patterns:
+        matched = [name for name in names if fnmatchcase(name, pattern)]
+        if not matched:
+            shown = ", ".join([*names[:2], *names[-2:]])
+            raise ConfigError(f"{setting}: {pattern!r} matches no trained parameter; their names are such as {shown}")
+        for name in matched:
+            if name in found:
+                raise ConfigError(f"{setting}: {found[name]!r} and {pattern!r} both match {name}; make them exclusive")
+            found[name] = pattern
+    return found
+
+
+def parameter_rates(
+    parts: Parts, config: OptimConfig, depths: Mapping[str, int], matrices: Collection[int]
+) -> dict[str, float]:
+    """The peak learning rate of every trained parameter by its name.
+
+    That of `rates_of`, or else its part's (`matrices`, which Muon takes, have their own), times `layer_decay` for each
+    layer between it and the top of its part, as in BEiT (https://arxiv.org/abs/2106.08254). Raises ConfigError.
+    """
+    names = [name for named in parts.values() for name, _ in named]
+    special = match(list(config.rates_of), names, setting="optim.rates_of")
+    rates = {}
+    for part, named in parts.items():
+        decay = config.layer_decay if isinstance(config.layer_decay, float) else config.layer_decay.get(part, 1.0)
+        for name, parameter in named:
+            rate = config.matrix_learning_rate if id(parameter) in matrices else config.learning_rates[part]
+            rates[name] = config.rates_of[special[name]] if name in special else rate * decay ** depths.get(name, 0)
+    return rates
+
+
+def build_optimizers(
+    module: nn.Module, parts: Parts, config: OptimConfig, *, depths: Mapping[str, int] | None = None
+) -> list[torch.optim.Optimizer]:
+    """AdamW over all parts, whole or bitsandbytes' in 8 bits, or Muon on `module`'s hidden matrices, AdamW on the rest.
+
+    Muon: https://kellerjordan.github.io/posts/muon/, 8 bits: https://arxiv.org/abs/2110.02861
+
+    Every parameter group carries `peak`, the learning rate that the schedule scales. `depths` are those of
+    `mmllm.optimizers.layers`. Raises ConfigError for patterns that fit no parameter.
+    """
+    chosen_matrices = hidden_matrices(module) if config.kind == "muon" else set()
+    rates = parameter_rates(parts, config, depths or {}, chosen_matrices)
+    groups: dict[tuple[str, bool, float], list[nn.Parameter]] = {}
+    matrices: dict[float, list[nn.Parameter]] = {}
+    for part, named in parts.items():
+        for is_decayed in (True, False):
+            for name, parameter in named:
+                if _is_decayed(name, parameter) != is_decayed:
+                    continue
+                if id(parameter) in chosen_matrices:
+                    matrices.setdefault(rates[name], []).append(parameter)
+                else:
+                    groups.setdefault((part, is_decayed, rates[name]), []).append(parameter)
+    adam_groups: list[dict[str, Any]] = [
+        {"params": chosen, "lr": rate, "peak": rate, "weight_decay": config.weight_decay * is_decayed, "part": part}
+        for (part, is_decayed, rate), chosen in groups.items()
+    ]
+    optimizers = [_adamw(config.kind)(adam_groups, betas=(0.9, config.beta2))]
+    if matrices:
+        muon = [{"params": some, "lr": rate, "peak": rate, "part": "matrices"} for rate, some in matrices.items()]
+        optimizers.append(build_muon(muon, weight_decay=config.weight_decay))
+    return optimizers
+
+
+def _adamw(kind: str) -> Any:
+    """What makes an optimizer of groups. Of weights under 4096 elements bitsandbytes keeps the state in fp32."""
+    if kind not in BITSANDBYTES_KINDS:
+        return functools.partial(torch.optim.AdamW, fused=True)  # one pass over the weights
+    quiet_bitsandbytes()
+    from bitsandbytes import optim  # mmllm/runs/requirements.py has looked whether it is there
+
+    return {"adamw8bit": optim.AdamW8bit, "paged_adamw": optim.PagedAdamW, "paged_adamw8bit": optim.PagedAdamW8bit}[
+        kind
+    ]
+
+
+def rate_factor(step: int, config: OptimConfig) -> float:
+    """Linear warm-up from zero, a plateau, then a cosine to zero over the last `decay_fraction` of the run."""
+    warmup_steps = max(1, round(config.warmup_fraction * config.max_steps))
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    decay_steps = min(config.max_steps - warmup_steps, round(config.decay_fraction * config.max_steps))
+    progress = (step - (config.max_steps - decay_steps)) / max(1, decay_steps)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, progress))))
+
+
+def set_learning_rates(optimizers: Sequence[torch.optim.Optimizer], factor: float) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+
+
+def group_norms(groups: Sequence[Sequence[nn.Parameter]]) -> list[float]:
+    """The gradient's norm over each group of parameters, in one go."""
+    norms: list[float] = torch.stack([gradient_norm(parameters) for parameters in groups]).tolist()
+    return norms
+
+
+def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """The 2-norm over all gradients that are there; zero where none is."""
+    norms = [torch.linalg.vector_norm(p.grad.float()) for p in parameters if p.grad is not None]
+    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())

@@ -1,0 +1,101 @@
+"""Folders of pictures as people have them: which files are pictures, by their names, and why others are passed over.
+
+One list of endings serves training, captioning, checks and the page. What a file truly is, its content says.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import PurePath, PurePosixPath
+
+from mmllm.images import HEIF_INSTALL
+
+# fmt: off
+HEIF_ENDINGS = (".heic", ".heif", ".hif")
+PICTURE_ENDINGS = (
+    ".apng", ".avif", ".bmp", ".dib", ".gif", *HEIF_ENDINGS, ".j2c", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpf",
+    ".jpg", ".jpx", ".mpo", ".pbm", ".pgm", ".pjp", ".pjpeg", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp",
+)
+SIDECAR_ENDINGS = (".json", ".txt", ".text", ".caption")  # what may stand beside a picture and tell about it
+_UNREAD_ENDINGS = {
+    "JPEG XL": (".jxl",),
+    "JPEG XR": (".hdp", ".jxr", ".wdp"),
+    "a camera's raw file": (".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".pef", ".raf", ".rw2", ".srw"),
+    "a Photoshop or GIMP file": (".psb", ".psd", ".xcf"),
+    "a drawing": (".ai", ".eps", ".emf", ".svg", ".svgz", ".wmf"),
+    "a picture in a rare format": (".exr", ".hdr", ".ico", ".pcx", ".qoi", ".tga"),
+}
+# Folders and files that systems and their tools leave beside people's own.
+_SYSTEM_FOLDERS = ("$recycle.bin", "#recycle", "@eadir", "lost+found", "system volume information")
+_SYSTEM_FILES = ("desktop.ini", "ehthumbs.db", "icon\r", "thumbs.db")
+# fmt: on
+
+
+@dataclass
+class FolderFiles:
+    """The files of a folder, by their paths inside it."""
+
+    pictures: list[str] = field(default_factory=list)
+    sidecars: list[str] = field(default_factory=list)
+    unread: dict[str, str] = field(default_factory=dict)  # looks like a picture, but cannot be read: the reason
+    passed_over: Counter[str] = field(default_factory=Counter)  # all other files; reason: how many
+
+    def unread_by_reason(self) -> Counter[str]:
+        """How many there are of each kind, with the name of one."""
+        first = {reason: name for name, reason in reversed(self.unread.items())}
+        counts = Counter(self.unread.values())
+        return Counter({f"{reason} (such as {first[reason]})": count for reason, count in counts.items()})
+
+
+def ending_of(name: str) -> str:
+    return PurePath(name).suffix.lower()
+
+
+def sort_files(names: Iterable[str]) -> FolderFiles:
+    """Pictures, what stands beside them, and the rest; `names` are paths inside the folder, and keep their order."""
+    files = FolderFiles()
+    for name in names:
+        ending = ending_of(name)
+        if reason := _is_nobodys(name):
+            files.passed_over[reason] += 1
+        elif ending in PICTURE_ENDINGS:
+            files.pictures.append(name)
+        elif ending in SIDECAR_ENDINGS:
+            files.sidecars.append(name)
+        elif kind := next((kind for kind, endings in _UNREAD_ENDINGS.items() if ending in endings), None):
+            files.unread[name] = f"{kind} ({ending}), which is not read; convert it to PNG or JPEG"
+        else:
+            files.passed_over[f"no picture by its name ({ending or 'without an ending'})"] += 1
+    return files
+
+
+def _is_nobodys(name: str) -> str | None:
+    """Why a file is none that a person put there as a picture or a caption; None where it may be."""
+    parts = PurePosixPath(name.replace("\\", "/")).parts
+    if "__MACOSX" in parts:
+        return "in __MACOSX, where a Mac keeps attributes"
+    if parts[-1].startswith("._"):
+        return "`._` files, where a Mac keeps attributes"
+    if parts[-1].lower() in (*_SYSTEM_FILES, ".ds_store") or any(part.lower() in _SYSTEM_FOLDERS for part in parts):
+        return "of the operating system"
+    if any(part.startswith(".") for part in parts):
+        return "hidden, its name or folder begins with a dot"
+    return None
+
+
+def missing_package(name: str) -> str | None:
+    """What has to be installed before a picture of this ending can be read; None where nothing has."""
+    if ending_of(name) in HEIF_ENDINGS and importlib.util.find_spec("pillow_heif") is None:
+        return f"{name} is HEIF, as phones write it, which needs {HEIF_INSTALL}; or convert it"
+    return None
+
+
+def tell_passed_over(counts: Mapping[str, int]) -> str:
+    """One sentence: how many files, and why. Nothing where there are none."""
+    if not (total := sum(counts.values())):
+        return ""
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.items(), key=lambda row: -row[1]))
+    return f"{total:,} file{'s' * (total != 1)} passed over: {reasons}"

@@ -1,0 +1,185 @@
+"""`report.html`: what a run did, as one file that needs no network; made of what the run's folder holds.
+
+It is written when a run ends, when it is stopped, and by `mmllm report RUN`.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import yaml
+from PIL import Image
+
+from mmllm.checkpoint.folder import MANIFEST, library_versions
+from mmllm.evaluation.reliance import RELIANCE, RELIANCE_ERROR
+from mmllm.runs.alarms import TEXT_LOSS, forgetting_of
+from mmllm.runs.charts import Curve, chart
+from mmllm.runs.run_log import LOG_FILE, figures_of, read_log
+
+REPORT, ABOUT, SETTINGS = "report.html", "about.json", "config.yaml"
+MAX_SIDE_PX = 512  # of a picture in the page
+MAX_ANSWERS = 6  # of one sample over the run
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # no script, nothing from anywhere
+
+
+def write_about(out: Path, notes: Sequence[str], machine: str) -> None:
+    """What the log does not say: versions, where it runs, what is not measured. Of the newest start."""
+    versions = {"python": platform.python_version(), **library_versions()}
+    (out / ABOUT).write_text(json.dumps({"versions": versions, "machine": machine, "notes": list(notes)}, indent=2))
+
+
+def write_report(out: Path) -> Path:
+    """Writes `report.html` into a run's folder. Raises ValueError where that holds no run."""
+    if not (out / LOG_FILE).is_file() or not (out / SETTINGS).is_file():
+        raise ValueError(f"no run in {out}: it needs {LOG_FILE} and {SETTINGS}, which `mmllm train` writes")
+    partial = (out / REPORT).with_suffix(".part")
+    partial.write_text(_page(out), encoding="utf-8")
+    return partial.replace(out / REPORT)
+
+
+def _page(out: Path) -> str:
+    rows = read_log(out / LOG_FILE)
+    text = (out / SETTINGS).read_text()
+    settings = yaml.safe_load(text)
+    about = json.loads((out / ABOUT).read_text()) if (out / ABOUT).is_file() else {}
+    style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
+    title = escape(out.resolve().name)
+    curves: dict[str, Curve] = dict(figures_of(rows))
+    body = [
+        _head(out, rows, settings, about), _alarms(rows, about), _charts(curves, settings), _samples(out / "samples"),
+        _table(rows), _other_charts(curves, settings), _settings(text, about),
+    ]  # fmt: skip
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title} - mmllm report</title>\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<meta name="color-scheme" content="light dark">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n<style>\n{style}</style>\n</head>\n'
+        f"<body>\n<main>\n{''.join(body)}</main>\n</body>\n</html>\n"
+    )
+
+
+def _head(out: Path, rows: Sequence[Mapping[str, Any]], settings: Any, about: Mapping[str, Any]) -> str:
+    last, steps = (rows[-1]["step"] if rows else 0), settings["optim"]["max_steps"]
+    state = "finished" if (out / MANIFEST).is_file() or last >= steps else "stopped"
+    machine = f", {escape(about['machine'])}" if about else ""
+    return (
+        f"<header><p class=over>{escape(settings['stage'])}</p><h1>{escape(out.resolve().name)}</h1>"
+        f'<p class=where><b class="{state}">{state}</b> after {last} of {steps} steps{machine}</p></header>\n'
+    )
+
+
+def _alarms(rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> str:
+    alarms = [
+        f"<p class='banner wrong'><b>Step {row['step']}</b> {escape(row['text'])}</p>" for row in rows if "alarm" in row
+    ]
+    notes = [f"<p class='banner note'>{escape(note)}</p>" for note in about.get("notes", [])]
+    return "".join(alarms + notes)
+
+
+def _charts(curves: dict[str, Curve], settings: Any) -> str:
+    """What a run is judged by: losses, reliance, text alone and answers. Takes their curves out of `curves`."""
+    log, steps = settings["log"], settings["optim"]["max_steps"]
+    text = curves.get(TEXT_LOSS)
+    budget = text[0][1] + log["forgetting_budget"] if text else None
+
+    def taken(*parts: str) -> dict[str, Curve]:
+        found = [name for part in parts for name in curves if name == part or name.startswith((f"{part}/", f"{part}_"))]
+        found = [name for name in found if name != RELIANCE_ERROR]  # of another size: it is under More curves
+        return {name: curves.pop(name) for name in dict.fromkeys(found)}
+
+    groups: list[tuple[str, dict[str, Curve], float | None, str]] = [
+        ("Loss, nats per token", taken("loss", "val_loss"), None, ""),
+        ("Image reliance, nats per token", taken(RELIANCE), log.get("min_image_reliance"), "flat below"),
+        ("Loss on text alone, nats per token", taken(TEXT_LOSS), budget, "forgetting budget"),
+        ("Tasks", {name.removeprefix("task/"): curve for name, curve in taken("task").items()}, None, ""),
+        ("Answers that are exactly right", taken("exact"), None, ""),
+    ]
+    drawn = [
+        _section(name, chart(some, max_step=steps, line=line, line_name=said))
+        for name, some, line, said in groups
+        if some
+    ]
+    return f"<div class=charts>{''.join(drawn)}</div>\n"
+
+
+def _other_charts(curves: Mapping[str, Curve], settings: Any) -> str:
+    """Whatever else the log has, folded away."""
+    steps = settings["optim"]["max_steps"]
+    drawn = [
+        f"<div><h2>{escape(name.replace('_', ' '))}</h2>{chart({name: curve}, max_step=steps)}</div>"
+        for name, curve in curves.items()
+    ]
+    if not drawn:
+        return ""
+    folded = f"<details><summary>More curves</summary><div class=charts>{''.join(drawn)}</div></details>"
+    return f"<section>{folded}</section>\n"
+
+
+def _section(name: str, content: str) -> str:
+    return f"<section><h2>{escape(name)}</h2>{content}</section>\n"
+
+
+def _samples(folder: Path) -> str:
+    """Each sample with its pictures and its answers over the run."""
+    found: dict[str, dict[str, Any]] = {}
+    answers: dict[str, list[tuple[int, str]]] = {}
+    for path in sorted(folder.glob("step_*.json")):
+        for one in json.loads(path.read_text()):
+            found[one["id"]] = one
+            answers.setdefault(one["id"], []).append((int(path.stem.removeprefix("step_")), one["answer"]))
+    if not found:
+        return ""
+    cards = []
+    for name, one in found.items():
+        told = answers[name]
+        shown = [told[index * (len(told) - 1) // max(1, MAX_ANSWERS - 1)] for index in range(MAX_ANSWERS)]
+        lines = "".join(f"<tr><td class=number>{step}<td>{_words(answer)}" for step, answer in dict.fromkeys(shown))
+        pictures = "".join(
+            f'<img src="{_data_uri(folder / file)}" alt="What the model saw">' for file in one["pictures"]
+        )
+        cards.append(
+            f"<article><div class=pictures>{pictures}</div><div><p class=question>{_words(one['question'])}</p>"
+            f"<table class=answers><tr><th>step<th>answer{lines}<tr class=right><td>right<td>{_words(one['reference'])}"
+            f"</table></div></article>"
+        )
+    return _section("Answers", f"<div class=samples>{''.join(cards)}</div>")
+
+
+def _words(text: str) -> str:
+    return escape("".join(c if c.isprintable() or c == "\n" else "�" for c in text)) or "<i>nothing</i>"
+
+
+def _data_uri(path: Path) -> str:
+    with Image.open(path) as picture:
+        shown = picture.convert("RGB")
+    shown.thumbnail((MAX_SIDE_PX, MAX_SIDE_PX))
+    file = io.BytesIO()
+    shown.save(file, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = [
+        f"<tr><td>{escape(name)}<td class=number>{curve[0][1]:.4g}<td class=number>{curve[-1][1]:.4g}"
+        f"<td class=number>{curve[-1][0]}"
+        for name, curve in figures_of(rows).items()
+    ]
+    if (forgetting := forgetting_of(rows)) is not None:
+        lines.append(f"<tr><td>forgetting: text_loss above its first<td><td class=number>{forgetting:.4g}<td>")
+    head = "<tr><th>figure<th class=number>first<th class=number>last<th class=number>at step"
+    return _section("Figures", f"<div class=wide><table>{head}{''.join(lines)}</table></div>")
+
+
+def _settings(text: str, about: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{escape(name)} {escape(number)}" for name, number in about.get("versions", {}).items())
+    return (
+        _section("Versions", f"<p class=where>{versions or 'not known'}</p>") + "<section>"
+        f"<details><summary>Settings</summary><pre>{escape(text)}</pre></details></section>\n"
+    )

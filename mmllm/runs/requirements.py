@@ -1,0 +1,82 @@
+"""What a run's settings ask of this machine, and leave to it. Looked at before anything loads."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from importlib.util import find_spec
+
+import torch
+from omegaconf import OmegaConf
+
+from mmllm.config import BITSANDBYTES_KINDS, ConfigError, RunConfig
+from mmllm.kernels.precision import multiplies_bf16
+
+
+def check_machine(config: RunConfig) -> None:
+    """Raises ConfigError for what is missing here, with the setting that asks for it and what to do."""
+    kind = config.optim.kind
+    if kind in BITSANDBYTES_KINDS:
+        _need_package("bitsandbytes", "'mmllm[quant]'", f"optim.kind={kind}")
+    if kind.startswith("paged_") and not torch.cuda.is_available():
+        raise ConfigError(
+            f"optim.kind={kind} pages its state between GPU and main memory, and this machine shows no CUDA GPU; use "
+            f"optim.kind={kind.removeprefix('paged_')}"
+        )
+    if config.optim.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        raise ConfigError(
+            "optim.compile needs a C++ compiler, and there is neither g++ nor clang++ on the PATH, nor CXX in the "
+            "environment; install one (Debian: apt-get install g++), or leave it out"
+        )
+    if config.optim.liger:
+        if not torch.cuda.is_available():
+            raise ConfigError("optim.liger: its kernels run on a CUDA GPU, and this machine shows none; leave it out")
+        _need_package("liger_kernel", "liger-kernel", "optim.liger")
+    lora = getattr(config, "lora", None)
+    if lora or getattr(config, "vision_lora", None):
+        _need_package("peft", "'mmllm[lora]'", "lora" if lora else "vision_lora")
+    if lora and lora.quantise:
+        _need_package("bitsandbytes", "'mmllm[quant]'", f"lora.quantise={lora.quantise}")
+
+
+def settle(config: RunConfig, begun: str | None = None) -> RunConfig:
+    """The settings with `optim.precision: auto` decided: bf16 where this machine multiplies in it, else fp32.
+
+    `begun` are the dumped settings of a run that is to go on: it keeps the precision that it began with.
+    """
+    if config.optim.precision != "auto":
+        return config
+    precision = "bf16" if multiplies_bf16(_device()) else "fp32"
+    if begun is not None:
+        precision = str(OmegaConf.select(OmegaConf.create(begun), "optim.precision", default=precision))
+    return config.model_copy(update={"optim": config.optim.model_copy(update={"precision": precision})})
+
+
+def is_slow_in_bf16(device: torch.device | None = None) -> bool:
+    """Whether this is a CPU without instructions for bf16; default: the device that a run here gets."""
+    device = device or _device()
+    return device.type == "cpu" and not multiplies_bf16(device)
+
+
+def slow_precision_text(config: RunConfig, device: torch.device) -> str | None:
+    """What to say where bf16 was asked for and is slower than fp32."""
+    if config.optim.precision != "bf16" or not is_slow_in_bf16(device):
+        return None
+    return (
+        "optim.precision=bf16: this CPU has no instructions for bf16 and takes several times as long over a step as in "
+        "fp32; optim.precision=auto takes what the machine is fast in"
+    )
+
+
+def _device() -> torch.device:
+    """Where accelerate will put the model."""
+    from accelerate.utils import parse_flag_from_env
+
+    if parse_flag_from_env("ACCELERATE_USE_CPU"):
+        return torch.device("cpu")
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def _need_package(package: str, install: str, setting: str) -> None:
+    if find_spec(package) is None:
+        raise ConfigError(f"{setting} needs the package {package}: pip install {install}, or leave it out")

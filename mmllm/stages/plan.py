@@ -1,0 +1,351 @@
+"""`mmllm plan`: runs the longest batch of a run for real and says what the run needs. Nothing is written to `out`."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import time
+import weakref
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmllm.batch import Batch
+from mmllm.config import ConfigError, RunConfig
+from mmllm.errors import is_out_of_memory
+from mmllm.training.memory import (
+    Change,
+    Memory,
+    Shape,
+    available_bytes,
+    changes,
+    forget_peak,
+    parameter_bytes,
+    peak_bytes,
+    size_text,
+)
+
+TYPICAL_STEPS = 2  # steps of the run's own order, for its speed
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def parse_size(text: str) -> int:
+    """`24GB`, `24G`, `512MB`; powers of ten. Raises ConfigError."""
+    number = text.strip().upper().removesuffix("IB").removesuffix("B")
+    unit = number[-1:] if number[-1:] in _UNITS else ""
+    try:
+        value = float(number.removesuffix(unit))
+    except ValueError:
+        value = -1.0
+    if value <= 0:
+        raise ConfigError(f"--memory: {text!r} is no size; give one such as 24GB")
+    return int(value * _UNITS[unit])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run needs. `speed` is of all devices together; `memory` of each."""
+
+    longest: str
+    memory: Memory | None  # None where the batch did not fit while it was tried
+    limit: int
+    device: str
+    speed: dict[str, float]
+    seconds_left: float | None
+    epoch_seconds: float | None
+    disk: dict[str, int]
+    disk_free: int
+    changes: list[Change]
+    notes: list[str]
+
+    @property
+    def fits(self) -> bool:
+        return self.memory is not None and self.memory.total <= self.limit
+
+
+class _Saved:
+    """The bytes that autograd keeps for backward, now and at most: each storage once, without the weights."""
+
+    def __init__(self, weights: Iterator[Tensor]):
+        self.ours = {weight.untyped_storage().data_ptr() for weight in weights}
+        self.kept: dict[int, int] = {}
+        self.now = self.peak = 0
+
+    def pack(self, tensor: Tensor) -> Any:
+        storage = tensor.untyped_storage()
+        key, size = storage.data_ptr(), storage.nbytes()
+        if key in self.ours:
+            return tensor
+        self.kept[key] = self.kept.get(key, 0) + 1
+        self.now += size if self.kept[key] == 1 else 0
+        self.peak = max(self.peak, self.now)
+        held = _Held(tensor)
+        weakref.finalize(held, self._drop, key, size)
+        return held
+
+    def _drop(self, key: int, size: int) -> None:
+        self.kept[key] -= 1
+        self.now -= size if self.kept[key] == 0 else 0
+
+    @staticmethod
+    def unpack(held: Any) -> Tensor:
+        return held.tensor if isinstance(held, _Held) else held
+
+
+class _Held:
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+
+
+def longest_batch(stage: Any, batch_size: int, max_length: int) -> Any:
+    """The longest examples of a run; where they are streamed, some of them made as long as they may be."""
+    report = getattr(getattr(stage, "data", None), "report", None)
+    lengths = getattr(report, "lengths", None)
+    if stage.num_examples is not None and lengths is not None:
+        order = sorted(range(stage.num_examples), key=lambda index: -int(lengths[index]))
+        return stage.batch(list(itertools.islice(itertools.cycle(order), batch_size)))
+    batch = stage.batch(list(stage.order(batch_size).share(0, 0, 1))[:batch_size])
+    if stage.num_examples is not None or not isinstance(batch, Batch):
+        return batch
+    more = max(0, max_length - batch.input_ids.shape[1])
+    word = int(batch.labels.max())  # a token that is taught stands in every batch
+
+    def longer(values: Tensor, filled: int) -> Tensor:
+        return torch.cat([values, values.new_full((len(values), more), filled)], 1)
+
+    return replace(batch, input_ids=longer(batch.input_ids, word), labels=longer(batch.labels, word),
+                   attention_mask=longer(batch.attention_mask, 1))  # fmt: skip
+
+
+def _measure(run: Any, batch: Any) -> Memory:
+    """The parts of memory at the peak of a step, the second one: the optimizer has its state by then.
+
+    On a CPU what autograd keeps is counted in the first step, since counting holds some of it for longer.
+    """
+    device, module = run.accelerator.device, run.stage.module
+    saved = _Saved(itertools.chain(module.parameters(), module.buffers()))
+    if device.type == "cuda":
+        run.step(0, itertools.repeat(batch))
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
+            run.step(0, itertools.repeat(batch))
+        forget_peak()
+    run.step(1, itertools.repeat(batch))
+    weights = parameter_bytes(itertools.chain(module.parameters(), module.buffers()))
+    gradients = parameter_bytes(run.strategy.trained.values())
+    states = [value for one in run.strategy.optimizers for state in one.state.values() for value in state.values()]
+    optimizer = parameter_bytes(value for value in states if isinstance(value, Tensor))
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        return Memory(weights, gradients, optimizer, max(0, peak - weights - gradients - optimizer))
+    return Memory(weights, gradients, optimizer, saved.peak)
+
+
+def _of_process(parts: Memory, peak: int) -> Memory:
+    """The parts of a process that held `peak` bytes. Gradients come as activations go: together they are fewer."""
+    together = min(parts.gradients + parts.activations, max(0.0, peak - parts.weights - parts.optimizer))
+    activations = max(0.0, together - parts.gradients)
+    parts = replace(parts, gradients=together - activations, activations=activations)
+    return replace(parts, process=max(0.0, peak - parts.total))
+
+
+def _shape_of(stage: Any, config: Any, batch: Any) -> Shape:
+    language = getattr(stage.model, "language_model", stage.model)
+    settings = language.config.get_text_config()
+    layers = int(getattr(settings, "num_hidden_layers", 1) or 1)
+    numbers = batch.input_ids.numel() * int(getattr(settings, "hidden_size", 0)) * layers
+    weights = {id(one): one for one in language.parameters()}.values()
+    linear = {id(one.weight): one.weight for one in language.get_decoder().modules() if isinstance(one, nn.Linear)}
+    held = sum(one.numel() for one in weights)
+    width = 2 if config.optim.precision == "bf16" else 4
+    return Shape(
+        language_trained=parameter_bytes(one for one in weights if one.requires_grad),
+        language_numbers=held,
+        language_bytes=parameter_bytes(weights) / max(1, held),
+        linear_numbers=sum(weight.numel() for weight in linear.values()),
+        num_layers=layers,
+        layer_inputs=numbers * width,
+    )
+
+
+def _disk(stage: Any, config: Any, memory: Memory | None) -> dict[str, int]:
+    weights = parameter_bytes(stage.module.parameters())
+    trained = parameter_bytes(one for named in stage.parts.values() for _, one in named)
+    found = {"checkpoint": weights}
+    if getattr(config, "lora", None):
+        base = [one for one in stage.model.language_model.parameters() if not one.requires_grad]
+        found["checkpoint"] = weights - parameter_bytes(base)  # the base stays where it is
+    if config.log.save_every_steps:
+        state = trained + (memory.optimizer if memory else 2 * trained)
+        found["states"] = int(state * (config.log.keep_checkpoints + 1))  # one more while the newest is written
+    features = getattr(stage, "features", None)
+    if features is not None:
+        found["feature cache, still to write"] = features.missing_bytes
+    return found
+
+
+def make_plan(
+    config: RunConfig, *, gpus: int = 1, memory: int | None = None
+) -> Plan:  # fmt: skip
+    """Builds the run's stage and model, makes a few steps that are thrown away, and measures them.
+
+    On a CPU the memory is the peak of this process, which loads, trains and validates as the run will.
+    """
+    from mmllm.distributed.ranks import build_accelerator, set_threads
+    from mmllm.runs.requirements import settle
+    from mmllm.stages.registry import build_stage
+    from mmllm.training.loop import Run
+
+    if not hasattr(config, "data"):
+        raise ConfigError(f"stage: mmllm plan is for stage1 and stage2; {config.stage} trains a small model in minutes")
+    config = settle(config)
+    set_threads(config)
+    forget_peak()
+    accelerator = build_accelerator(config)
+    stage: Any = build_stage(config)
+    limit = memory or available_bytes(accelerator.device)
+    measured: Memory | None = None
+    speed: dict[str, float] = {}
+    seconds, batch, notes = None, None, []
+    features = getattr(stage, "features", None)
+    if features is not None and features.num_missing:
+        features.blank = True  # a plan encodes nothing: rows of zeros take as much memory
+        notes.append("the feature cache is not filled yet; its time is not counted")
+    try:
+        run = Run(config, stage, accelerator, lambda: build_stage(config))
+        batch = longest_batch(stage, config.optim.batch_size, stage.data.max_length_tokens)
+        loading = peak_bytes()
+        measured = _measure(run, batch)
+        run.throughput.figures()
+        last = min(TYPICAL_STEPS + 1, config.optim.max_steps)
+        first = min(1, last - 1)  # step 0 has the longest example
+        data = run.batches(first)
+        begun = time.monotonic()
+        for step in range(first, last):
+            run.step(step, data)
+        seconds = (time.monotonic() - begun) / (last - first)
+        speed = run.throughput.figures()
+        stage.rehearse_validation()
+        if accelerator.device.type == "cpu":
+            measured = _of_process(measured, max(loading, peak_bytes()))
+        if stage.validates:
+            notes.append("the time of validations is not counted")
+        notes += run.machine_notes()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        notes.append("the longest batch was tried and did not fit: nothing could be measured")
+    if measured and gpus > 1:
+        measured = replace(measured, gradients=2 * measured.gradients)
+        notes.append(f"{gpus} GPUs: gradients count twice, for DDP's buckets; the time of their exchange is left out")
+    return _assemble(config, stage, batch, measured, speed, seconds, limit, gpus, notes, accelerator.device)
+
+
+def _assemble(
+    config: Any, stage: Any, batch: Any, measured: Memory | None, speed: dict[str, float], seconds: float | None,
+    limit: int, gpus: int, notes: list[str], device: torch.device,
+) -> Plan:  # fmt: skip
+    shape = _shape_of(stage, config, batch) if batch is not None else None
+    for name in ("tokens_per_second", "samples_per_second"):
+        if name in speed:
+            speed[name] *= gpus
+    rate = speed.get("samples_per_second")
+    found = changes(config, measured, shape)
+    folder = next(one for one in (Path(config.out).resolve(), *Path(config.out).resolve().parents) if one.is_dir())
+    size = "" if batch is None else f"{len(batch.input_ids)} x {batch.input_ids.shape[1]} tokens"
+    return Plan(
+        longest=size,
+        memory=measured,
+        limit=limit,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        speed=speed,
+        seconds_left=seconds * config.optim.max_steps if seconds else None,
+        epoch_seconds=stage.num_examples / rate if rate and stage.num_examples else None,
+        disk=_disk(stage, config, measured),
+        disk_free=shutil.disk_usage(folder).free,
+        changes=found,
+        notes=notes,
+    )
+
+
+def to_json(plan: Plan) -> str:
+    data = {**asdict(plan), "fits": plan.fits}
+    if plan.memory:
+        data["memory"]["total"] = plan.memory.total
+    return json.dumps(data, indent=2)
+
+
+def _time_text(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s" if seconds >= 1 else "less than a second"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def show(plan: Plan) -> None:
+    """The plan as one table of at most 80 columns."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="What this run needs", title_justify="left", show_header=False, width=78)
+    table.add_column("what", max_width=34)
+    table.add_column("value")
+    if plan.memory:
+        verdict = "fits" if plan.fits else "DOES NOT FIT"
+        table.add_row(
+            f"memory of {plan.device}", f"{size_text(plan.memory.total)} of {size_text(plan.limit)}: {verdict}"
+        )
+        for name, value in asdict(plan.memory).items():
+            if value or name != "process":
+                table.add_row(f"  {name}", size_text(value))
+    else:
+        table.add_row(f"memory of {plan.device}", f"more than there is ({size_text(plan.limit)}): DOES NOT FIT")
+    table.add_row("longest batch", plan.longest, end_section=True)
+    for name, text in (("tokens_per_second", "tokens/s"), ("samples_per_second", "samples/s")):
+        if name in plan.speed:
+            table.add_row(text, f"{plan.speed[name]:,.0f}" if plan.speed[name] >= 100 else f"{plan.speed[name]:.3g}")
+    for name, text in (("mfu", "MFU"), ("hfu", "HFU"), ("padding", "padding"), ("data_wait", "waiting for data")):
+        if name in plan.speed:
+            table.add_row(text, f"{plan.speed[name]:.1%}")
+    if plan.seconds_left is not None:
+        table.add_row("time to finish", _time_text(plan.seconds_left))
+    if plan.epoch_seconds is not None:
+        table.add_row("time of an epoch", _time_text(plan.epoch_seconds), end_section=True)
+    free = size_text(plan.disk_free)
+    for name, size in plan.disk.items():
+        table.add_row(f"disk: {name}", size_text(size))
+    table.add_row("disk: free", free + ("" if sum(plan.disk.values()) <= plan.disk_free else ": NOT ENOUGH"))
+    console = Console(soft_wrap=False)
+    console.print(table)
+    if not plan.fits:
+        _show_changes(plan, console)
+    for note in plan.notes:
+        console.print(note, highlight=False)
+
+
+def _show_changes(plan: Plan, console: Any) -> None:
+    from rich.table import Table
+
+    table = Table(title="To make it fit: what costs least first, each on top of those above",
+                  title_justify="left", width=78)  # fmt: skip
+    table.add_column("setting", overflow="fold")
+    table.add_column("costs")
+    table.add_column("saves", justify="right", no_wrap=True)
+    table.add_column("leaves", justify="right", no_wrap=True)
+    for change in plan.changes:
+        saves, left = (["?"] * 2 if change.saves is None or change.left is None
+                       else [size_text(change.saves), size_text(change.left)])  # fmt: skip
+        table.add_row(change.setting, change.cost, saves, left)
+        if change.left is not None and change.left <= plan.limit:
+            table.add_row("", "with these it fits", "", "")
+            break
+    else:
+        if plan.memory:
+            table.add_row("", "all of them are not enough: take a smaller LLM, or shard it", "", "")
+    console.print(table)

@@ -1,0 +1,113 @@
+"""The entry of every training script: settings -> stage -> loop, with one readable block for whatever goes wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from mmllm.config import ConfigError, RunConfig
+from mmllm.config.file import dump_config, load_config
+from mmllm.errors import report_errors
+
+SETTINGS = "config.yaml"
+
+
+def begun_settings(out: Path) -> tuple[str | None, bool]:
+    """The dumped settings of the run that stands in `out`, if one does, and whether it has ended."""
+    from mmllm.checkpoint.folder import MANIFEST, read_manifest
+    from mmllm.runs.state import saved_steps
+
+    if (out / MANIFEST).is_file():
+        return str(read_manifest(out).get("settings", "")), True
+    if saved_steps(out) and (out / SETTINGS).is_file():
+        return (out / SETTINGS).read_text(), False
+    return None, False
+
+
+def _tidy(out: Path) -> None:
+    """Removes what a finished run needs no more, and has still where it was killed as it ended."""
+    from mmllm.checkpoint.folder import MANIFEST, read_manifest
+    from mmllm.training.loop import BEST
+
+    shutil.rmtree(out / "state", ignore_errors=True)
+    if (out / BEST / MANIFEST).is_file():
+        best, last = (read_manifest(folder).get("figures", {}).get("val_loss") for folder in (out / BEST, out))
+        if best is not None and last is not None and last <= best:
+            shutil.rmtree(out / BEST)
+
+
+def is_first_process() -> bool:
+    """Before anything is loaded: whether a launcher started this process as the first of several, or nobody did."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def run(config: RunConfig) -> None:
+    """One run from its settings, or from its newest saved state, to its finished checkpoint.
+
+    Raises LockedError where another one writes into the same folder.
+    """
+    from mmllm.evaluation.validation_tasks import check_tasks
+    from mmllm.runs.experiment_trackers import check_trackers
+    from mmllm.runs.lock import only_run
+
+    check_trackers(config.log.trackers)
+    check_tasks(config.log.tasks)
+    with only_run(Path(config.out)) if is_first_process() else contextlib.nullcontext():
+        _run(config)
+
+
+def _run(config: RunConfig) -> None:
+    from mmllm.distributed.ranks import build_accelerator, set_threads
+    from mmllm.runs.report import write_about, write_report
+    from mmllm.runs.requirements import settle
+    from mmllm.runs.run_log import LOG_FILE
+    from mmllm.runs.state import check_same_run
+    from mmllm.stages.registry import build_stage
+    from mmllm.training.loop import train
+    from mmllm.training.memory import advised
+
+    out = Path(config.out)
+    begun, is_finished = begun_settings(out)
+    config = settle(config, begun)
+    if begun is not None:
+        check_same_run(out, begun, dump_config(config))
+    if is_finished:
+        print(f"{out} is finished: `mmllm chat {out}`. To train it again, remove it or give another out=FOLDER")
+        if is_first_process():
+            _tidy(out)
+        return
+    set_threads(config)
+    accelerator = build_accelerator(config)
+    with accelerator.main_process_first():
+        stage = build_stage(config)
+    if features := getattr(stage, "features", None):
+        rank, world_size = accelerator.process_index, accelerator.num_processes
+        features.fill(accelerator.device, rank=rank, world_size=world_size)  # the ranks share the work
+    if accelerator.is_main_process:
+        (out / SETTINGS).write_text(dump_config(config))
+        write_about(out, stage.notes, f"{accelerator.num_processes} process(es) on {accelerator.device}")
+    try:
+        with advised(config):
+            train(config, stage, accelerator, lambda: build_stage(config))
+    finally:
+        if accelerator.is_main_process and (out / LOG_FILE).is_file():
+            print(f"report: {write_report(out)}")
+    accelerator.end_training()
+
+
+def main(stage: str | None = None, arguments: list[str] | None = None) -> None:
+    """`CONFIG [section.key=value ...]`; exits with 2 for wrong usage or settings, 1 for a run that failed."""
+    given = sys.argv[1:] if arguments is None else arguments
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    with report_errors():
+        if not given or given[0].startswith("-"):
+            raise ConfigError(f"usage: {Path(sys.argv[0]).name} CONFIG.yaml [section.key=value ...]")
+        config = load_config(given[0], given[1:])
+        if stage and config.stage != stage:
+            raise ConfigError(
+                f"{given[0]} is for {config.stage}, this script runs {stage}: use train/{config.stage}.py"
+            )
+        run(config)

@@ -1,0 +1,136 @@
+"""What brings a small LM to look things up in a text soon: an initialisation, and a loss that guides its attention.
+
+Without them training stays for thousands of steps at naming *some* color of the text where one color is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mmllm.batch import Batch
+from mmllm.optimizers.layers import OuterModule
+from mmllm.scenes.ask import About
+
+MAX_PARTS = 10  # of the scenes of one conversation
+REACH = 40  # tokens; the first layer looks no farther back at first
+FADING = 6.0  # tokens; over so many its attention falls to 1/e
+
+
+@dataclass(kw_only=True)
+class LookupBatch(Batch):
+    """A text batch that knows where its answers can be read."""
+
+    told: Tensor  # [B, T] the part of the scenes that a token of a description tells of, or -1
+    about: Tensor  # [B, T, 2] bit i: what comes after this token is read from part i, the first named and the last
+    named: Tensor  # [B, T] the place in the question where it names what comes after this token, or -1
+    compared: Tensor  # [B, T, 2] first tokens of the two values that decide what comes after this token, or -1
+
+
+def guide_bits(about: About) -> tuple[int, int]:
+    """The parts, one bit each, that the first thing named by a question stands for, and the last: mostly the same."""
+    first, last = (sum(1 << part for part in about[which]) if about else 0 for which in (0, -1))
+    return first, last
+
+
+def guided_attention_sum(attention: Tensor, batch: LookupBatch, reads: Literal["first", "last", "named"]) -> Tensor:
+    """Cross entropy between where attention [B, H, T, T] goes and what is to be read there, summed over tokens.
+
+    That is the `first` or the `last` thing which the question names, as the description tells it, or the place in the
+    question where the answer itself is `named`. Which token of a part is looked at is left to the heads. After the
+    supervised attentions of machine translation, https://arxiv.org/abs/1608.04631.
+    """
+    if reads == "named":
+        rows, queries = torch.nonzero(batch.named >= 0, as_tuple=True)
+        places = batch.named[rows, queries, None, None].expand(-1, attention.shape[1], 1)
+        share = attention[rows, :, queries].float().gather(2, places).clamp(min=1e-6)
+        return -share.log().mean(1).sum()
+    about = batch.about[..., 0 if reads == "first" else 1]
+    rows, queries = torch.nonzero(about, as_tuple=True)
+    heads = attention[rows, :, queries].float()  # [Q, H, T]
+    is_part = functional.one_hot(batch.told + 1, MAX_PARTS + 1)[..., 1:].float()  # [B, T, parts]
+    share = torch.einsum("qht,qtp->qhp", heads, is_part[rows]).clamp(min=1e-6)
+    wanted = (about[rows, queries, None] >> torch.arange(MAX_PARTS, device=about.device)) & 1  # [Q, parts]
+    target = wanted / wanted.sum(-1, keepdim=True)
+    return -(target[:, None] * share.log()).sum(-1).mean(1).sum()
+
+
+class ReadOut(OuterModule):
+    """Two linear heads that name both values of a comparison from what is known behind a layer at the answer.
+
+    Without them the second value overwrites the first, and whether two colors are the same is never learned. They are
+    for training alone. After deeply-supervised nets, https://arxiv.org/abs/1409.5185.
+    """
+
+    def __init__(self, layer: int, hidden_size: int, vocab_size: int):
+        super().__init__()
+        self.layer = layer
+        self.heads = nn.ModuleList(nn.Linear(hidden_size, vocab_size) for _ in range(2))
+
+    def forward(self, hidden_states: Sequence[Tensor], batch: LookupBatch) -> Tensor:
+        """Cross entropy of both values, summed over the comparisons of a batch.
+
+        `hidden_states`, each [B, T, hidden_size], are the embeddings and what is behind each layer, as in transformers.
+        """
+        hidden = hidden_states[self.layer + 1]
+        rows, places = torch.nonzero(batch.compared[..., 0] >= 0, as_tuple=True)
+        known = functional.rms_norm(hidden[rows, places].float(), hidden.shape[-1:], eps=1e-6)
+        values = batch.compared[rows, places]
+        losses = (
+            functional.cross_entropy(head(known).float(), values[:, which], reduction="sum")
+            for which, head in enumerate(self.heads)
+        )
+        return torch.stack(list(losses)).sum()
+
+
+def _rotary_bias(width: int, theta: float) -> tuple[Tensor, Tensor]:
+    """(query bias, key bias) of one head, whose scores then fall by 1 per FADING tokens up to REACH, and stay there.
+
+    Rotary position makes the score of two constant vectors a sum of cosines and sines of the distance, one pair per
+    frequency; their weights are fitted by least squares.
+    """
+    angles = theta ** (-torch.arange(width // 2, dtype=torch.float64) * 2 / width)
+    distance = torch.arange(400, dtype=torch.float64)
+    wanted = -distance.clamp(max=REACH) / FADING
+    terms = torch.cat(
+        [torch.cos(distance[:, None] * angles), torch.sin(distance[:, None] * angles), torch.ones(400, 1)], 1
+    )
+    matters = 1 / (1 + distance / 30)[:, None]  # near by more than far away
+    ridge = 1e-3 * torch.eye(terms.shape[1], dtype=torch.float64)
+    fitted = torch.linalg.solve(terms.T @ (matters * terms) + ridge, terms.T @ (matters * wanted[:, None]))[:, 0]
+    cosine, sine = (fitted[:-1] * width**0.5).view(2, -1)
+    size, phase = (cosine**2 + sine**2) ** 0.25, torch.atan2(sine, cosine)
+    key = torch.cat([size, torch.zeros_like(size)])
+    return torch.cat([size * torch.cos(phase), -size * torch.sin(phase)]).float(), key.float()
+
+
+@torch.no_grad()
+def init_for_lookup(model: Any) -> None:
+    """An initialisation of a small Llama-like LM with attention biases, from which looking things up is near.
+
+    Embeddings are as large as what blocks add to them, and blocks add little at first. The first layer adds to each
+    token the fading mean of the tokens before it, so that a clause and a question are each a bag of words; the second
+    compares such bags, query against key. After mimetic initialisation, https://arxiv.org/abs/2305.09828.
+    """
+    config = model.config
+    model.get_input_embeddings().weight.normal_(0, 1)
+    model.get_output_embeddings().weight.normal_(0, 0.02)
+    layers = model.get_decoder().layers
+    for layer in layers:
+        layer.self_attn.o_proj.weight.mul_((2 * len(layers)) ** -0.5)
+        layer.mlp.down_proj.weight.mul_((2 * len(layers)) ** -0.5)
+    first, second = layers[0].self_attn, layers[1].self_attn
+    query, key = _rotary_bias(first.head_dim, config.rope_parameters["rope_theta"])
+    first.q_proj.bias.copy_(query.repeat(config.num_attention_heads))
+    first.k_proj.bias.copy_(key.repeat(config.num_attention_heads))
+    first.q_proj.weight.mul_(0.1)
+    first.k_proj.weight.mul_(0.1)
+    torch.nn.init.orthogonal_(first.v_proj.weight)
+    torch.nn.init.orthogonal_(first.o_proj.weight, gain=2.5)  # a mean of several words is smaller than one
+    torch.nn.init.orthogonal_(second.k_proj.weight)
+    second.q_proj.weight.copy_(second.k_proj.weight)

@@ -1,0 +1,317 @@
+"""The language warm-up of the embedded default: a small causal LM that learns to look things up in descriptions."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mmllm.batch import IMAGE_TOKEN, Batch
+from mmllm.batching.collate import collate
+from mmllm.batching.sampler import Order
+from mmllm.chat.renderer import OWN_TEMPLATE, Rendered, Renderer
+from mmllm.config import ConfigError, LanguageConfig, WarmupLanguageConfig
+from mmllm.model.language import load_language, load_tokenizer
+from mmllm.scenes.ask import QUESTION_TYPES
+from mmllm.scenes.talk import SceneConversation, as_text, describe, sample_text
+from mmllm.scenes.world import Split
+from mmllm.training.losses import supervised_rows, token_loss_sum
+from mmllm.warmup.attention_guidance import LookupBatch, ReadOut, guide_bits, guided_attention_sum, init_for_lookup
+
+CHUNK = 500
+# fmt: off
+SPECIAL_TOKENS = ("<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", IMAGE_TOKEN)
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if m.role == 'assistant' %}<|end|>{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+# fmt: on
+
+
+def build_tokenizer(texts: Sequence[str], vocab_size: int) -> Any:
+    """A lower-case byte-level BPE tokenizer in which a word is one token wherever it stands, and each digit is one."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    # a leading space before every piece: "red" as an answer is the same token as " red" in a sentence
+    tokenizer.normalizer = normalizers.Sequence(
+        [
+            normalizers.Lowercase(),
+            normalizers.Replace(Regex(r"\s+"), " "),
+            normalizers.Strip(),
+            normalizers.Prepend(" "),
+        ]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r" ?[a-z]+| ?[0-9]|\s+|[^\sa-z0-9]+"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    end = "<|end|>"  # only where special tokens are asked for, as CLIP's text tower does
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {end}", special_tokens=[(end, tokenizer.token_to_id(end))]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token=end, extra_special_tokens=[IMAGE_TOKEN]
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+@dataclass(frozen=True)
+class TextRow:
+    """A rendered conversation, with what `LookupBatch` says of each token, and the question type of every answer."""
+
+    input_ids: np.ndarray
+    is_answer: np.ndarray
+    told: np.ndarray
+    about: np.ndarray
+    named: np.ndarray
+    compared: np.ndarray
+    types: tuple[str, ...]
+
+
+def _row(renderer: Renderer, conversation: SceneConversation, rng: random.Random, name: str) -> TextRow:
+    example, parts = describe(conversation, rng, name)
+    rendered = renderer.render_example(example)
+    told, about = np.full(len(rendered.input_ids), -1, np.int8), np.zeros((len(rendered.input_ids), 2), np.int16)
+    named, the = np.full(len(rendered.input_ids), -1, np.int16), _ids(renderer, " the")
+    compared = np.full((len(rendered.input_ids), 2), -1, np.int16)
+    ends = np.cumsum([len(text) for text in rendered.texts])  # of each token, in characters
+    place = "".join(rendered.texts).index(example.messages[0].text)
+    for text, part in zip(example.messages[0].parts, parts, strict=True):
+        start, place = place, place + len(str(text))
+        told[(start < ends) & (ends <= place)] = -1 if part is None else part
+    question = int((ends <= start).sum())  # of the first turn: the last part of its message
+    for (first, behind), turn in zip(answer_spans(rendered.is_answer), conversation.turns, strict=True):
+        here = slice(first - 1, behind - 2)  # where the answer's words are predicted, not its end
+        about[here] = guide_bits(turn.about)
+        if f"the {turn.answer}" in turn.question:
+            answer = rendered.input_ids[first : behind - 1]
+            at = find((*the, *answer), rendered.input_ids, question) + len(the)
+            named[here] = np.arange(at, at + len(answer))
+        if turn.compared:
+            compared[first - 1] = [_ids(renderer, f" {value}")[0] for value in turn.compared]
+        question = behind
+    types = tuple(turn.type for turn in conversation.turns)
+    ids, flags = np.array(rendered.input_ids, np.int32), np.array(rendered.is_answer)
+    return TextRow(ids, flags, told, about, named, compared, types)
+
+
+def _ids(renderer: Renderer, text: str) -> list[int]:
+    ids: list[int] = renderer.tokenizer.encode(text, add_special_tokens=False)
+    return ids
+
+
+def find(wanted: Sequence[int], tokens: Sequence[int], start: int) -> int:
+    """The first place from `start` on where the wanted tokens stand in a row. Raises ValueError where there is none."""
+    for place in range(start, len(tokens) - len(wanted) + 1):
+        if list(tokens[place : place + len(wanted)]) == list(wanted):
+            return place
+    raise ValueError(f"{list(wanted)} is not among {list(tokens[start:])}")
+
+
+def _render_chunk(folder: str, config: WarmupLanguageConfig, split: Split, numbers: range) -> list[TextRow]:
+    """Rendered conversations of these numbers. While training, what is hard is asked more often."""
+    tokenizer = load_tokenizer(folder)
+    renderer = Renderer(
+        tokenizer, OWN_TEMPLATE, image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), num_image_tokens=1
+    )
+    rows = []
+    types = (*QUESTION_TYPES, *(name for name, times in config.ask_more.items() for _ in range(times)))
+    for number in numbers:
+        rng = random.Random(f"{config.seed}/{split}/text/{number}")
+        if split == "train":
+            conversation = sample_text(rng, split, config.num_turns, retell=config.retell, two=0.16, types=types)
+        else:
+            conversation = sample_text(rng, split, config.num_turns, retell=0.0)
+        if conversation.turns:
+            rows.append(_row(renderer, conversation, rng, f"{split}-{number}"))
+    return rows
+
+
+def answer_spans(is_answer: Sequence[bool]) -> list[tuple[int, int]]:
+    """(first, behind last) of every answer of a rendered conversation."""
+    spans, start = [], None
+    for position, flag in enumerate([*is_answer, False]):
+        if flag and start is None:
+            start = position
+        if not flag and start is not None:
+            spans.append((start, position))
+            start = None
+    return spans
+
+
+class _LanguageLoss(nn.Module):
+    def __init__(self, model: Any, config: WarmupLanguageConfig):
+        super().__init__()
+        self.model, self.guides, self.guide_weight = model, config.guides, config.guide_weight
+        self.read_out = None
+        if config.read_out is not None:
+            self.read_out = ReadOut(config.read_out, model.config.hidden_size, model.config.vocab_size)
+
+    def forward(self, batch: LookupBatch) -> Tensor:
+        out = self.model.get_decoder()(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False,
+            output_attentions=self.guide_weight > 0, output_hidden_states=self.read_out is not None,
+        )  # fmt: skip
+        mask, targets = supervised_rows(batch.labels)
+        loss = token_loss_sum(self.model.get_output_embeddings()(out.last_hidden_state[:, :-1][mask]), targets)
+        if self.guide_weight == 0:
+            return loss
+        for guide in self.guides:
+            attention = out.attentions[guide.layer][:, guide.heads]
+            loss = loss + self.guide_weight * guided_attention_sum(attention, batch, guide.reads)
+        if self.read_out is not None:
+            loss = loss + self.guide_weight * self.read_out(out.hidden_states, batch)
+        return loss
+
+
+class WarmupLanguage:
+    """A stock causal LM, from random weights, on descriptions of scenes and questions about them. No pictures."""
+
+    def __init__(self, config: WarmupLanguageConfig):
+        if unknown := sorted(set(config.ask_more) - set(QUESTION_TYPES)):
+            raise ConfigError(f"ask_more: {', '.join(unknown)} is not asked; allowed: {', '.join(QUESTION_TYPES)}")
+        self.config, self.out = config, Path(config.out)
+        self.out.mkdir(parents=True, exist_ok=True)
+        if isinstance(config.language, LanguageConfig):
+            self.model, self.tokenizer = load_language(config.language)
+        else:
+            self.tokenizer = build_tokenizer(self._corpus(4000), config.vocab_size)
+            self.model = self._new_model(config.language)
+        self.tokenizer.save_pretrained(self.out)
+        with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+            self.rows = self._render(pool, "train", config.num_descriptions)
+            self.val_rows = self._render(pool, "val", config.num_val_descriptions)
+        self.module: nn.Module = _LanguageLoss(self.model, config)
+        self.parts = {"language": list(self.model.named_parameters())}
+        self.depths: dict[str, int] = {}
+        if self.module.read_out is not None:
+            self.parts["read_out"] = list(self.module.read_out.named_parameters("read_out"))
+        self.notes: list[str] = []
+        self.num_examples = len(self.rows)
+
+    def _new_model(self, language: dict[str, Any]) -> Any:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        options = dict(language)
+        attention = options.pop("attention", "sdpa")
+        text_config = AutoConfig.for_model(
+            **options, vocab_size=len(self.tokenizer), pad_token_id=self.tokenizer.pad_token_id,
+            eos_token_id=self.tokenizer.eos_token_id, bos_token_id=None,
+        )  # fmt: skip
+        torch.manual_seed(self.config.seed)
+        model = AutoModelForCausalLM.from_config(text_config, attn_implementation=attention)
+        init_for_lookup(model)
+        return model
+
+    def _corpus(self, count: int) -> list[str]:
+        texts = []
+        for number in range(count):
+            rng = random.Random(f"{self.config.seed}/corpus/{number}")
+            example = as_text(sample_text(rng, "train", self.config.num_turns, retell=0.3), rng, str(number))
+            texts += [message.text for message in example.messages]
+        return texts
+
+    def _render(self, pool: ProcessPoolExecutor, split: Split, count: int) -> list[TextRow]:
+        chunks = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
+        tasks = [pool.submit(_render_chunk, str(self.out), self.config, split, chunk) for chunk in chunks]
+        return [row for task in tasks for row in task.result()]
+
+    def _collate(self, rows: Sequence[TextRow], names: Sequence[str]) -> LookupBatch:
+        rendered = [Rendered(row.input_ids.tolist(), row.is_answer.tolist(), 0) for row in rows]
+        batch = collate(rendered, pad_token_id=self.tokenizer.pad_token_id, example_ids=names)
+        told, named = torch.full_like(batch.input_ids, -1), torch.full_like(batch.input_ids, -1)
+        about = torch.zeros(*batch.input_ids.shape, 2, dtype=torch.long)
+        compared = torch.full_like(about, -1)
+        for number, row in enumerate(rows):
+            told[number, : len(row.told)] = torch.from_numpy(row.told)
+            about[number, : len(row.about)] = torch.from_numpy(row.about)
+            named[number, : len(row.named)] = torch.from_numpy(row.named)
+            compared[number, : len(row.compared)] = torch.from_numpy(row.compared)
+        return LookupBatch(
+            batch.input_ids,
+            batch.attention_mask,
+            batch.labels,
+            example_ids=names,
+            told=told,
+            about=about,
+            named=named,
+            compared=compared,
+        )
+
+    def order(self, batch_size: int) -> Order:
+        return Order(len(self.rows), batch_size, self.config.seed, [len(row.input_ids) for row in self.rows])
+
+    def batch(self, indices: Sequence[int]) -> LookupBatch:
+        return self._collate([self.rows[index] for index in indices], [f"train-{index}" for index in indices])
+
+    def count(self, batch: Batch) -> int:
+        return batch.num_supervised
+
+    def num_tokens(self, batch: Batch) -> int:
+        return int(batch.attention_mask.sum())
+
+    def reaches(self, part: str, batch: Batch) -> bool:
+        return part != "read_out" or (isinstance(batch, LookupBatch) and bool((batch.compared >= 0).any()))
+
+    def names(self, batch: Batch) -> list[str]:
+        return list(batch.example_ids)
+
+    @torch.no_grad()
+    def validate(self, step: int, *, writes: bool = True) -> dict[str, float]:
+        """Loss on answers, and the share of answers that greedy decoding gets exactly right, per question type.
+
+        Asked about descriptions that training never shows.
+        """
+        self.model.eval()
+        right: dict[str, list[bool]] = defaultdict(list)
+        total, count = 0.0, 0
+        for start in range(0, len(self.val_rows), 100):
+            rows = self.val_rows[start : start + 100]
+            batch = self._collate(rows, [""] * len(rows))
+            logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+            mask, targets = supervised_rows(batch.labels)
+            total += float(token_loss_sum(logits[:, :-1][mask], targets))
+            count += len(targets)
+            hits = (logits[:, :-1].argmax(-1) == batch.input_ids[:, 1:]).numpy()
+            for number, row in enumerate(rows):
+                for (first, behind), name in zip(answer_spans(row.is_answer.tolist()), row.types, strict=True):
+                    right[name].append(bool(hits[number, first - 1 : behind - 1].all()))
+        self.model.train()
+        # a caption may be worded in several ways, so its exact match says nothing
+        exact = {name: sum(hits) / len(hits) for name, hits in sorted(right.items()) if name != "caption"}
+        overall = [hit for name, hits in right.items() if name != "caption" for hit in hits]
+        return {
+            "val_loss": total / count,
+            "exact": sum(overall) / len(overall),
+            **{f"exact_{k}": v for k, v in exact.items()},
+        }
+
+    def save(self, out: Path, log: list[dict[str, Any]]) -> None:
+        """The LM and its tokenizer as transformers writes them, in bf16, with the figures of the last validation."""
+        copy.deepcopy(self.model).to(torch.bfloat16).save_pretrained(out)
+        self.tokenizer.save_pretrained(out)
+        (out / "figures.json").write_text(json.dumps(log[-1], indent=2) + "\n")
