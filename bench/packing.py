@@ -88,7 +88,7 @@ class _Way:
 
         self.stage = stage
         data = stage.config.data.model_copy(update={"packing": packing})
-        self.packer = Packer(stage.model.language_model, data)
+        self.packer = Packer(stage.model.language_model, data, stage.capabilities)
         lengths = stage.data.report.lengths if is_grouped else None
         self.lengths, self.examples, self.seconds = lengths, BATCH * ACCUMULATE, []  # type: ignore[var-annotated]
         self.slots = self.tokens = self.rows = 0

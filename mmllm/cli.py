@@ -255,9 +255,10 @@ def merge(
 ) -> None:
     """Merge a LoRA adapter into its base in full precision, and prove that the model has stayed the same."""
     with report_errors(debug=_debug):
-        from mmllm.training.lora import merge_checkpoint
+        from mmllm.checkpoint.merge import merge_checkpoint
+        from mmllm.inference.placement import find_device
 
-        found = merge_checkpoint(model, out, device=device)
+        found = merge_checkpoint(model, out, device=find_device(device))
         print(
             f"{out}: merged; on the golden prompts no logit moved by more than {found['moved']:.2g} "
             f"(the largest is {found['largest_logit']:.3g})"

@@ -93,7 +93,7 @@ def test_transformers_says_what_the_checkpoint_says(
     rendered = [engine.renderer.render_example(example)]
     with torch.inference_mode():
         own = engine.model(**engine.inputs(rendered, PICTURES)).logits
-    theirs = logits_in_transformers(tmp_path / "out", engine.prompt(example), PICTURES)
+    theirs = logits_in_transformers(tmp_path / "out", engine.renderer.text(example.messages), PICTURES)
     torch.testing.assert_close(theirs, own, atol=1e-4, rtol=0)
     assert own.std() > 0.1, "logits that are all alike would prove nothing"
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:

@@ -148,7 +148,7 @@ def test_what_was_exported_comes_back_as_it_was(parts: Path, tmp_path: Path, pro
     torch.testing.assert_close(logits(tmp_path / "back"), logits(model), atol=1e-5, rtol=0)
     assert Engine.load(tmp_path / "back", device="cpu").model.config.projector["kind"] == projector
     one, other = (Engine.load(path, device="cpu") for path in (model, tmp_path / "back"))
-    assert one.prompt(ASKED) == other.prompt(ASKED)
+    assert one.renderer.text(ASKED.messages) == other.renderer.text(ASKED.messages)
     greedy = Sampling(max_new_tokens=6)
     assert one.reply(ASKED, greedy).text == other.reply(ASKED, greedy).text
 

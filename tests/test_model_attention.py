@@ -14,7 +14,6 @@ from test_training_packed_rows import HAS_NOT, SEES_ITS_NEIGHBOURS, backbone
 from tiny_backbones import BACKBONES, make_backbone_parts
 from torch import Tensor, nn
 
-from mmllm.batching.packed_rows import why_not_packed
 from mmllm.batching.packing import positions
 from mmllm.inference.engine import Engine
 from mmllm.kernels import attention
@@ -28,7 +27,8 @@ from mmllm.kernels.attention import (
     use_self_attention,
 )
 from mmllm.model.build import build_model
-from mmllm.training.losses import conversation_loss_sum, has_plain_head
+from mmllm.model.capabilities import has_plain_head, why_not_packed
+from mmllm.training.losses import conversation_loss_sum
 
 # Falcon's sdpa is code of its own, which blocks cannot take the place of.
 WITH_SDPA = [kind for kind in BACKBONES if (kind, "sdpa") not in HAS_NOT and kind != "falcon"]

@@ -21,10 +21,11 @@ from mmllm.checkpoint.folder import load_checkpoint, save_checkpoint
 from mmllm.config import LoraConfig, ModelConfig, OptimConfig
 from mmllm.inference.engine import Engine
 from mmllm.model.build import build_model
+from mmllm.model.capabilities import has_plain_head
 from mmllm.model.language import load_language
 from mmllm.optimizers.optim import build_optimizers
 from mmllm.training.lora import add_lora
-from mmllm.training.losses import conversation_loss_sum, has_plain_head
+from mmllm.training.losses import conversation_loss_sum
 
 ADDED = ("<|one|>", "<|two|>")
 MIXED = [asked("hello"), asked("<image>\nwhat is in the picture?", A), TWO, asked("<image>?", B)]

@@ -20,6 +20,7 @@ from mmllm.batch import Example, message
 from mmllm.checkpoint.folder import load_checkpoint, save_checkpoint, stored_dtypes
 from mmllm.checkpoint.generation_settings import write_generation_settings
 from mmllm.checkpoint.golden import make_golden, verify_golden
+from mmllm.checkpoint.merge import merge_checkpoint
 from mmllm.cli import app
 from mmllm.config import ConfigError
 from mmllm.inference.engine import Engine, Sampling
@@ -27,7 +28,6 @@ from mmllm.interop.hf_llava import export_hf
 from mmllm.model.build import build_model
 from mmllm.model.vlm import PARTS
 from mmllm.stages.conversation import ConversationStage
-from mmllm.training.lora import merge_checkpoint
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 MIXED = {"vision": FP32, "projector": FP32, "language": BF16}

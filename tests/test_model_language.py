@@ -21,7 +21,8 @@ from mmllm.chat.renderer import Renderer
 from mmllm.config import ConfigError, LanguageConfig
 from mmllm.inference.engine import Engine, Sampling
 from mmllm.model.build import build_model
-from mmllm.model.language import check_backbone, find_architecture, load_language, load_tokenizer
+from mmllm.model.capabilities import check_backbone
+from mmllm.model.language import find_architecture, load_language, load_tokenizer
 
 WORDS = ("<s>", "</s>", "<unk>", "a", "red", "circle")
 

@@ -12,10 +12,9 @@ from tiny_backbones import BACKBONES
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mmllm.batching.packed_rows import why_not_packed
 from mmllm.batching.packing import positions
+from mmllm.model.capabilities import has_plain_head, needs_mask, why_not_packed
 from mmllm.model.probing import held_in_float32, probing, spread_of
-from mmllm.training.losses import has_plain_head, needs_mask
 from mmllm.training.quantised_base import quantise_language
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

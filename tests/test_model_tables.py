@@ -15,10 +15,11 @@ from torch import Tensor
 from mmllm.config import LanguageConfig, VisionConfig
 from mmllm.kernels.tables import tables
 from mmllm.model.language import load_language
+from mmllm.model.model_config import VisionLanguageConfig
 from mmllm.model.tower import VisionTower
 from mmllm.model.vision import FusedTower, build_tower, load_tower
 from mmllm.model.vision_transformers import ENCODERS
-from mmllm.model.vlm import VisionLanguageConfig, VisionLanguageModel
+from mmllm.model.vlm import VisionLanguageModel
 from projector import build_projector
 
 TOWERS = small_towers()

@@ -18,7 +18,8 @@ from mmllm.batching.collate import collate
 from mmllm.checkpoint.folder import load_checkpoint, save_checkpoint
 from mmllm.inference.engine import Engine, Sampling
 from mmllm.model.build import build_model
-from mmllm.training.losses import conversation_loss_sum, has_plain_head
+from mmllm.model.capabilities import has_plain_head
+from mmllm.training.losses import conversation_loss_sum
 
 NEW = 10  # tokens generated where that many are compared
 
@@ -55,7 +56,7 @@ def asked(text: str, *images: Image.Image) -> Example:
 def inputs_of(engine: Engine, *examples: Example) -> dict[str, Tensor]:
     """What transformers' own way gives: prompts as text through the processor."""
     images = [image for example in examples for image in example.images]
-    texts = [engine.prompt(example) for example in examples]
+    texts = [engine.renderer.text(example.messages) for example in examples]
     return dict(
         engine.processor(text=texts, images=images or None, padding=True, padding_side="left", return_tensors="pt")
     )
@@ -254,7 +255,7 @@ def test_transformers_finds_the_model_and_its_processor_by_itself(engine: Engine
     processor = AutoProcessor.from_pretrained(tmp_path)
     model = AutoModelForImageTextToText.from_pretrained(tmp_path)
     assert type(processor).__name__ == "VisionLanguageProcessor"
-    inputs = processor(text=engine.prompt(TWO), images=[A, B], return_tensors="pt")
+    inputs = processor(text=engine.renderer.text(TWO.messages), images=[A, B], return_tensors="pt")
     end = engine.renderer.end_token_id
     ids = model.generate(**inputs, max_new_tokens=NEW, do_sample=False, eos_token_id=end, pad_token_id=0)
     reply = engine.reply(TWO, Sampling(max_new_tokens=NEW))

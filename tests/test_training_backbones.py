@@ -13,12 +13,12 @@ from tiny_backbones import BACKBONES, make_backbone_parts
 from tiny_runs import make_data, settings_of, train_in_process, weights_of, write_settings
 
 from mmllm.checkpoint.folder import load_checkpoint
+from mmllm.checkpoint.merge import merge_checkpoint
 from mmllm.config import ConfigError, ModelConfig
 from mmllm.diagnose.check import check_data
 from mmllm.inference.engine import Engine, Sampling
 from mmllm.model.language import load_language
 from mmllm.stages.registry import build_stage
-from mmllm.training.lora import merge_checkpoint
 
 CHATML = ("<|im_start|>", "<|im_end|>")
 LORA = ("lora={rank: 2, alpha: 4}", "optim.max_steps=2")

@@ -79,7 +79,7 @@ def filler(checkpoint: Path, pictures: Path, folder: Path, *more: object) -> sub
 def encoded(cache: FeatureCache) -> Tensor:
     pixels = cache.processor.load_pixels(cache.images)["pixel_values"]
     with torch.inference_mode():
-        found: Tensor = cache.engine.model.vision_tower(pixels)
+        found: Tensor = cache.tower(pixels)
     return found.bfloat16().float()
 
 
@@ -112,7 +112,7 @@ def test_pictures_of_one_content_have_one_row_under_any_path(
     opened().fill(CPU)
     cache = opened()
     data = (pictures / "03.png").read_bytes()
-    again = FeatureCache(cache.engine, [Example("x", "", (), (data,))], cache.root)
+    again = FeatureCache(cache.model, cache.processor, [Example("x", "", (), (data,))], cache.root)
     assert again.num_missing == 0
     assert torch.equal(again.get([data]), cache.get([str(pictures / "03.png")]))
 

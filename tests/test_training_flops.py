@@ -16,12 +16,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmllm.batch import IGNORE_INDEX, Batch
 from mmllm.config import LoraConfig
 from mmllm.model.build import build_model
+from mmllm.model.capabilities import has_plain_head
 from mmllm.model.tower import TowerSpec
 from mmllm.model.vision_transformers import TransformersTower
 from mmllm.runs import flops
 from mmllm.runs.flops import PEAKS, StepFlops, _measured, device_peak, row_lengths
 from mmllm.training.lora import add_lora
-from mmllm.training.losses import conversation_loss_sum, has_plain_head
+from mmllm.training.losses import conversation_loss_sum
 
 
 def make_batch(model: Any, lengths: tuple[int, ...]) -> Batch:

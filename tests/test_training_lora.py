@@ -19,12 +19,12 @@ from mmllm.batch import Example, message
 from mmllm.checkpoint.adapter import merge_adapter
 from mmllm.checkpoint.folder import CheckpointError, load_checkpoint, read_manifest, verify_files, write_manifest
 from mmllm.checkpoint.golden import read_golden
+from mmllm.checkpoint.merge import merge_checkpoint
 from mmllm.cli import app
 from mmllm.config import ConfigError
 from mmllm.inference.engine import Engine, Sampling
 from mmllm.stages.conversation import ConversationStage
 from mmllm.training import lora
-from mmllm.training.lora import merge_checkpoint
 
 LORA = ("lora.rank=4", "lora.alpha=8", "lora.dropout=0.1")
 ADAPTER = Path("adapter") / "adapter_model.safetensors"

@@ -19,8 +19,9 @@ from mmllm.config import LoraConfig
 from mmllm.inference.engine import Engine
 from mmllm.kernels.fused_cross_entropy import is_plain_linear
 from mmllm.model.build import build_model
+from mmllm.model.capabilities import has_plain_head, needs_mask
 from mmllm.training.lora import add_lora
-from mmllm.training.losses import conversation_loss_sum, has_plain_head, head_loss_sum, needs_mask, token_loss_sum
+from mmllm.training.losses import conversation_loss_sum, head_loss_sum, token_loss_sum
 
 WHOLE = 10**9
 K, D, V = 60, 8, 50

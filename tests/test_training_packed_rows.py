@@ -12,9 +12,10 @@ from tiny_runs import settings_of
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mmllm.batching.packed_rows import Packer, row_cost, why_not_packed
+from mmllm.batching.packed_rows import Packer, row_cost
 from mmllm.batching.packing import positions
 from mmllm.config import ConfigError, DataConfig
+from mmllm.model.capabilities import find_capabilities, why_not_packed
 from mmllm.stages.conversation import ConversationStage
 
 HAS_NOT = [("gemma2", "sdpa"), ("gpt2", "flex_attention"), ("falcon", "flex_attention")]
@@ -90,8 +91,8 @@ def test_an_llm_that_sees_its_neighbours_is_refused_or_not_packed(
     model = backbone(kind, "eager")
     data = {"train": [{"path": "x.json"}]}
     with pytest.raises(ConfigError, match=rf"data.packing: always, but {kind} does not keep examples of one row apart"):
-        Packer(model, DataConfig(**data, packing="always"))
-    packer = Packer(model, DataConfig(**data))
+        Packer(model, DataConfig(**data, packing="always"), find_capabilities(model))
+    packer = Packer(model, DataConfig(**data), find_capabilities(model))
     assert packer.rows([100, 2, 2, 2, 2]) is None
     assert f"nothing is packed, {kind} does not keep examples of one row apart" in capsys.readouterr().out
     assert packer.divide([0, 1, 2, 3], 2, lambda item: ((5, 90, 6, 80)[item], 1)) == [[1, 3], [0, 2]], "by length"

@@ -12,10 +12,10 @@ from tiny_runs import log_of, losses_of, settings_of, train_in_process, weights_
 from torch import nn
 
 from mmllm.checkpoint.folder import read_manifest
+from mmllm.checkpoint.merge import merge_checkpoint
 from mmllm.config import ConfigError
 from mmllm.model.build import build_model
 from mmllm.stages.conversation import ConversationStage
-from mmllm.training.lora import merge_checkpoint
 from mmllm.training.quantised_base import quantise_language
 
 LORA = ("lora.rank=4", "lora.alpha=8")

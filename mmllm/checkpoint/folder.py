@@ -36,8 +36,9 @@ from mmllm.checkpoint.adapter import (
 )
 from mmllm.locks import NO_LOCKS
 from mmllm.model.hub import quiet_transformers
+from mmllm.model.model_config import VisionLanguageConfig
 from mmllm.model.processor import VisionLanguageProcessor
-from mmllm.model.vlm import PARTS, VisionLanguageConfig, VisionLanguageModel
+from mmllm.model.vlm import PARTS, VisionLanguageModel
 
 FORMAT_VERSION = 1
 KIND = "vision-language-model"

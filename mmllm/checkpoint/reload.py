@@ -16,8 +16,9 @@ from torch import Tensor
 
 from mmllm.checkpoint.folder import CheckpointError
 from mmllm.model.hub import quiet_transformers
+from mmllm.model.model_config import VisionLanguageConfig
 from mmllm.model.processor import VisionLanguageProcessor
-from mmllm.model.vlm import VisionLanguageConfig, VisionLanguageModel
+from mmllm.model.vlm import VisionLanguageModel
 
 # How far what a part gives may differ, as a share of the largest: the same sums, in another order at most.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}

@@ -25,10 +25,10 @@ from mmllm.data.sources import Examples
 from mmllm.model.build import count_image_tokens, fitting_projector
 from mmllm.model.language import load_tokenizer
 from mmllm.model.layout import Layout, new_layout
+from mmllm.model.model_config import VisionLanguageConfig
 from mmllm.model.positions import position_limit_of
 from mmllm.model.processor import VisionLanguageProcessor
 from mmllm.model.vision import load_tower
-from mmllm.model.vlm import VisionLanguageConfig
 from mmllm.readers.folders import tell_passed_over
 
 MAX_REASONS_SHOWN = 12

@@ -9,12 +9,14 @@ from torch import Tensor
 
 from mmllm.batch import IMAGE_TOKEN, PICTURE_LABEL, TEXT_ENCODING
 from mmllm.config import ConfigError, ModelConfig, ProjectorConfig, VisionConfig
-from mmllm.model.language import check_backbone, find_architecture, load_language
+from mmllm.model.capabilities import check_backbone
+from mmllm.model.language import find_architecture, load_language
 from mmllm.model.layout import new_layout
+from mmllm.model.model_config import VisionLanguageConfig
 from mmllm.model.processor import VisionLanguageProcessor
 from mmllm.model.tower import VisionTower
 from mmllm.model.vision import load_tower
-from mmllm.model.vlm import VisionLanguageConfig, VisionLanguageModel
+from mmllm.model.vlm import VisionLanguageModel
 from projector import Projector, build_projector
 
 

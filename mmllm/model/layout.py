@@ -50,6 +50,12 @@ class Layout:
         """Tokens of a picture of this shape."""
         return self.num_view_tokens
 
+    def shapes(self, image_sizes: Tensor | None) -> list[Pair]:
+        """`image_sizes` [N, 2] as pairs; none where tokens do not depend on them. Raises ValueError where they lack."""
+        if image_sizes is None and self.has_newline:
+            raise ValueError(f"pictures laid out as {self.kind} need image_sizes beside pixel_values")
+        return [] if image_sizes is None else [(int(one), int(two)) for one, two in image_sizes.tolist()]
+
     def inputs(self, processed: Mapping[str, Any]) -> dict[str, Any]:
         """What the model takes of what the image processor gives."""
         return {"pixel_values": processed["pixel_values"]}

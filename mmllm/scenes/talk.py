@@ -58,7 +58,7 @@ Told = tuple[int | None, ...]
 def describe(conversation: SceneConversation, rng: random.Random, example_id: str) -> tuple[Example, Told]:
     """The conversation with a description in the place of each picture, one clause after the other.
 
-    With it goes what each piece of the first message tells of, as in `QuestionTurn.about`: a part of the scenes or None.
+    With it goes what each piece of the first message tells of, as in `QuestionTurn.about`: a part of a scene, or None.
     """
     opening: list[tuple[str, int | None]] = []
     num_parts = 0

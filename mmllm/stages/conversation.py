@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from mmllm.data.sources import DataError
 from mmllm.kernels.attention import use_blocked_attention
 from mmllm.kernels.compiled import compile_layers, use_liger
 from mmllm.model.build import build_model
+from mmllm.model.capabilities import Capabilities, find_capabilities
 from mmllm.model.language import DTYPES, check_attention, decoder_layers
 from mmllm.model.positions import position_limit
 from mmllm.model.processor import VisionLanguageProcessor
@@ -42,7 +44,7 @@ from mmllm.runs.run_log import figures_of
 from mmllm.training.data import TrainingData
 from mmllm.training.features import FeatureCache
 from mmllm.training.lora import add_lora, add_tower_lora, move_adapters
-from mmllm.training.losses import conversation_loss_sum, has_plain_head, needs_mask
+from mmllm.training.losses import conversation_loss_sum
 from mmllm.training.quantised_base import quantise_language
 from mmllm.training.validation import Validation
 
@@ -55,12 +57,10 @@ class _ConversationLoss(nn.Module):
 
     always_runs_tower = False
 
-    def __init__(self, model: Any, chunk_tokens: int | None):
+    def __init__(self, model: Any, capabilities: Capabilities, chunk_tokens: int | None):
         super().__init__()
-        self.model = model
-        self.chunk_tokens = chunk_tokens
-        self.plain_head = has_plain_head(model.language_model)
-        self.with_mask = needs_mask(model.language_model)
+        self.model, self.chunk_tokens = model, chunk_tokens
+        self.plain_head, self.with_mask = capabilities.plain_head, capabilities.needs_mask
 
     def forward(self, batch: Batch, *, per_example: bool = False) -> Tensor:
         batch = batch.to(self.model.get_input_embeddings().weight.device)
@@ -92,11 +92,12 @@ class ConversationStage:
         if config.data.cache_features:
             folder = Path(config.data.cache_folder or Path(config.out).parent / "cache")
             self.features = FeatureCache(self.model, self.processor, self.examples, folder)
-        self.module: nn.Module = _ConversationLoss(self.model, config.optim.loss_chunk_tokens)
         if config.optim.precision == "bf16" and not config.optim.compile and not torch.accelerator.is_available():
             use_blocked_attention(self.model.language_model)
+        self.capabilities = find_capabilities(self.model.language_model)
+        self.module: nn.Module = _ConversationLoss(self.model, self.capabilities, config.optim.loss_chunk_tokens)
         limited = config.data.model_copy(update={"max_length_tokens": self.data.max_length_tokens})
-        self.packer = Packer(self.model.language_model, limited)
+        self.packer = Packer(self.model.language_model, limited, self.capabilities)
         self._recompute_layers()
         if config.optim.liger:
             use_liger(self.model.language_model)
@@ -293,7 +294,9 @@ class ConversationStage:
         settings = dump_config(self.config)
         (out / "config.yaml").write_text(settings)
         last = {"step": log[-1]["step"], **{name: curve[-1][1] for name, curve in figures_of(log).items()}}
-        facts: dict[str, Any] = {"origin": self.origin, "settings": settings, "figures": last}
+        facts: dict[str, Any] = {
+            "origin": self.origin, "settings": settings, "figures": last, "capabilities": asdict(self.capabilities),
+        }  # fmt: skip
         num_examples = "streamed" if self.num_examples is None else self.num_examples
         made = f"{self.config.stage}, {last['step']} steps on {num_examples} examples"
         card = model_card(out, made, self.origin, last, base=self.base, has_settings=True)
