@@ -160,6 +160,20 @@ def test_rooms_import_only_rooms_before_them(path):
     assert not wrong, f"{path} is in {room}, which may not import {', '.join(wrong)}"
 
 
+@pytest.mark.parametrize("path", python_files("tests"), ids=str)
+def test_a_test_imports_builders_and_no_other_test(path):
+    ours = {name for name in imports(tree_of(path), path) if name.split(".")[0] == "tests"}
+    assert [name for name in sorted(ours) if not f"{name}.".startswith("tests.builders.")] == []
+
+
+def test_the_tests_stand_in_the_rooms_of_what_they_test():
+    rooms = {*LEVELS, *LIBRARY, *ABOVE_LIBRARY, "builders"}
+    for path in python_files("tests"):
+        if len(path.parts) > 2:
+            assert path.parts[1] in rooms, f"{path}: no room and no package is called {path.parts[1]}"
+            assert path.stem.startswith("test_") != (path.parts[1] == "builders"), f"{path}: builders hold no tests"
+
+
 def test_no_files_import_each_other_in_a_circle():
     """Nor inside functions: a circle is one file that was cut in two. Imports for type checkers alone do not count."""
     modules = {module_of(path): path for path in python_files(*LIBRARY, "demo")}
