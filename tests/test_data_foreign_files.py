@@ -17,8 +17,8 @@ from PIL import Image
 
 from mmllm.batch import Example
 from mmllm.config import SourceConfig
-from mmllm.data.check import Report, inspect_sources
-from mmllm.data.inspection import Rules
+from mmllm.data.check import DataReport, inspect_sources
+from mmllm.data.inspection import RowRules
 from mmllm.data.shards import ShardedFile
 from mmllm.data.sources import load_pictures
 
@@ -56,15 +56,15 @@ def rows(count: int = NUM_ROWS) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def read(path: Path, **settings: Any) -> tuple[list[Example], Report]:
-    found, report = inspect_sources([SourceConfig(path=str(path), **settings)], Rules(None, 1, decode=True))
+def read(path: Path, **settings: Any) -> tuple[list[Example], DataReport]:
+    found, report = inspect_sources([SourceConfig(path=str(path), **settings)], RowRules(None, 1, decode=True))
     return list(found), report
 
 
 def stream(path: Path) -> list[Example]:
     file = ShardedFile(SourceConfig(path=str(path), streaming=True))
     shards = [one for shard in range(len(file.shards.names)) for one in file.shards.read(shard, 0)]
-    return [load_pictures(file.peek(read_row(), row)) for row, read_row in shards]
+    return [load_pictures(file.lazy_example(read_row(), row)) for row, read_row in shards]
 
 
 def said(examples: list[Example]) -> list[tuple[str, str, int]]:
@@ -132,7 +132,7 @@ def test_compressed_lines_are_streamed_without_a_copy(folder: Path, layout: str)
 def test_json_that_is_not_in_lines_is_not_streamed_and_says_so(folder: Path, layout: str) -> None:
     (folder / "x.jsonl").write_bytes(LAYOUTS[layout][1])
     (reason,) = reasons(folder / "x.jsonl", streaming=True)
-    assert "x.jsonl cannot be streamed, as it" in reason
+    assert "x.jsonl cannot be streamed, because it" in reason
 
 
 def test_a_copy_follows_the_file_that_it_was_made_of(folder: Path) -> None:
@@ -210,7 +210,9 @@ def test_a_csv_has_conversations_as_json(folder: Path) -> None:
         table.writerow(["python", "0.png", str(rows()[0]["conversations"])])
     examples, report = read(folder / "x.csv")
     assert said(examples) == EXPECTED
-    assert [bad.reason for bad in report.bad] == ["conversations is a list as Python prints it; write json.dumps of it"]
+    assert [bad.reason for bad in report.bad] == [
+        "conversations is a list as Python prints it; write it with json.dumps"
+    ]
 
 
 # Tables of other tools

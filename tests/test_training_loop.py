@@ -11,7 +11,7 @@ import torch
 from tiny_runs import log_of, losses_of, settings_of, train_in_process
 
 from mmllm.batch import Example, message
-from mmllm.batching.sampler import Order, rank_items
+from mmllm.batching.sampler import IndexedSampler, rank_slice
 from mmllm.data.sources import DataError
 from mmllm.images import ImageError
 from mmllm.stages.conversation import ConversationStage
@@ -55,7 +55,7 @@ def test_the_loss_does_not_depend_on_how_a_batch_is_divided(tiny_runs: Path, tmp
 
 def test_the_first_loss_is_that_of_every_supervised_token_of_the_batch(tiny_runs: Path, tmp_path: Path) -> None:
     stage = ConversationStage(settings_of(tiny_runs / "stage2.yaml", tmp_path / "out", UNGROUPED))
-    indices = Order(16, 4, 3, stage.lengths, group_by_length=False).batch(0)
+    indices = IndexedSampler(16, 4, 3, stage.lengths, group_by_length=False).batch(0)
     with torch.no_grad():
         sums = [float(stage.module(stage.batch([index]))) for index in indices]
     num_tokens = sum(stage.batch([index]).num_supervised for index in indices)
@@ -68,9 +68,9 @@ def test_the_first_loss_is_that_of_every_supervised_token_of_the_batch(tiny_runs
 def mixed_seed() -> int:
     """A seed whose first steps give two ranks of two: pictures on one rank and none on the other, and both on one."""
     for seed in range(200):
-        order = Order(16, 4, seed)
+        order = IndexedSampler(16, 4, seed)
         shares = [
-            [sorted(index >= 12 for index in rank_items(order.batch(step), rank, 2)) for rank in (0, 1)]
+            [sorted(index >= 12 for index in rank_slice(order.batch(step), rank, 2)) for rank in (0, 1)]
             for step in range(4)
         ]
         if any(pair in ([[True, True], [False, False]], [[False, False], [True, True]]) for pair in shares) and any(
@@ -94,7 +94,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(stage: Conver
     with torch.no_grad():
         next(stage.model.projector.parameters()).fill_(float("nan"))
     text = stopped(stage)
-    first = Order(16, 4, 3, stage.lengths).batch(0)
+    first = IndexedSampler(16, 4, 3, stage.lengths).batch(0)
     assert text.startswith("step 1: the loss is not finite (nan), the update was not made. Examples: ")
     assert ", ".join(stage.examples[index].id for index in first) in text
     assert "Lower optim.learning_rates, or look at these examples with `mmllm check`" in text

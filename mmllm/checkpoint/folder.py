@@ -34,7 +34,7 @@ from mmllm.checkpoint.adapter import (
     own_tensors,
     save_adapter,
 )
-from mmllm.locks import NO_LOCKS
+from mmllm.locks import NO_LOCK_ERRNOS
 from mmllm.model.hub import quiet_transformers
 from mmllm.model.processor import VisionLanguageProcessor
 from mmllm.model.vlm import PARTS, VisionLanguageConfig, VisionLanguageModel
@@ -137,7 +137,7 @@ def _one_save(path: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except OSError as error:
-        if error.errno not in NO_LOCKS:
+        if error.errno not in NO_LOCK_ERRNOS:
             raise
         yield
         return
