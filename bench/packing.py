@@ -104,7 +104,7 @@ class _Way:
         order = self._order()
         begun = time.process_time()
         for step in range(first, first + STEPS):
-            for items in order.divide(order.share(step, 0, 1), ACCUMULATE):
+            for items in order.split_step(order.rank_items(step, 0, 1), ACCUMULATE):
                 batch = self.stage.batch(items)
                 self.slots += batch.input_ids.numel()
                 self.tokens += int(batch.attention_mask.sum())

@@ -12,7 +12,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from mmllm.errors import FAILED, USAGE, MmllmError, report_errors
+from mmllm.errors import EXIT_FAILED, EXIT_USAGE, MmllmError, report_errors
 
 app = typer.Typer(
     name="mmllm", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -121,7 +121,7 @@ def plan(
         made = make_plan(load_config(config, overrides or []), gpus=gpus, memory=limit)
         print(to_json(made)) if as_json else show(made)
         if not made.fits:
-            sys.exit(FAILED)
+            sys.exit(EXIT_FAILED)
 
 
 @app.command()
@@ -135,7 +135,7 @@ def check(
         from mmllm.diagnose.check import check_data
 
         if not check_data(config, overrides or [], as_json=as_json):
-            sys.exit(FAILED)
+            sys.exit(EXIT_FAILED)
 
 
 @app.command()
@@ -215,7 +215,7 @@ def caption(
             dtype=dtype,
         )  # fmt: skip
         if num_failed:
-            sys.exit(FAILED)
+            sys.exit(EXIT_FAILED)
 
 
 @app.command("eval")
@@ -323,7 +323,7 @@ def doctor(
         from mmllm.diagnose.doctor import examine
 
         if not examine(model, as_json=as_json):
-            sys.exit(FAILED)
+            sys.exit(EXIT_FAILED)
 
 
 @app.command("import")
@@ -378,7 +378,7 @@ def export_hf(
 
 def _usage(text: str) -> None:
     print(f"error: {text}", file=sys.stderr)
-    sys.exit(USAGE)
+    sys.exit(EXIT_USAGE)
 
 
 def main() -> None:

@@ -13,12 +13,12 @@ import re
 import sys
 from collections.abc import Iterator
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # How writers that are not Python's own tell the operating system's error: safetensors, in the words of Rust.
 _RUST_ERROR = re.compile(r"code: (\d+), kind|\(os error (\d+)\)")
-USAGE = 2
-FAILED = 1
-INTERRUPTED = 130
+EXIT_USAGE = 2
+EXIT_FAILED = 1
+EXIT_INTERRUPTED = 130
 
 _MAX_WORD = 300  # characters; longer ones are base64, or a file that was given as a value
 _SHOWN = 80  # of those
@@ -43,7 +43,7 @@ class MmllmError(ValueError):
     A ValueError too, so that pydantic reports it by setting, and so that a program may catch it without importing us.
     """
 
-    exit_status = FAILED
+    exit_status = EXIT_FAILED
 
     def __init__(self, message: object = ""):
         super().__init__(shorten(str(message)))
@@ -53,10 +53,10 @@ def is_disk_full(error: BaseException) -> bool:
     """Whether this error, or one behind it, says that no more can be written: no space, no quota, a file limit."""
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in DISK_FULL:
+        if isinstance(seen, OSError) and seen.errno in DISK_FULL_ERRNOS:
             return True
         if type(seen).__name__ == "SafetensorError" and (found := _RUST_ERROR.search(str(seen))):
-            return int(found[1] or found[2]) in DISK_FULL
+            return int(found[1] or found[2]) in DISK_FULL_ERRNOS
         seen = seen.__cause__ or seen.__context__
     return False
 
@@ -74,19 +74,19 @@ def _explain(error: BaseException) -> tuple[str, int] | None:
         return (
             "the disk is full, or a limit on what may be written is reached. What was saved before is whole; "
             "free some space and start the same command again",
-            FAILED,
+            EXIT_FAILED,
         )
     if isinstance(error, MmllmError):
         return str(error), error.exit_status
     if isinstance(error, OSError):
-        return f"{error.filename or 'a file'}: {error.strerror or error}", FAILED
+        return f"{error.filename or 'a file'}: {error.strerror or error}", EXIT_FAILED
     if is_out_of_memory(error):
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         return (
             f"out of memory: {first}\nClose what else uses this memory, lower --batch-size or --max-new-tokens where "
             "the command has them, give fewer or smaller pictures, or use --device auto (all GPUs and main memory "
             "together) or --device cpu"
-        ), FAILED
+        ), EXIT_FAILED
     return None
 
 
@@ -97,7 +97,7 @@ def report_errors(*, debug: bool = False) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        sys.exit(EXIT_INTERRUPTED)
     except Exception as error:
         explained = _explain(error)
         if explained is None or debug or os.environ.get("MMLLM_DEBUG"):

@@ -54,7 +54,7 @@ _PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 _PNG_CHECKED_CHUNKS = (b"eXIf",)  # kept where their checksum is right
 
 # What Pillow's readers raise on damaged files; they have no common base class.
-_DAMAGE = (
+_DECODING_ERRORS = (
     OSError,
     ValueError,
     RuntimeError,
@@ -68,7 +68,7 @@ _DAMAGE = (
 )
 
 # EXIF 2.32, tag 274: how the stored picture must be turned to stand upright; 1 is upright already.
-_TURNS = {
+_TRANSPOSE_OF_ORIENTATION = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -79,10 +79,10 @@ _TURNS = {
 }
 
 # Pillow spreads PNG's grey of fewer bits over 0-255, but leaves the transparent grey as the file has it.
-_STEPS = {"1": 255, "L;2": 85, "L;4": 17}
+_GREY_STEPS = {"1": 255, "L;2": 85, "L;4": 17}
 
 # Of Pillow's warnings none says more than the picture or the ImageError does, and a million rows would repeat them.
-_PILLOWS_WARNINGS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
+_PILLOW_WARNING_FILTER = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 
 
 HEIF_INSTALL = "pip install 'mmllm[heif]'"
@@ -104,36 +104,36 @@ def load_image(
     """
     if max_pixels < 1:
         raise ValueError(f"max_pixels must be at least 1, got {max_pixels}")
-    with _without_warnings():
+    with _ignore_pillow_warnings():
         if isinstance(source, Image.Image):
             return _decode(source, "the image in memory", max_pixels, is_ours=False)
         if isinstance(source, bytes):
-            return _read(io.BytesIO(source), f"the image given as {len(source):,} bytes", max_pixels, may_shrink)
+            return _load_file(io.BytesIO(source), f"the image given as {len(source):,} bytes", max_pixels, may_shrink)
         if not isinstance(source, str | Path):
             raise ImageError(f"an image must be a path, bytes or a PIL image, got {type(source).__name__}")
         with _open_file(source) as file:
-            return _read(file, _shown(source), max_pixels, may_shrink)
+            return _load_file(file, _short_name(source), max_pixels, may_shrink)
 
 
 @contextlib.contextmanager
-def _without_warnings() -> Iterator[None]:
+def _ignore_pillow_warnings() -> Iterator[None]:
     """Like `warnings.catch_warnings`, which would lose or keep filters where several threads read pictures."""
     filters: list[Any] = warnings.filters  # type: ignore[assignment]
-    filters.insert(0, _PILLOWS_WARNINGS)
+    filters.insert(0, _PILLOW_WARNING_FILTER)
     try:
         yield
     finally:
         with contextlib.suppress(ValueError):  # where another thread emptied the list meanwhile
-            filters.remove(_PILLOWS_WARNINGS)
+            filters.remove(_PILLOW_WARNING_FILTER)
 
 
-def _shown(source: str | Path) -> str:
+def _short_name(source: str | Path) -> str:
     text = str(source)
     return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 def _open_file(source: str | Path) -> IO[bytes]:
-    name, path = _shown(source), Path(source)
+    name, path = _short_name(source), Path(source)
     try:
         if path.is_dir():
             raise ImageError(f"{path} is a folder, not an image; give the path of one image file")
@@ -152,13 +152,13 @@ def image_size(source: str | Path | bytes | Image.Image | PreparedImage) -> tupl
     """(height, width) of the upright picture, from the head of the file alone. Raises ImageError."""
     if isinstance(source, PreparedImage):
         return source.size
-    with _without_warnings():
+    with _ignore_pillow_warnings():
         if isinstance(source, Image.Image):
             return _upright_size(source, _orientation(source))
         if isinstance(source, bytes):
             return _size_of_file(io.BytesIO(source), f"the image given as {len(source):,} bytes")
         with _open_file(source) as file:
-            return _size_of_file(file, _shown(source))
+            return _size_of_file(file, _short_name(source))
 
 
 def _size_of_file(file: IO[bytes], name: str) -> tuple[int, int]:
@@ -186,14 +186,14 @@ def _upright_size(picture: Image.Image, orientation: int) -> tuple[int, int]:
     return (width, height) if is_turned else (height, width)
 
 
-def _read(file: IO[bytes], name: str, max_pixels: int, may_shrink: bool) -> Image.Image:
+def _load_file(file: IO[bytes], name: str, max_pixels: int, may_shrink: bool) -> Image.Image:
     try:
         picture = _open_picture(file, name)
         if may_shrink:
             _decode_smaller(picture)
         return _decode(picture, name, max_pixels)
     except ImageError as error:
-        if isinstance(error.__cause__, _DAMAGE) and (bare := _bare_png(file)) is not None:
+        if isinstance(error.__cause__, _DECODING_ERRORS) and (bare := _png_without_extras(file)) is not None:
             return _decode(_open_picture(bare, name), name, max_pixels)
         raise
 
@@ -223,20 +223,20 @@ def _open_picture(file: IO[bytes], name: str) -> Image.Image:
         kind = next((kind for begin, kind in _UNREAD_FORMATS.items() if start.startswith(begin)), None)
         if kind:
             raise ImageError(f"{name} is {kind}, which is not read; convert it to PNG or JPEG") from error
-        if (bare := _bare_png(file)) is not None:  # broken beside its pixels
+        if (bare := _png_without_extras(file)) is not None:  # broken beside its pixels
             return _open_picture(bare, name)
         if start.startswith(_PNG_SIGNATURE):
-            raise ImageError(_damaged(name, error)) from error
+            raise ImageError(_damage_message(name, error)) from error
         raise ImageError(
             f"{name} is not an image that can be read, it starts with {start[:24]!r}; "
             f"give one of {', '.join(FORMATS)}, HEIF, or copy it again if it should be one"
         ) from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name} has too many pixels ({error}); make it smaller") from error
-    except _DAMAGE as error:
-        if (bare := _bare_png(file)) is not None:
+    except _DECODING_ERRORS as error:
+        if (bare := _png_without_extras(file)) is not None:
             return _open_picture(bare, name)
-        raise ImageError(_damaged(name, error)) from error
+        raise ImageError(_damage_message(name, error)) from error
 
 
 def _is_heif(start: bytes) -> bool:
@@ -258,7 +258,7 @@ def _open_heif(file: IO[bytes], name: str) -> Image.Image:
     return picture
 
 
-def _bare_png(file: IO[bytes]) -> IO[bytes] | None:
+def _png_without_extras(file: IO[bytes]) -> IO[bytes] | None:
     """A PNG without text, profiles and whatever else is no pixel; None for another file, or one that is bare already.
 
     Programs keep megabytes of text in PNGs, more than Pillow reads, which guards against texts that grow when they
@@ -283,7 +283,7 @@ def _bare_png(file: IO[bytes]) -> IO[bytes] | None:
     return bare if num_dropped else None
 
 
-def _damaged(name: str, error: Exception) -> str:
+def _damage_message(name: str, error: Exception) -> str:
     is_unknown = isinstance(error, UnidentifiedImageError)  # Pillow says where the bytes are in memory
     why = "its head cannot be read" if is_unknown else str(error) or type(error).__name__
     return f"{name} is damaged or cut off ({why}); copy or download it again"
@@ -304,9 +304,9 @@ def _decode(picture: Image.Image, name: str, max_pixels: int, *, is_ours: bool =
         picture.load()
     except AssertionError as error:  # Pillow's, where the file of a picture that was opened is gone
         raise ImageError(f"{name} was opened but its file is closed; call its load() before that") from error
-    except _DAMAGE as error:
-        raise ImageError(_damaged(name, error)) from error
-    turn = _TURNS.get(_orientation(picture))
+    except _DECODING_ERRORS as error:
+        raise ImageError(_damage_message(name, error)) from error
+    turn = _TRANSPOSE_OF_ORIENTATION.get(_orientation(picture))
     if (
         isinstance(picture, ImageFile.ImageFile)
         and is_ours
@@ -330,7 +330,7 @@ def _orientation(picture: Image.Image, *, head_only: bool = False) -> int:
     try:
         exif = Image.Image.getexif(picture) if head_only else picture.getexif()
         value = exif.get(ExifTags.Base.Orientation, 1)
-    except _DAMAGE:
+    except _DECODING_ERRORS:
         return 1
     return value if isinstance(value, int) else 1
 
@@ -338,8 +338,8 @@ def _orientation(picture: Image.Image, *, head_only: bool = False) -> int:
 def _with_transparent_colour(picture: Image.Image, stored: str) -> Image.Image:
     """The picture with PNG's transparent colour in the bits of its pixels; `stored` is Pillow's name of the file's."""
     transparent = picture.info.get("transparency")
-    if stored in _STEPS and isinstance(transparent, int):
-        transparent *= _STEPS[stored]
+    if stored in _GREY_STEPS and isinstance(transparent, int):
+        transparent *= _GREY_STEPS[stored]
     elif stored == "RGB;16B" and isinstance(transparent, tuple):  # so is every colour that became the same in 8 bits
         transparent = tuple(value >> 8 for value in transparent)
     else:

@@ -11,36 +11,36 @@ import fcntl
 import os
 from typing import IO, Literal
 
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
-Outcome = Literal["held", "taken", "none"]
+NO_LOCK_ERRNOS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
+LockOutcome = Literal["held", "taken", "none"]
 
 
-def lock_file(file: IO[bytes], *, wait: bool = False) -> Outcome:
+def lock_file(file: IO[bytes], *, wait: bool = False) -> LockOutcome:
     """Whether this open file is locked now: `held` by us, `taken` by another one, `none` where there are no locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
-        return _outcome(error)
+        return _outcome_of(error)
     return "held"
 
 
-def lock_process(descriptor: int) -> Outcome:
+def lock_process(descriptor: int) -> LockOutcome:
     """As `lock_file`, by a POSIX record lock: unlike flock's it is not handed on to forked workers."""
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        return _outcome(error)
+        return _outcome_of(error)
     return "held"
 
 
-def _outcome(error: OSError) -> Outcome:
+def _outcome_of(error: OSError) -> LockOutcome:
     if error.errno in (errno.EACCES, errno.EAGAIN, errno.EWOULDBLOCK):
         return "taken"
-    if error.errno in NO_LOCKS:
+    if error.errno in NO_LOCK_ERRNOS:
         return "none"
     raise error
 
 
-def without_locks(what: str | os.PathLike[str]) -> str:
+def no_locks_warning(what: str | os.PathLike[str]) -> str:
     """What to say where there are none."""
     return f"{os.fspath(what)} is on a file system without locks: see to it that no second run writes there"

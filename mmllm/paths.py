@@ -33,11 +33,11 @@ def expand_path(text: str) -> str:
         except RuntimeError as error:
             raise MmllmError(f"{text}: there is no home folder of {path.split('/')[0]}; give the whole path") from error
     if "$" in path and not Path(path).exists():
-        path = _VARIABLE.sub(lambda found: _value_of(found[1] or found[2], text), path)
+        path = _VARIABLE.sub(lambda found: _variable_value(found[1] or found[2], text), path)
     return prefix + path
 
 
-def _value_of(name: str, text: str) -> str:
+def _variable_value(name: str, text: str) -> str:
     if name not in os.environ:
         raise MmllmError(f"{text}: the environment has no variable {name}; set it, or give the whole path")
     return os.environ[name]

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mmllm.batching.packing import Groups, RowCost, alike, divided, plan_rows
-from mmllm.batching.sampler import Item, as_they_come
+from mmllm.batching.packing import Groups, RowCost, plan_rows, split_by_length, split_step
+from mmllm.batching.sampler import Item, in_order
 from mmllm.config import ConfigError, DataConfig
 from mmllm.kernels.attention import BLOCKED
 from mmllm.model.capabilities import Capabilities
 
-# Attention costs this many times its multiplications: it moves its scores through memory. Measured on a CPU with
-# transformers' Llama, see bench/RESULTS.md. What is missing here skips what is masked.
+# How many times its multiplications attention costs, because it moves its scores through memory. Measured on a CPU with
+# transformers' Llama, see bench/RESULTS.md. An implementation that is not listed skips what is masked.
 _ATTENTION_WEIGHT = {"eager": 5.0, "sdpa": 2.0, BLOCKED: 2.0}
 
 
 def row_cost(language_model: Any) -> RowCost:
-    """What rows cost this LLM: a token each parameter of a layer twice, a pair of tokens 4 x hidden size."""
+    """What rows cost this LLM. In a layer, a token costs 2 FLOPs a parameter, a pair of tokens 4 x hidden size."""
     config, decoder = language_model.config, language_model.get_decoder()
     attention = getattr(config, "_attn_implementation", None) or "eager"
     if attention not in _ATTENTION_WEIGHT:
@@ -28,12 +28,15 @@ def row_cost(language_model: Any) -> RowCost:
 
 
 class Packer:
-    """`data.packing` for one LLM. Raises ConfigError for `always` where it cannot keep examples of one row apart."""
+    """The setting `data.packing`, applied to one LLM.
+
+    Raises ConfigError for `always` where the LLM does not keep the examples of a row apart.
+    """
 
     def __init__(self, language_model: Any, data: DataConfig, capabilities: Capabilities):
         self.packing, self.max_width = data.packing, data.max_length_tokens
         self.cost = RowCost()
-        self.is_possible = False
+        self.can_pack = False
         if data.packing == "never":
             return
         kind = language_model.config.model_type
@@ -41,27 +44,32 @@ class Packer:
             if data.packing == "always":
                 raise ConfigError(
                     f"data.packing: always, but {kind} does not keep examples of one row apart: {reason}; "
-                    "take auto or never, or another LLM"
+                    "set auto or never, or choose another LLM"
                 )
             print(f"data.packing: nothing is packed, {kind} does not keep examples of one row apart: {reason}")
             return
-        self.is_possible = True
+        self.can_pack = True
         self.cost = row_cost(language_model)
 
     def rows(self, lengths: Sequence[int]) -> Groups | None:
-        """The rows of a micro-batch of examples of these lengths; None: one each, padded."""
-        if not self.is_possible or self.packing == "never":
+        """The rows of a micro-batch with examples of these lengths; None: each example has a padded row of its own."""
+        if not self.can_pack or self.packing == "never":
             return None
         return plan_rows(lengths, self.packing, self.cost, self.max_width)
 
-    def divide(
+    def split_step(
         self, items: Sequence[Item], count: int, size_of: Callable[[Item], tuple[int, int]]
     ) -> list[Sequence[Item]]:
-        """A share of a step as micro-batches, see `divided`; of like lengths where no row can be packed."""
+        """A rank's items as `count` micro-batches, see `split_step`; by length where rows cannot be packed.
+
+        `size_of` gives an item's (tokens, images).
+        """
         if self.packing == "never" or count == 1:
-            return as_they_come(items, count)
+            return in_order(items, count)
         sizes = [size_of(item) for item in items]
-        lengths, images = [tokens for tokens, _ in sizes], [number for _, number in sizes]
-        possible = self.is_possible
-        groups = divided(lengths, images, count, self.packing, self.cost) if possible else alike(lengths, count)
+        lengths, num_images = [tokens for tokens, _ in sizes], [images for _, images in sizes]
+        if self.can_pack:
+            groups = split_step(lengths, num_images, count, self.packing, self.cost)
+        else:
+            groups = split_by_length(lengths, count)
         return [[items[number] for number in group] for group in groups]

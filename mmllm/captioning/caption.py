@@ -27,8 +27,8 @@ from mmllm.checkpoint.folder import MANIFEST, file_hash, read_manifest
 from mmllm.errors import MmllmError
 from mmllm.images import ImageError
 from mmllm.inference.engine import Engine, Reply, Sampling
-from mmllm.locks import lock_file, without_locks
-from mmllm.readers.folders import PICTURE_ENDINGS, sort_files, tell_passed_over
+from mmllm.locks import lock_file, no_locks_warning
+from mmllm.readers.folders import PICTURE_ENDINGS, classify_files, describe_passed_over
 
 NUM_READERS = 4  # threads that decode the next batch
 SECONDS_BETWEEN_LINES = 10.0
@@ -62,7 +62,7 @@ def find_pictures(inputs: Sequence[Path]) -> FoundPictures:
             continue
         walked = os.walk(given, onerror=remember)
         names = [str(Path(folder, name).relative_to(given)) for folder, _, names in walked for name in names]
-        files = sort_files(names)
+        files = classify_files(names)
         paths |= {str(given / name) for name in files.pictures}
         failed |= {str(given / name): f"{given / name} is {reason}" for name, reason in files.unread.items()}
         passed_over += files.passed_over
@@ -98,7 +98,7 @@ class Ledger:
             if outcome == "taken":
                 raise MmllmError(f"another run writes {path} now; wait for its end, or give another --out")
             if outcome == "none":
-                print(without_locks(path), flush=True)
+                print(no_locks_warning(path), flush=True)
             self._read()
         except (ValueError, OSError):
             self._file.close()
@@ -224,7 +224,7 @@ def caption_pictures(
         raise MmllmError("the prompt is empty; say what the model is asked for each picture")
     read_manifest(model)  # a wrong path is told before anything is searched or written
     found = find_pictures(inputs)
-    passed_over = tell_passed_over(found.passed_over)
+    passed_over = describe_passed_over(found.passed_over)
     if not found.paths and not found.failed:
         searched = ", ".join(map(str, inputs)) + (f" ({passed_over})" if passed_over else "")
         raise MmllmError(f"no pictures in {searched}; searched for files that end in {' '.join(PICTURE_ENDINGS)}")

@@ -6,14 +6,14 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from mmllm.errors import USAGE, MmllmError
+from mmllm.errors import EXIT_USAGE, MmllmError
 from mmllm.paths import expand_path
 
 
 class ConfigError(MmllmError):
     """A setting that cannot be used; the message says which, what was given and what is allowed."""
 
-    exit_status = USAGE
+    exit_status = EXIT_USAGE
 
 
 class Section(BaseModel):

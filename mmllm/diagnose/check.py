@@ -18,9 +18,9 @@ from mmllm.chat.renderer import Renderer
 from mmllm.checkpoint.folder import read_manifest
 from mmllm.config import ConfigError, ModelConfig, SourceConfig, StageConfig
 from mmllm.config.file import load_config
-from mmllm.data.check import Report, inspect_sources, num_shared, refusal
-from mmllm.data.inspection import Part, Rules, positions_note
-from mmllm.data.quarantine import Writer
+from mmllm.data.check import DataReport, inspect_sources, num_shared_contents, refusal_reason
+from mmllm.data.inspection import PartReport, RowRules, positions_note
+from mmllm.data.quarantine import QuarantineWriter
 from mmllm.data.sources import Examples
 from mmllm.model.build import count_image_tokens, fitting_projector
 from mmllm.model.language import load_tokenizer
@@ -29,7 +29,7 @@ from mmllm.model.model_config import VisionLanguageConfig
 from mmllm.model.positions import position_limit_of
 from mmllm.model.processor import VisionLanguageProcessor
 from mmllm.model.vision import load_tower
-from mmllm.readers.folders import tell_passed_over
+from mmllm.readers.folders import describe_passed_over
 
 MAX_REASONS_SHOWN = 12
 FILE_WIDTH = 140  # of tables where no terminal gives one
@@ -54,7 +54,7 @@ class TextSide:
 class Findings:
     """What one split of the data holds."""
 
-    report: Report
+    report: DataReport
     examples: Examples
     refusal: str | None
 
@@ -122,23 +122,23 @@ def check_data(config_path: Path, overrides: list[str], *, as_json: bool) -> boo
     except (ValueError, OSError, RuntimeError, KeyError) as error:
         problems.append(f"model: {error}\nso no tokens are counted")
     sources = _splits(config)
-    writer = Writer(config.out, [source for files in sources.values() for source in files])
+    writer = QuarantineWriter(config.out, [source for files in sources.values() for source in files])
     renderer, max_positions = (text_side.renderer, text_side.max_positions) if text_side else (None, None)
-    rules = Rules(renderer, config.data.max_length_tokens, decode=True, max_positions=max_positions)
+    rules = RowRules(renderer, config.data.max_length_tokens, decode=True, max_positions=max_positions)
     if max_positions and max_positions < config.data.max_length_tokens:
         notes.append(positions_note(config.data.max_length_tokens, max_positions))
     found = {}
     for name, files in sources.items():
         with _progress(f"looking at {name}") as advance:
 
-            def watch(source: SourceConfig, part: Part, name: str = name, advance: Any = advance) -> None:
+            def watch(source: SourceConfig, part: PartReport, name: str = name, advance: Any = advance) -> None:
                 writer.add(name, source, part)
                 advance(len(part.ids))
 
-            examples, report = inspect_sources(files, rules, watch=watch)
-        found[name] = Findings(report, examples, refusal(report, config.data))
+            examples, report = inspect_sources(files, rules, on_part=watch)
+        found[name] = Findings(report, examples, refusal_reason(report, config.data))
         _judge(name, found[name], text_side, problems, notes)
-    if "val" in found and (shared := num_shared(found["val"].report.contents, found["train"].report.contents)):
+    if "val" in found and (shared := num_shared_contents(found["val"].report.contents, found["train"].report.contents)):
         notes.append(f"{shared} val examples are in train too, so val says too little")
     result = {
         "config": str(config_path),
@@ -171,7 +171,7 @@ def _judge(name: str, found: Findings, text_side: TextSide | None, problems: lis
     longest, limit = int(report.lengths.max(initial=0)), text_side.trained_length_tokens if text_side else None
     if limit and longest > limit:
         notes.append(f"{name}: the longest example has {longest} tokens, but the LLM was made for {limit}")
-    if passed_over := tell_passed_over(report.passed_over):
+    if passed_over := describe_passed_over(report.passed_over):
         notes.append(f"{name}: {passed_over}")
     if report.unread:
         keys = ", ".join(f"{key} ({count:,} rows)" for key, count in report.unread.most_common(8))
@@ -233,7 +233,7 @@ def _print(result: Mapping[str, Any], found: Mapping[str, Findings]) -> None:
     console.print(verdict, style="bold green" if result["starts"] else "bold red")
 
 
-def _print_reasons(console: Console, name: str, report: Report) -> None:
+def _print_reasons(console: Console, name: str, report: DataReport) -> None:
     if not report.num_bad:
         return
     groups = report.by_reason()

@@ -320,8 +320,8 @@ def _answer(engine: Any) -> str:
     """One question about a drawn picture. Whether the answer is right is what `mmllm eval` measures."""
     from mmllm.chat.conversation import Conversation
     from mmllm.inference.engine import Sampling
-    from mmllm.scenes.ask import ask_attribute
     from mmllm.scenes.draw import draw
+    from mmllm.scenes.questions import ask_attribute
     from mmllm.scenes.world import Scene, Thing
 
     rng = random.Random(0)

@@ -26,10 +26,10 @@ from mmllm.batch import (
     picture_marks,
 )
 from mmllm.chat.conversation import Conversation
-from mmllm.chat.renderer import Rendered, Renderer
+from mmllm.chat.renderer import RenderedConversation, Renderer
 from mmllm.config import ConfigError, DataConfig, ModelConfig, StageConfig
 from mmllm.config.file import load_config
-from mmllm.data.check import left_out
+from mmllm.data.check import why_left_out
 from mmllm.data.sources import DataError, read_source
 from mmllm.diagnose.check import load_text_side
 from mmllm.images import image_size, load_image
@@ -185,7 +185,7 @@ def explain(config_path: Path, overrides: list[str], *, sample: str | None = Non
     split, example, also_in = _find(config.data, sample)
     text_side = load_text_side(config.model)
     renderer = text_side.renderer
-    if reason := left_out(example, renderer, config.data, max_positions=text_side.max_positions):
+    if reason := why_left_out(example, renderer, config.data, max_positions=text_side.max_positions):
         raise DataError(f"{example.source}: the run would leave out {example.id}: {reason}")
     transform = _transform(config.model, text_side.layout)
     rendered = renderer.render_example(example)
@@ -259,7 +259,7 @@ def _near(sample: str, ids: Sequence[str]) -> list[str]:
     return [other for other in heapq.nlargest(5, ids, key=likeness) if 2 * likeness(other) >= len(sample)]
 
 
-def tokenise(rendered: Rendered, image_token_id: int) -> list[Token]:
+def tokenise(rendered: RenderedConversation, image_token_id: int) -> list[Token]:
     """The tokens of a conversation as the renderer gives them, each with its text and what it is for."""
     kinds: list[Kind] = ["prompt"] * len(rendered.input_ids)
     for answer in rendered.answers:
@@ -285,7 +285,7 @@ def _words(message: Message, label: str) -> str | None:
     return marked.removeprefix(marks) if marked.startswith(marks) else None
 
 
-def _prompts(renderer: Renderer, example: Example, rendered: Rendered, label: str) -> list[Asked]:
+def _prompts(renderer: Renderer, example: Example, rendered: RenderedConversation, label: str) -> list[Asked]:
     """For each answer the tokens before it, in training and as a conversation that grows turn by turn would ask."""
     conversation = Conversation(label=label)
     asked: list[Asked] = []

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmllm.batch import Example, ImageSource, PreparedImage
-from mmllm.chat.renderer import Rendered
+from mmllm.chat.renderer import RenderedConversation
 from mmllm.checkpoint.folder import load_checkpoint, stored_dtypes
 from mmllm.checkpoint.generation_settings import end_token_ids
 from mmllm.checkpoint.golden import require_golden
@@ -130,7 +130,7 @@ class Engine:
         """The picture as the vision tower sees it: resized, cropped or padded, values back in 0-255."""
         return as_seen(self.processor.image_layout, self.processor.image_processor, self.prepare(image))
 
-    def inputs(self, rendered: Sequence[Rendered], images: Sequence[ImageSource]) -> dict[str, Tensor]:
+    def inputs(self, rendered: Sequence[RenderedConversation], images: Sequence[ImageSource]) -> dict[str, Tensor]:
         """Prompts padded on the left, whatever the tokenizer says, and their pictures one behind the other."""
         device = self.model.device
         longest = max(len(one.input_ids) for one in rendered)
@@ -144,7 +144,7 @@ class Engine:
             inputs |= {name: value.to(device) for name, value in self.processor.load_pixels(images).items()}
         return inputs
 
-    def _render(self, example: Example, sampling: Sampling) -> Rendered:
+    def _render(self, example: Example, sampling: Sampling) -> RenderedConversation:
         if not example.messages or example.messages[-1].role != "user":
             raise MmllmError("the last message must be the user's: there is nothing to answer")
         rendered = self.renderer.render_example(example)

@@ -24,7 +24,7 @@ class RowError(MmllmError):
 
 
 @dataclass(frozen=True)
-class Stored:
+class LazyImage:
     """A picture inside a data file, or behind a URL: `read` gives its bytes, when they are needed."""
 
     name: str
@@ -86,9 +86,9 @@ def read_range(path: str, start: int = 0, end: int | None = None) -> bytes:
         return file.read(-1 if end is None else end - start)
 
 
-def stored_part(path: str, start: int, size: int, name: str) -> Stored:
+def lazy_image_at(path: str, start: int, size: int, name: str) -> LazyImage:
     """A picture that stands in a file without compression, such as in a tar."""
-    return Stored(name, functools.partial(read_range, path, start, start + size))
+    return LazyImage(name, functools.partial(read_range, path, start, start + size))
 
 
 def is_folder(path: str) -> bool:
@@ -98,19 +98,19 @@ def is_folder(path: str) -> bool:
     return Path(path).is_dir()
 
 
-def _exists(path: str) -> bool:
+def _is_file(path: str) -> bool:
     if is_url(path):
         fs, inner = filesystem(path)
         return bool(fs.isfile(inner))
     return Path(path).is_file()
 
 
-def join(folder: str, name: str) -> str:
+def join_path(folder: str, name: str) -> str:
     """A path inside a folder or under a URL; an absolute local path stays as it is."""
     return f"{folder.rstrip('/')}/{name}" if is_url(folder) else str(Path(folder) / name)
 
 
-def parent(path: str) -> str:
+def parent_folder(path: str) -> str:
     """The folder that a file, or all files of a pattern, are in."""
     whole = path
     while "{" in path or "*" in path or path == whole:
@@ -132,17 +132,17 @@ def list_folder(folder: str, *, recursive: bool = False) -> list[str]:
     return sorted(names)
 
 
-def expand(path: str) -> list[str]:
+def matching_files(path: str) -> list[str]:
     """The files that a path names: itself, those of a brace pattern `{000..123}`, or those of a `*`, sorted.
 
     Raises DataError where there is none.
     """
     try:
-        if _exists(path):
+        if _is_file(path):
             return [path]
-        paths = _braces(path) if "{" in path else [path]
-        files = [file for one in paths for file in (_glob(one) if "*" in one else [one])]
-        missing = [file for file in files if not _exists(file)]
+        paths = _expand_braces(path) if "{" in path else [path]
+        files = [file for one in paths for file in (_expand_stars(one) if "*" in one else [one])]
+        missing = [file for file in files if not _is_file(file)]
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror or error}); check the path and its rights") from error
     if missing or not files:
@@ -152,7 +152,7 @@ def expand(path: str) -> list[str]:
     return files
 
 
-def _braces(path: str) -> list[str]:
+def _expand_braces(path: str) -> list[str]:
     try:
         from webdataset.shardlists import expand_urls
     except ImportError as error:
@@ -160,7 +160,7 @@ def _braces(path: str) -> list[str]:
     return [str(one) for one in expand_urls(path)]
 
 
-def _glob(path: str) -> list[str]:
+def _expand_stars(path: str) -> list[str]:
     if not is_url(path):
         root = Path(path)
         depth = next(number for number, part in enumerate(root.parts) if "*" in part)

@@ -54,12 +54,12 @@ def ending_of(name: str) -> str:
     return PurePath(name).suffix.lower()
 
 
-def sort_files(names: Iterable[str]) -> FolderFiles:
+def classify_files(names: Iterable[str]) -> FolderFiles:
     """Pictures, what stands beside them, and the rest; `names` are paths inside the folder, and keep their order."""
     files = FolderFiles()
     for name in names:
         ending = ending_of(name)
-        if reason := _is_nobodys(name):
+        if reason := _why_passed_over(name):
             files.passed_over[reason] += 1
         elif ending in PICTURE_ENDINGS:
             files.pictures.append(name)
@@ -72,7 +72,7 @@ def sort_files(names: Iterable[str]) -> FolderFiles:
     return files
 
 
-def _is_nobodys(name: str) -> str | None:
+def _why_passed_over(name: str) -> str | None:
     """Why a file is none that a person put there as a picture or a caption; None where it may be."""
     parts = PurePosixPath(name.replace("\\", "/")).parts
     if "__MACOSX" in parts:
@@ -93,7 +93,7 @@ def missing_package(name: str) -> str | None:
     return None
 
 
-def tell_passed_over(counts: Mapping[str, int]) -> str:
+def describe_passed_over(counts: Mapping[str, int]) -> str:
     """One sentence: how many files, and why. Nothing where there are none."""
     if not (total := sum(counts.values())):
         return ""

@@ -38,7 +38,7 @@ def _skip_mark(file: IO[bytes]) -> int:
     return file.seek(len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0)
 
 
-def _joined(parts: list[NDArray[np.int64]]) -> NDArray[np.int64]:
+def _concatenate(parts: list[NDArray[np.int64]]) -> NDArray[np.int64]:
     return np.concatenate([np.empty(0, np.int64), *parts])
 
 
@@ -58,7 +58,7 @@ def line_offsets(file: IO[bytes], name: str) -> Offsets:
         starts.append(begin[is_row] + offset)
         ends.append(end[is_row] + offset)
         offset += len(chunk)
-    return _joined(starts), _joined(ends)
+    return _concatenate(starts), _concatenate(ends)
 
 
 def _read_unbroken(file: IO[bytes]) -> bytes:
@@ -70,7 +70,7 @@ def _read_unbroken(file: IO[bytes]) -> bytes:
 
 
 @dataclass(frozen=True)
-class _Marks:
+class _Delimiters:
     """The commas and brackets of a chunk that stand outside of strings: where in the file, which, and how deep then."""
 
     chunk: bytes
@@ -80,7 +80,7 @@ class _Marks:
     depths: NDArray[np.int64]  # behind the mark
 
 
-def _marks(file: IO[bytes], offset: int, depth: int) -> Iterator[_Marks]:
+def _iterate_delimiters(file: IO[bytes], offset: int, depth: int) -> Iterator[_Delimiters]:
     """The marks from a place on that is outside of strings."""
     num_quotes = 0
     while chunk := _read_unbroken(file):
@@ -92,7 +92,7 @@ def _marks(file: IO[bytes], offset: int, depth: int) -> Iterator[_Marks]:
         quotes = np.cumsum(is_quote) + num_quotes
         at = at[~is_quote & (quotes % 2 == 0)]
         depths = np.cumsum(_STEP[codes[at]], dtype=np.int64) + depth
-        yield _Marks(chunk, offset, at, codes[at], depths)
+        yield _Delimiters(chunk, offset, at, codes[at], depths)
         num_quotes = int(quotes[-1]) % 2 if len(quotes) else num_quotes
         depth = int(depths[-1]) if len(depths) else depth
         offset += len(chunk)
@@ -107,7 +107,7 @@ def list_offsets(file: IO[bytes], name: str, *, begin: int | None = None) -> Off
     offset = _enter_list(file, name) if begin is None else file.seek(begin)
     bounds = [np.asarray([offset - 1])]
     is_closed = False
-    for marks in _marks(file, offset, 1):
+    for marks in _iterate_delimiters(file, offset, 1):
         closing = marks.at[marks.depths == 0]
         behind = marks.chunk[0 if is_closed else int(closing[0]) + 1 :] if is_closed or len(closing) else b""
         if begin is None and (rest := behind.strip()):
@@ -121,7 +121,7 @@ def list_offsets(file: IO[bytes], name: str, *, begin: int | None = None) -> Off
             break
     if not is_closed:
         raise DataError(f"{name} is not JSON: the list that it begins with is never closed; is the file cut off?")
-    found = _joined(bounds)
+    found = _concatenate(bounds)
     starts, ends = found[:-1] + 1, found[1:]
     if len(starts) == 1:
         file.seek(int(starts[0]))
@@ -140,7 +140,7 @@ def object_offsets(file: IO[bytes], name: str) -> Offsets:
     ends: list[NDArray[np.int64]] = []
     lists: dict[str, int] = {}  # of the first object: key, and the place behind the bracket
     num_begun, before = 0, b""
-    for marks in _marks(file, offset, 0):
+    for marks in _iterate_delimiters(file, offset, 0):
         opens = (_STEP[marks.codes] == 1) & (marks.depths == 1)
         starts.append(marks.at[opens] + marks.offset)
         ends.append(marks.at[(_STEP[marks.codes] == -1) & (marks.depths == 0)] + marks.offset + 1)
@@ -151,7 +151,7 @@ def object_offsets(file: IO[bytes], name: str) -> Offsets:
                     lists[key[1].decode(errors="replace")] = place + 1 + marks.offset
         before = marks.chunk[-_KEY_BYTES:]
         depth = int(marks.depths[-1]) if len(marks.depths) else depth
-    found = _joined(starts), _joined(ends)
+    found = _concatenate(starts), _concatenate(ends)
     if depth or len(found[0]) != len(found[1]):
         raise DataError(f"{name} is not JSON: the last object in it is never closed; is the file cut off?")
     if len(found[0]) != 1 or ROW_LISTS & lists.keys():

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mmllm.readers.arrow_to_python import plain_copy
+from mmllm.readers.compression import decoded_copy
 from mmllm.readers.files import RowError, open_file, read_range
 from mmllm.readers.index import json_offsets
 
@@ -50,7 +50,7 @@ class JsonRows:
     """JSON of any layout, held as two positions a row. `is_lines`: where nothing else is seen, a row is a line."""
 
     def __init__(self, files: list[str], *, is_lines: bool):
-        self._files = [plain_copy(path) for path in files]
+        self._files = [decoded_copy(path) for path in files]
         found = []
         for name, path in zip(files, self._files, strict=True):
             with open_file(path) as file:

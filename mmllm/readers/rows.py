@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from pathlib import PurePosixPath
 from typing import Any, Protocol
 
-from mmllm.locks import NO_LOCKS
-from mmllm.readers.arrow_to_python import inner_suffix
-from mmllm.readers.files import DataError, RowError, expand, is_folder, join, list_folder, read_range
-from mmllm.readers.folders import SIDECAR_ENDINGS, ending_of, missing_package, sort_files, tell_passed_over
+from mmllm.locks import NO_LOCK_ERRNOS
+from mmllm.readers.compression import inner_suffix
+from mmllm.readers.files import DataError, RowError, is_folder, join_path, list_folder, matching_files, read_range
+from mmllm.readers.folders import SIDECAR_ENDINGS, classify_files, describe_passed_over, ending_of, missing_package
 from mmllm.readers.json_rows import JsonRows
 from mmllm.readers.tables import arrow_rows, csv_rows, parquet_rows, saved_dataset
 from mmllm.readers.tars import TarRows, add_member
@@ -36,7 +36,7 @@ class FolderRows:
 
     def __init__(self, folder: str):
         self.folder = folder
-        files = sort_files(list_folder(folder, recursive=True))
+        files = classify_files(list_folder(folder, recursive=True))
         self._pictures = files.pictures
         self._beside = {name[: -len(ending_of(name))] + ending_of(name): name for name in files.sidecars}
         self.passed_over = files.passed_over + files.unread_by_reason()
@@ -54,7 +54,7 @@ class FolderRows:
         if not found:
             raise RowError(f"no {stem}.txt or {stem}.json beside {name}, so there is nothing to learn about it")
         for ending in found:
-            add_member(row, ending[1:], read_range(join(self.folder, self._beside[stem + ending])))
+            add_member(row, ending[1:], read_range(join_path(self.folder, self._beside[stem + ending])))
         return {**{key: value for key, value in row.items() if key not in ("image", "images")}, "image": name}
 
 
@@ -79,10 +79,10 @@ def _open_folder(folder: str) -> Rows:
         return saved_dataset(folder)
     for name in METADATA:
         if name in names:
-            return MetadataRows(READERS[PurePosixPath(name).suffix]([join(folder, name)]))
+            return MetadataRows(READERS[PurePosixPath(name).suffix]([join_path(folder, name)]))
     rows = FolderRows(folder)
     if not len(rows):
-        others = tell_passed_over(rows.passed_over)
+        others = describe_passed_over(rows.passed_over)
         raise DataError(
             f"{folder} is a folder without pictures or {', '.join(METADATA)}{f' ({others})' if others else ''}; give a "
             "folder that holds them, one that `datasets` saved, or the path of the data file in it"
@@ -120,7 +120,7 @@ def open_rows(path: str) -> Rows:
     try:
         rows = _open_folder(path) if is_folder(path) else _open_files(path)
     except OSError as error:
-        if error.errno in NO_LOCKS:  # of `datasets`, which locks its cache
+        if error.errno in NO_LOCK_ERRNOS:  # of `datasets`, which locks its cache
             raise DataError(
                 f"{path} needs a cache on a disk with locks, and that of `datasets` has none ({error.strerror}); set "
                 "HF_DATASETS_CACHE to a folder of a local disk"
@@ -133,4 +133,4 @@ def open_rows(path: str) -> Rows:
 
 def _open_files(path: str) -> Rows:
     reader = READERS[suffix_of(path, list(READERS))]
-    return reader(expand(path))
+    return reader(matching_files(path))

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mmllm.readers.arrow_to_python import plain_copy
-from mmllm.readers.files import DataError, RowError, Stored, fingerprint, is_url, open_file
+from mmllm.readers.compression import decoded_copy
+from mmllm.readers.files import DataError, LazyImage, RowError, fingerprint, is_url, open_file
 
 _ARROW_MAGIC = b"ARROW1"  # of a file that ends with a list of what is in it; a stream has none
 # Arrow has maps and `datasets` has none: in its files a map is a list of pairs, told from others by these names.
@@ -26,13 +26,13 @@ def arrow_to_python(scalar: Any, name: str) -> Any:
     if not scalar.is_valid:
         return None
     if isinstance(scalar, pa.ExtensionScalar | pa.DictionaryScalar | pa.RunEndEncodedScalar | pa.UnionScalar):
-        return arrow_to_python(_held(scalar), name)
+        return arrow_to_python(_underlying_scalar(scalar), name)
     if isinstance(scalar, pa.StructScalar):
         return {key: arrow_to_python(value, f"{name}.{key}") for key, value in scalar.items()}
     if isinstance(scalar, pa.ListScalar):  # of all kinds: maps, fixed and large ones are its subclasses
         return _list_to_python(scalar, name)
     if isinstance(scalar, pa.BinaryScalar) and not isinstance(scalar, pa.StringScalar):
-        return Stored(name, scalar.as_py)
+        return LazyImage(name, scalar.as_py)
     if pa.types.is_duration(scalar.type):
         return scalar.value
     if pa.types.is_temporal(scalar.type):  # some of which Python's own dates cannot hold
@@ -44,7 +44,7 @@ def arrow_to_python(scalar: Any, name: str) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _held(scalar: Any) -> Any:
+def _underlying_scalar(scalar: Any) -> Any:
     import pyarrow as pa
 
     # of a dictionary that a column is encoded by, as_py would copy the bytes of a picture
@@ -55,7 +55,7 @@ def _list_to_python(scalar: Any, name: str) -> Any:
     import pyarrow as pa
 
     if scalar.type.value_type in (pa.uint8(), pa.int8()) if not isinstance(scalar, pa.MapScalar) else False:
-        return Stored(name, functools.partial(_bytes_of, scalar))
+        return LazyImage(name, functools.partial(_bytes_of, scalar))
     values = scalar.values
     if isinstance(scalar, pa.MapScalar) or _is_map(scalar.type):
         keys, items = values.field(0), values.field(1)
@@ -92,7 +92,7 @@ class ArrowRows:
         return {name: arrow_to_python(table.column(name)[0], f"{self._path} row {index} {name}") for name in names}
 
 
-def _load(builder: str, files: list[str], **options: Any) -> ArrowRows:
+def _load_with_datasets(builder: str, files: list[str], **options: Any) -> ArrowRows:
     """`datasets` turns parquet and CSV into Arrow files in its cache (HF_DATASETS_CACHE), once."""
     import datasets
     import pyarrow as pa
@@ -139,8 +139,8 @@ def parquet_rows(files: list[str]) -> ArrowRows:
             )
     if not any(num_rows):
         raise DataError(f"{files[0]} holds no rows; give a file with at least one conversation")
-    if all(_has_features(field.type) for schema in schemas for field in schema):
-        return _load("parquet", files)
+    if all(_is_supported_type(field.type) for schema in schemas for field in schema):
+        return _load_with_datasets("parquet", files)
     return _arrow_copy(files, _parquet_batches)
 
 
@@ -160,7 +160,7 @@ def _arrow_batches(path: str) -> Iterator[tuple[Any, Iterable[Any]]]:
         yield file.schema, (file.get_batch(number) for number in range(file.num_record_batches))
 
 
-def _has_features(type_: Any) -> bool:
+def _is_supported_type(type_: Any) -> bool:
     """Whether `datasets` has a type for this one of Arrow's."""
     from datasets.features.features import generate_from_arrow_type
 
@@ -184,10 +184,10 @@ def _arrow_copy(files: list[str], open_table: Callable[[str], Any]) -> ArrowRows
             partial = copy.with_suffix(f".{os.getpid()}.part")
             try:
                 with open_table(path) as (old, batches):
-                    schema = pa.schema([(field.name, _known_type(field.type)) for field in old])
+                    schema = pa.schema([(field.name, _supported_type(field.type)) for field in old])
                     with pa.ipc.new_stream(str(partial), schema) as out:
                         for batch in batches:
-                            columns = [_as_type(batch.column(field.name), field.type) for field in schema]
+                            columns = [_cast_column(batch.column(field.name), field.type) for field in schema]
                             out.write_batch(pa.record_batch(columns, schema=schema))
                 partial.replace(copy)
             except pa.ArrowException as error:
@@ -198,45 +198,47 @@ def _arrow_copy(files: list[str], open_table: Callable[[str], Any]) -> ArrowRows
     return ArrowRows(files[0], datasets.concatenate_datasets(parts))
 
 
-def _known_type(type_: Any) -> Any:
+def _supported_type(type_: Any) -> Any:
     """The type of `datasets` that says the same: maps are lists of pairs, and what is left is text."""
     import pyarrow as pa
 
     if pa.types.is_map(type_):
-        pair = [(MAP_KEY, _known_type(type_.key_type)), (MAP_VALUE, _known_type(type_.item_type))]
+        pair = [(MAP_KEY, _supported_type(type_.key_type)), (MAP_VALUE, _supported_type(type_.item_type))]
         return pa.list_(pa.struct(pair))
     if pa.types.is_struct(type_):
-        return pa.struct([(field.name, _known_type(field.type)) for field in type_])
+        return pa.struct([(field.name, _supported_type(field.type)) for field in type_])
     if pa.types.is_list(type_) or pa.types.is_large_list(type_) or pa.types.is_fixed_size_list(type_):
-        return pa.list_(_known_type(type_.value_type))
+        return pa.list_(_supported_type(type_.value_type))
     if pa.types.is_dictionary(type_):
-        return _known_type(type_.value_type)
+        return _supported_type(type_.value_type)
     if pa.types.is_fixed_size_binary(type_) or type_ == pa.binary_view():
         return pa.binary()
-    return type_ if _has_features(type_) else pa.string()
+    return type_ if _is_supported_type(type_) else pa.string()
 
 
-def _as_type(column: Any, type_: Any) -> Any:
+def _cast_column(column: Any, type_: Any) -> Any:
     import pyarrow as pa
 
     if column.type == type_:
         return column
-    return pa.array([_pairs(value, type_) for value in column.to_pylist()], type_)
+    return pa.array([_with_map_pairs(value, type_) for value in column.to_pylist()], type_)
 
 
-def _pairs(value: Any, type_: Any) -> Any:
-    """A Python value of a column, with the pairs of its maps as `_known_type` says."""
+def _with_map_pairs(value: Any, type_: Any) -> Any:
+    """A Python value of a column, with the pairs of its maps as `_supported_type` says."""
     import pyarrow as pa
 
     if value is None:
         return None
     if pa.types.is_struct(type_):
-        return {field.name: _pairs(value[field.name], field.type) for field in type_}
+        return {field.name: _with_map_pairs(value[field.name], field.type) for field in type_}
     if pa.types.is_list(type_) and _is_map(type_):
         held = type_.value_type
-        return [{MAP_KEY: _pairs(k, held[0].type), MAP_VALUE: _pairs(v, held[1].type)} for k, v in value]
+        return [
+            {MAP_KEY: _with_map_pairs(k, held[0].type), MAP_VALUE: _with_map_pairs(v, held[1].type)} for k, v in value
+        ]
     if pa.types.is_list(type_):
-        return [_pairs(one, type_.value_type) for one in value]
+        return [_with_map_pairs(one, type_.value_type) for one in value]
     return str(value) if pa.types.is_string(type_) else value
 
 
@@ -247,7 +249,7 @@ def csv_rows(files: list[str], delimiter: str | None = None) -> ArrowRows:
     """Rows of CSV, every value as the text that it is: 007, NA, True and null are words."""
     import datasets
 
-    copies = [plain_copy(path) for path in files]
+    copies = [decoded_copy(path) for path in files]
     heads = [_csv_head(path, copy, delimiter) for path, copy in zip(files, copies, strict=True)]
     names, delimiter, _ = heads[0]
     if not any(has_rows for _, _, has_rows in heads):
@@ -256,7 +258,7 @@ def csv_rows(files: list[str], delimiter: str | None = None) -> ArrowRows:
         if head[:2] != heads[0][:2]:
             raise DataError(f"{path} has the columns {', '.join(head[0])}, but {files[0]} has {', '.join(names)}")
     features = datasets.Features({name: datasets.Value("string") for name in names})
-    rows = _load("csv", copies, features=features, names=names, header=0, sep=delimiter,
+    rows = _load_with_datasets("csv", copies, features=features, names=names, header=0, sep=delimiter,
                  keep_default_na=False, na_filter=False, encoding="utf-8-sig")  # fmt: skip
     return CsvRows(files[0], rows)
 

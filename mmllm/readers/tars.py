@@ -14,8 +14,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from mmllm.readers.arrow_to_python import DAMAGE, open_decompressed, plain_copy
-from mmllm.readers.files import DataError, RowError, open_file, stored_part
+from mmllm.readers.compression import DECOMPRESSION_ERRORS, decoded_copy, open_decompressed
+from mmllm.readers.files import DataError, RowError, lazy_image_at, open_file
 from mmllm.readers.folders import PICTURE_ENDINGS, SIDECAR_ENDINGS
 from mmllm.readers.json_rows import parse_row
 
@@ -25,12 +25,12 @@ CAPTION_SUFFIXES = tuple(ending[1:] for ending in SIDECAR_ENDINGS if ending != "
 _SYSTEM_FILES = {"__MACOSX", ".DS_Store", "Thumbs.db", "desktop.ini"}
 
 
-def _plain_name(name: str) -> str:
+def _relative_name(name: str) -> str:
     """A member's name without the `./` that `tar -C folder .` puts before it."""
     return PurePosixPath(name).as_posix().lstrip("/")
 
 
-def _is_of_the_system(name: str) -> bool:
+def _is_system_file(name: str) -> bool:
     return any(part in _SYSTEM_FILES or part.startswith("._") for part in name.split("/"))
 
 
@@ -49,18 +49,18 @@ def group_members(members: Iterable[tuple[str, Any]]) -> Iterator[dict[str, Any]
         from webdataset.tariterators import group_by_keys
     except ImportError as error:
         raise DataError("tars are read with webdataset: pip install 'mmllm[tars]'") from error
-    named = ((_plain_name(name), value) for name, value in members)
-    files = ({"fname": name, "data": value, "__url__": ""} for name, value in named if not _is_of_the_system(name))
+    named = ((_relative_name(name), value) for name, value in members)
+    files = ({"fname": name, "data": value, "__url__": ""} for name, value in named if not _is_system_file(name))
     try:
         for sample in group_by_keys(files, keys=_key, lcase=False):
-            yield from _split(sample)
+            yield from _split_by_stem(sample)
     except DataError:
         raise
     except ValueError as error:
         raise DataError(f"a tar holds the same name twice: {error.args[0]}") from error
 
 
-def _split(sample: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _split_by_stem(sample: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The samples under one key: several where pictures have texts of their own under longer names."""
     members = {suffix: value for suffix, value in sample.items() if not suffix.startswith("__")}
     parts: dict[str, dict[str, Any]] = {}
@@ -129,7 +129,7 @@ class TarRows:
     """WebDataset tars: where each member lies, three numbers a member. Compressed ones are unpacked into the cache."""
 
     def __init__(self, files: list[str]):
-        self._files = [plain_copy(path, is_text=False) for path in files]
+        self._files = [decoded_copy(path, is_text=False) for path in files]
         self._names = files
         self._suffixes: dict[str, int] = {}
         keys, ends, tars = bytearray(), array("q"), array("q")
@@ -158,7 +158,7 @@ class TarRows:
         for suffix_id, start, size in self._members[self._first[index] : self._first[index + 1]].tolist():
             suffix = self._suffix_names[suffix_id]
             name = f"{self._names[number]}/{sample['__key__']}.{suffix}"
-            sample[suffix] = stored_part(self._files[number], start, size, name)
+            sample[suffix] = lazy_image_at(self._files[number], start, size, name)
         return tar_row(sample, lambda stored: stored.load())
 
 
@@ -168,9 +168,9 @@ def _check_size(file: IO[bytes], name: str) -> None:
         raise DataError(f"{name} is cut off: a tar is made of blocks of {tarfile.BLOCKSIZE} bytes; copy it again")
 
 
-def _is_data(member: tarfile.TarInfo) -> bool:
+def _is_data_file(member: tarfile.TarInfo) -> bool:
     """Whether a member is a file, and not one of WebDataset's own notes."""
-    first = _plain_name(member.name).split("/")[0]
+    first = _relative_name(member.name).split("/")[0]
     return member.isreg() and not (first.startswith("__") and first.endswith("__"))
 
 
@@ -179,7 +179,7 @@ def _headers(path: str, name: str) -> Iterator[tuple[str, tuple[int, int]]]:
         with open_file(path) as file:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:
-                    if _is_data(member):
+                    if _is_data_file(member):
                         yield member.name, (member.offset_data, member.size)
                     tar.members = []  # type: ignore[attr-defined]  # it would keep them all
             _check_size(file, name)
@@ -193,12 +193,12 @@ def read_members(path: str) -> Iterator[tuple[str, bytes]]:
         with open_decompressed(path) as file:
             with tarfile.open(fileobj=file, mode="r|") as tar:
                 for member in tar:
-                    if _is_data(member):
+                    if _is_data_file(member):
                         held = tar.extractfile(member)
                         assert held is not None
                         yield member.name, held.read()
                     tar.members = []  # type: ignore[attr-defined]
             if path.endswith(".tar") and file.seekable():
                 _check_size(file, path)
-    except (tarfile.TarError, *DAMAGE) as error:
+    except (tarfile.TarError, *DECOMPRESSION_ERRORS) as error:
         raise DataError(f"{path} is not a tar that can be read to its end: {error}") from error

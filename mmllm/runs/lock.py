@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mmllm.errors import MmllmError
-from mmllm.locks import lock_process, without_locks
+from mmllm.locks import lock_process, no_locks_warning
 
 LOCK_FILE = "run.lock"
 
@@ -58,7 +58,7 @@ def only_run(out: Path) -> Iterator[None]:
     descriptor = _acquire(path)
     if descriptor is None:
         path.unlink(missing_ok=True)  # it would say that a run is there, to whom nothing tells otherwise
-        print(without_locks(out), flush=True)
+        print(no_locks_warning(out), flush=True)
         yield
         return
     try:

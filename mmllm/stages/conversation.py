@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mmllm.batch import TEXT_ENCODING, Batch, Example
 from mmllm.batching.collate import collate
 from mmllm.batching.packed_rows import Packer
-from mmllm.batching.sampler import Item, Orders
+from mmllm.batching.sampler import Item, Sampler
 from mmllm.chat.renderer import ChatError
 from mmllm.checkpoint.adapter import describe_base, merge_adapter
 from mmllm.checkpoint.card import model_card
@@ -224,11 +224,11 @@ class ConversationStage:
             **tensors,
         )
 
-    def order(self, batch_size: int) -> Orders:
-        return self.data.order(batch_size, self._divide)
+    def order(self, batch_size: int) -> Sampler:
+        return self.data.order(batch_size, self._split_step)
 
-    def _divide(self, items: Sequence[Item], count: int) -> list[Sequence[Item]]:
-        return self.packer.divide(items, count, self.data.size_of)
+    def _split_step(self, items: Sequence[Item], count: int) -> list[Sequence[Item]]:
+        return self.packer.split_step(items, count, self.data.size_of)
 
     def batch(self, indices: Sequence[Item]) -> Batch:
         examples = [item if isinstance(item, Example) else self.examples[item] for item in indices]

@@ -109,7 +109,7 @@ def longest_batch(stage: Any, batch_size: int, max_length: int) -> Any:
     if stage.num_examples is not None and lengths is not None:
         order = sorted(range(stage.num_examples), key=lambda index: -int(lengths[index]))
         return stage.batch(list(itertools.islice(itertools.cycle(order), batch_size)))
-    batch = stage.batch(list(stage.order(batch_size).share(0, 0, 1))[:batch_size])
+    batch = stage.batch(list(stage.order(batch_size).rank_items(0, 0, 1))[:batch_size])
     if stage.num_examples is not None or not isinstance(batch, Batch):
         return batch
     more = max(0, max_length - batch.input_ids.shape[1])

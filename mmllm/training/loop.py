@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from mmllm.batching.sampler import Item, Orders, seed_of
+from mmllm.batching.sampler import Item, Sampler, step_seed
 from mmllm.config import RunConfig
 from mmllm.config.file import dump_config
 from mmllm.distributed.launch import STRATEGIES, launched_strategy
 from mmllm.distributed.ranks import all_reduce_sum, build_accelerator, gather_all
 from mmllm.distributed.strategy import load_weights
-from mmllm.errors import INTERRUPTED, MmllmError
+from mmllm.errors import EXIT_INTERRUPTED, MmllmError
 from mmllm.optimizers.optim import Parts, rate_factor
 from mmllm.runs.alarms import new_alarms
 from mmllm.runs.requirements import slow_precision_text
@@ -39,7 +39,7 @@ VALIDATION = "the validation is broken off, and made when the run goes on; the s
 class InterruptedRunError(MmllmError):
     """The run was asked to stop; its state is saved."""
 
-    exit_status = INTERRUPTED
+    exit_status = EXIT_INTERRUPTED
 
 
 class Stage(Protocol):
@@ -55,7 +55,7 @@ class Stage(Protocol):
     @property
     def depths(self) -> Mapping[str, int]: ...  # of each trained parameter below the top of its part
 
-    def order(self, batch_size: int) -> Orders: ...
+    def order(self, batch_size: int) -> Sampler: ...
     def batch(self, indices: Sequence[Any]) -> Any: ...  # Items of the order
     def count(self, batch: Any) -> int: ...
     def num_tokens(self, batch: Any) -> int: ...
@@ -114,16 +114,16 @@ class Run:
         if state:
             facts: dict[str, Any] = {"settings": self.settings, "global_batch": self.global_batch}
             load_state(self.out, state, self.strategy, **facts)
-            self.order.go_to(state.get("position", {}))
+            self.order.load_state(state.get("position", {}))
             self.best = state.get("best")
         return int(step)
 
     def _micro_batches(self, first_step: int) -> Iterator[Sequence[Item]]:
         """This rank's micro-batches, from a step to the end of the run."""
         for step in range(first_step, self.config.optim.max_steps):
-            mine = self.order.share(step, self.accelerator.process_index, self.accelerator.num_processes)
-            self.positions[step + 1] = self.order.position()
-            yield from self.order.divide(mine, self.config.optim.accumulate_steps)
+            mine = self.order.rank_items(step, self.accelerator.process_index, self.accelerator.num_processes)
+            self.positions[step + 1] = self.order.state()
+            yield from self.order.split_step(mine, self.config.optim.accumulate_steps)
 
     def _batch(self, indices: Sequence[Item]) -> Any:
         """A micro-batch, or what is wrong with its data: an error that a worker raises would bring its traceback."""
@@ -170,7 +170,7 @@ class Run:
     def step(self, step: int, data: Iterator[Any]) -> tuple[float, float]:
         """One optimizer step: (loss per counted item, gradient norm)."""
         optim, world, beat = self.config.optim, self.accelerator.num_processes, self.heart.beat
-        torch.manual_seed(seed_of(self.config.seed, step, self.accelerator.process_index))
+        torch.manual_seed(step_seed(self.config.seed, step, self.accelerator.process_index))
         beat(step, "data")
         with self.throughput.waiting():
             batches = [next(data) for _ in range(optim.accumulate_steps)]

@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mmllm.batching.sampler import Order
+from mmllm.batching.sampler import IndexedSampler
 from mmllm.config import WarmupVisionConfig
 from mmllm.model.language import load_tokenizer
+from mmllm.scenes.captions import write_caption
 from mmllm.scenes.draw import draw
-from mmllm.scenes.tell import tell
 from mmllm.scenes.world import Kind, Scene, Split, near_miss, sample_kind, sample_scene
 from mmllm.warmup.regions import MAX_REGIONS, Box, RegionWords, regions_of
 
@@ -60,7 +60,7 @@ def _draw_chunk(seed: int, split: Split, numbers: range, side_px: int, num_capti
         scenes, rng = scene_group(seed, split, number)
         for scene in scenes:
             pixels = np.asarray(draw(scene, rng).resize((side_px, side_px), Image.Resampling.BICUBIC))
-            captions = [tell(scene, rng) for _ in range(num_captions)]
+            captions = [write_caption(scene, rng) for _ in range(num_captions)]
             drawn.append(Drawn(pixels, captions, regions_of(scene)))
     return drawn
 
@@ -146,8 +146,8 @@ class WarmupVision:
             "boxes": pairs.boxes[rows], "words": pairs.words[rows], "names": list(names),
         }  # fmt: skip
 
-    def order(self, batch_size: int) -> Order:
-        return Order(self.config.num_scenes, batch_size, self.config.seed)
+    def order(self, batch_size: int) -> IndexedSampler:
+        return IndexedSampler(self.config.num_scenes, batch_size, self.config.seed)
 
     def batch(self, indices: Sequence[int]) -> dict[str, Any]:
         size = 1 + NEAR_MISSES

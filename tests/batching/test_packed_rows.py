@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmllm.batching.packed_rows import Packer, row_cost
-from mmllm.batching.packing import positions
+from mmllm.batching.packing import packed_position_ids
 from mmllm.config import ConfigError, DataConfig
 from mmllm.model.capabilities import find_capabilities, why_not_packed
 from mmllm.stages.conversation import ConversationStage
@@ -39,7 +39,7 @@ def test_examples_of_a_row_are_kept_apart_or_the_llm_is_found_out(kind: str, att
     width = sum(LENGTHS) + PADDING
     generator = torch.Generator().manual_seed(1)
     embeds = torch.randn(2, width, 32, generator=generator)
-    where = positions([LENGTHS, LENGTHS[::-1]], width)
+    where = packed_position_ids([LENGTHS, LENGTHS[::-1]], width)
     together = logits(model, embeds, position_ids=where)
     for row, lengths in enumerate((LENGTHS, LENGTHS[::-1])):
         starts = [sum(lengths[:number]) for number in range(len(lengths))]
@@ -60,7 +60,7 @@ def test_examples_of_a_row_are_kept_apart_or_the_llm_is_found_out(kind: str, att
 
 def test_with_a_cache_packing_would_be_wrong_without_a_word() -> None:
     model = backbone("llama", "eager")
-    embeds, where = torch.randn(1, 20, 32), positions([[10, 10]], 20)
+    embeds, where = torch.randn(1, 20, 32), packed_position_ids([[10, 10]], 20)
     with torch.no_grad():
         right = model(inputs_embeds=embeds, position_ids=where, use_cache=False).logits
         wrong = model(inputs_embeds=embeds, position_ids=where, use_cache=True).logits
@@ -78,7 +78,7 @@ def test_an_llm_that_sees_its_neighbours_is_refused_or_not_packed(
     packer = Packer(model, DataConfig(**data), find_capabilities(model))
     assert packer.rows([100, 2, 2, 2, 2]) is None
     assert f"nothing is packed, {kind} does not keep examples of one row apart" in capsys.readouterr().out
-    assert packer.divide([0, 1, 2, 3], 2, lambda item: ((5, 90, 6, 80)[item], 1)) == [[1, 3], [0, 2]], "by length"
+    assert packer.split_step([0, 1, 2, 3], 2, lambda item: ((5, 90, 6, 80)[item], 1)) == [[1, 3], [0, 2]], "by length"
 
 
 def test_a_router_whose_loss_is_one_of_whole_rows_is_not_packed() -> None:
@@ -115,7 +115,7 @@ class Division:
         order = stage.order(12)
         total, names = 0.0, []
         for rank in range(ranks):
-            micro_batches = order.divide(order.share(0, rank, ranks), accumulate)
+            micro_batches = order.split_step(order.rank_items(0, rank, ranks), accumulate)
             assert len(micro_batches) == accumulate
             for indices in micro_batches:
                 batch = stage.batch(indices)

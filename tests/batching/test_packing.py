@@ -11,8 +11,17 @@ import torch
 
 from mmllm.batch import IGNORE_INDEX
 from mmllm.batching.collate import collate
-from mmllm.batching.packing import RowCost, alike, balanced, best_fit, divided, plan_rows, positions, width_of
-from mmllm.chat.renderer import Rendered
+from mmllm.batching.packing import (
+    RowCost,
+    best_fit,
+    longest_row,
+    packed_position_ids,
+    plan_rows,
+    split_by_length,
+    split_by_tokens,
+    split_step,
+)
+from mmllm.chat.renderer import RenderedConversation
 
 FREE = RowCost()
 DENSE = RowCost(even_width=1000)
@@ -39,8 +48,8 @@ def test_every_example_stands_in_exactly_one_place(kind: str, how: str) -> None:
     lengths = lengths_of(kind)
     ways: dict[str, Callable[[], Any]] = {
         "best_fit": lambda: best_fit(lengths, 2048),
-        "balanced": lambda: balanced(lengths, [length % 3 for length in lengths], 8),
-        "alike": lambda: alike(lengths, 8),
+        "balanced": lambda: split_by_tokens(lengths, [length % 3 for length in lengths], 8),
+        "alike": lambda: split_by_length(lengths, 8),
         "always": lambda: plan_rows(lengths, "always", DENSE, 2048),
         "auto": lambda: plan_rows(lengths, "auto", DENSE, 2048) or [[number] for number in range(len(lengths))],
         "one_row": lambda: plan_rows(lengths, "auto", RowCost(one_row=True), 2048),
@@ -52,7 +61,7 @@ def test_every_example_stands_in_exactly_one_place(kind: str, how: str) -> None:
 def test_rows_are_within_their_capacity_and_few(kind: str) -> None:
     lengths = lengths_of(kind)
     rows = best_fit(lengths, 2048)
-    assert width_of(rows, lengths) <= 2048
+    assert longest_row(rows, lengths) <= 2048
     assert len(rows) <= -(-sum(lengths) // 2048) * 11 / 9 + 1, "within the bound that best fit is known to keep"
 
 
@@ -61,9 +70,9 @@ def test_rows_are_within_their_capacity_and_few(kind: str) -> None:
 def test_micro_batches_are_as_many_as_asked_for_and_none_is_empty(kind: str, count: int) -> None:
     lengths = lengths_of(kind)
     images = [number % 2 for number in range(64)]
-    for groups in (balanced(lengths, images, count), alike(lengths, 64 // (64 // count))):
+    for groups in (split_by_tokens(lengths, images, count), split_by_length(lengths, 64 // (64 // count))):
         assert all(groups)
-    groups = balanced(lengths, images, count)
+    groups = split_by_tokens(lengths, images, count)
     assert len(groups) == count
     tokens = [sum(lengths[number] for number in group) for group in groups]
     assert max(tokens) - min(tokens) <= 2 * max(lengths)
@@ -72,9 +81,9 @@ def test_micro_batches_are_as_many_as_asked_for_and_none_is_empty(kind: str, cou
 def test_no_micro_batch_gets_most_of_the_pictures() -> None:
     lengths = [100] * 8 + [10] * 24
     images = [0] * 8 + [3] * 24  # balanced by tokens alone, the short ones would stand together
-    groups = balanced(lengths, images, 4)
+    groups = split_by_tokens(lengths, images, 4)
     assert max(sum(images[number] for number in group) for group in groups) <= 72 / 4 + 3 - 1
-    lonely = balanced([900, 10, 10, 10], [0, 1, 1, 1], 2)
+    lonely = split_by_tokens([900, 10, 10, 10], [0, 1, 1, 1], 2)
     assert max(sum([0, 1, 1, 1][number] for number in group) for group in lonely) <= 2
 
 
@@ -83,19 +92,19 @@ def test_auto_packs_where_padding_costs_more_than_attention_and_only_there() -> 
     assert plan_rows(same, "auto", DENSE, 2048) is None, "long rows of a dense mask would cost more"
     packed = plan_rows(tail, "auto", DENSE, 2048)
     assert packed
-    assert DENSE.of(len(packed), width_of(packed, tail)) < 0.8 * DENSE.of(len(tail), max(tail))
+    assert DENSE.of(len(packed), longest_row(packed, tail)) < 0.8 * DENSE.of(len(tail), max(tail))
     cheap = plan_rows(tail, "auto", RowCost(even_width=1e6), 2048)
     assert cheap
-    assert width_of(cheap, tail) > width_of(packed, tail), "where attention is cheap, rows are longer"
+    assert longest_row(cheap, tail) > longest_row(packed, tail), "where attention is cheap, rows are longer"
     assert plan_rows(same, "always", DENSE, 2048), "always is always"
 
 
 def test_a_step_is_divided_by_length_where_attention_is_dear_and_evenly_where_it_is_not() -> None:
     lengths, images = lengths_of("tail"), [1] * 64
     cheap, dear = RowCost(even_width=1e6), RowCost(even_width=100)
-    assert divided(lengths, images, 8, "auto", cheap) == balanced(lengths, images, 8)
-    assert divided(lengths, images, 8, "auto", dear) == alike(lengths, 8)
-    assert divided(lengths, images, 8, "always", dear) == balanced(lengths, images, 8)
+    assert split_step(lengths, images, 8, "auto", cheap) == split_by_tokens(lengths, images, 8)
+    assert split_step(lengths, images, 8, "auto", dear) == split_by_length(lengths, 8)
+    assert split_step(lengths, images, 8, "always", dear) == split_by_tokens(lengths, images, 8)
 
 
 def test_an_attention_that_knows_one_packed_row_gets_one() -> None:
@@ -103,15 +112,17 @@ def test_an_attention_that_knows_one_packed_row_gets_one() -> None:
 
 
 def test_positions_begin_again_at_each_example_and_at_the_padding() -> None:
-    assert positions([[3, 1, 2], [4]], 7).tolist() == [[0, 1, 2, 0, 0, 1, 0], [0, 1, 2, 3, 0, 1, 2]]
+    assert packed_position_ids([[3, 1, 2], [4]], 7).tolist() == [[0, 1, 2, 0, 0, 1, 0], [0, 1, 2, 3, 0, 1, 2]]
 
 
 def test_a_packed_batch_teaches_what_its_examples_teach_alone() -> None:
     rows = [
-        Rendered([1, 2, 3], [False, True, True], 0),
-        Rendered([4, 5], [True, True], 0),  # its first token is never predicted, not from the example before either
-        Rendered([6], [True], 0),
-        Rendered([7, 8, 9, 10], [False, False, False, True], 0),
+        RenderedConversation([1, 2, 3], [False, True, True], 0),
+        RenderedConversation(
+            [4, 5], [True, True], 0
+        ),  # its first token is never predicted, not from the example before either
+        RenderedConversation([6], [True], 0),
+        RenderedConversation([7, 8, 9, 10], [False, False, False, True], 0),
     ]
     names = ["a", "b", "c", "d"]
     packed = collate(rows, pad_token_id=0, example_ids=names, per_row=[3, 1])

@@ -11,8 +11,8 @@ from PIL import Image
 
 from mmllm.batch import Example
 from mmllm.config import SourceConfig
-from mmllm.data.check import Report, inspect_sources
-from mmllm.data.inspection import Rules
+from mmllm.data.check import DataReport, inspect_sources
+from mmllm.data.inspection import RowRules
 from mmllm.data.shards import ShardedFile
 from mmllm.data.sources import load_pictures
 
@@ -50,15 +50,15 @@ def rows(count: int = NUM_ROWS) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def read(path: Path, **settings: Any) -> tuple[list[Example], Report]:
-    found, report = inspect_sources([SourceConfig(path=str(path), **settings)], Rules(None, 1, decode=True))
+def read(path: Path, **settings: Any) -> tuple[list[Example], DataReport]:
+    found, report = inspect_sources([SourceConfig(path=str(path), **settings)], RowRules(None, 1, decode=True))
     return list(found), report
 
 
 def stream(path: Path) -> list[Example]:
     file = ShardedFile(SourceConfig(path=str(path), streaming=True))
     shards = [one for shard in range(len(file.shards.names)) for one in file.shards.read(shard, 0)]
-    return [load_pictures(file.peek(read_row(), row)) for row, read_row in shards]
+    return [load_pictures(file.lazy_example(read_row(), row)) for row, read_row in shards]
 
 
 def said(examples: list[Example]) -> list[tuple[str, str, int]]:

@@ -1,4 +1,4 @@
-"""Answers a question about scenes by reading its words; written apart from `mmllm.scenes.ask`, to check it.
+"""Answers a question about scenes by reading its words; written apart from `mmllm.scenes.questions`, to check it.
 
 A question that means no one thing in the scene, or that no rule here reads, is an UnanswerableError.
 """

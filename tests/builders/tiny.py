@@ -18,7 +18,7 @@ from mmllm.checkpoint.folder import save_checkpoint
 from mmllm.checkpoint.golden import make_golden
 from mmllm.config import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
 from mmllm.model.build import build_model
-from mmllm.scenes.talk import about_one, as_text
+from mmllm.scenes.conversations import about_one, text_example
 from mmllm.scenes.world import sample_scene
 from mmllm.warmup.language import build_tokenizer
 
@@ -56,7 +56,7 @@ def make_language(folder: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     rng = random.Random(0)
-    talks = [as_text(about_one(sample_scene(rng, "train"), rng, 4), rng, str(number)) for number in range(60)]
+    talks = [text_example(about_one(sample_scene(rng, "train"), rng, 4), rng, str(number)) for number in range(60)]
     tokenizer = build_tokenizer([turn.text for talk in talks for turn in talk.messages], VOCAB_SIZE)
     tokenizer.save_pretrained(folder)
     config = LlamaConfig(

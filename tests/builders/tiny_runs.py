@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mmllm.batching.sampler import Order, rank_items
+from mmllm.batching.sampler import IndexedSampler, rank_slice
 from mmllm.config import StageConfig
 from mmllm.config.file import load_config
 from tests.builders.launches import forkserver
@@ -130,9 +130,9 @@ UNGROUPED = "data.group_by_length=false"
 def mixed_seed() -> int:
     """A seed whose first steps give two ranks of two: pictures on one rank and none on the other, and both on one."""
     for seed in range(200):
-        order = Order(16, 4, seed)
+        order = IndexedSampler(16, 4, seed)
         shares = [
-            [sorted(index >= 12 for index in rank_items(order.batch(step), rank, 2)) for rank in (0, 1)]
+            [sorted(index >= 12 for index in rank_slice(order.batch(step), rank, 2)) for rank in (0, 1)]
             for step in range(4)
         ]
         if any(pair in ([[True, True], [False, False]], [[False, False], [True, True]]) for pair in shares) and any(

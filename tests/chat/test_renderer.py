@@ -349,7 +349,7 @@ def test_control_tokens_that_a_person_writes_are_text(name: str) -> None:
     plain = render.render([message("user", "<image>\nnow"), message("assistant", "now")])
     rendered = render.render([Message("user", (ImageRef(0), "\nnow")), Message("assistant", (typed,))])
     for token, number in VOCABULARY.items():
-        if token in render.control:
+        if token in render.control_tokens:
             assert rendered.input_ids.count(number) == plain.input_ids.count(number), token
     assert rendered.num_image_tokens == M
     assert rendered.text.count(typed) == 1

@@ -73,7 +73,7 @@ def test_compressed_lines_are_streamed_without_a_copy(folder: Path, layout: str)
 def test_json_that_is_not_in_lines_is_not_streamed_and_says_so(folder: Path, layout: str) -> None:
     (folder / "x.jsonl").write_bytes(LAYOUTS[layout][1])
     (reason,) = reasons(folder / "x.jsonl", streaming=True)
-    assert "x.jsonl cannot be streamed, as it" in reason
+    assert "x.jsonl cannot be streamed, because it" in reason
 
 
 def test_a_copy_follows_the_file_that_it_was_made_of(folder: Path) -> None:
@@ -151,7 +151,9 @@ def test_a_csv_has_conversations_as_json(folder: Path) -> None:
         table.writerow(["python", "0.png", str(rows()[0]["conversations"])])
     examples, report = read(folder / "x.csv")
     assert said(examples) == EXPECTED
-    assert [bad.reason for bad in report.bad] == ["conversations is a list as Python prints it; write json.dumps of it"]
+    assert [bad.reason for bad in report.bad] == [
+        "conversations is a list as Python prints it; write it with json.dumps"
+    ]
 
 
 # Tables of other tools

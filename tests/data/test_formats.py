@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from mmllm.batch import Example, ImageRef, Message
-from mmllm.data.formats import SHAPES, UNSUPPORTED, to_example, unread_keys
-from mmllm.data.turns import Context
+from mmllm.data.formats import ROW_FORMATS, UNSUPPORTED_KEYS, to_example, unread_keys
+from mmllm.data.turns import SourceContext
 from mmllm.images import load_image
-from mmllm.readers.files import RowError, Stored
+from mmllm.readers.files import LazyImage, RowError
 
 Row = dict[str, Any]
 
@@ -36,7 +36,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def read(folder: Path, row: Row) -> Example:
-    return to_example(row, 0, "source", Context(str(folder), "Describe the picture."))
+    return to_example(row, 0, "source", SourceContext(str(folder), "Describe the picture."))
 
 
 def reason(folder: Path, row: Row) -> str:
@@ -114,8 +114,8 @@ def test_a_caption_answers_the_prompt(folder: Path, key: str) -> None:
 
 
 def test_every_shape_is_tried() -> None:
-    tried = {key for _, row in ONE for key in row if key in SHAPES}
-    assert tried | {"caption", "text"} == set(SHAPES)
+    tried = {key for _, row in ONE for key in row if key in ROW_FORMATS}
+    assert tried | {"caption", "text"} == set(ROW_FORMATS)
 
 
 @pytest.mark.parametrize("picture", [{"bytes": png(), "path": None}, {"bytes": png(), "path": "gone.png"}, png()])
@@ -157,9 +157,9 @@ def test_a_system_text_beside_the_turns_comes_first(folder: Path) -> None:
 def test_file_urls_are_paths_and_remote_folders_give_stored_pictures(folder: Path) -> None:
     row = {"image": f"file://{folder}/a.png", "caption": "Red."}
     assert read(folder, row).images == (f"{folder}/a.png",)
-    context = Context("memory://pictures", "What?")
+    context = SourceContext("memory://pictures", "What?")
     (image,) = to_example({"image": "a.png", "caption": "Red."}, 0, "s", context).images
-    assert isinstance(image, Stored)
+    assert isinstance(image, LazyImage)
     assert image.name == "memory://pictures/a.png"
 
 
@@ -183,9 +183,9 @@ REFUSED: list[tuple[Row, str]] = [
     ({"images": ["data:image/png,abc"], "messages": asked("<image>")}, "a data: URL must be data:image/...;base64,"),
     ({"images": ["data:image/png;base64,%%"], "messages": asked("<image>")}, "a data: URL whose base64 is damaged"),
     # turns
-    ({"messages": [{"role": "tool", "content": "x"}]}, "turn 0 is from tool: what tools answer is not learnt here"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "turn 0 is from tool: answers of tools are not trained on"),
     ({"messages": [{"from": "human", "value": "x"}]}, "turn 0 is from None; allowed: user, assistant, system"),
-    ({"messages": [{**asked("Hi")[0], "loss": False}]}, "turn 0 has loss, which is not learnt here; allowed: role"),
+    ({"messages": [{**asked("Hi")[0], "loss": False}]}, "turn 0 has loss, which is not trained on; allowed: role"),
     ({"messages": asked(None)}, "content of turn 0 is null; it must be a string"),
     ({"messages": asked("Hi", [])}, "turn 1, from assistant, is empty; every turn needs a text"),
     ({"messages": asked("Hi", [{"type": "image", "image": "a.png"}])}, "turn 1, from assistant, holds <image>"),
@@ -199,10 +199,10 @@ REFUSED: list[tuple[Row, str]] = [
     ({"texts": [{"user": "Hi"}]}, "assistant of text 0 is null; it must be a string"),
     ({"texts": [{"user": "Hi", "assistant": " "}]}, "turn 1, from assistant, is empty"),
     # captions
-    ({"caption": "Red."}, "the row has caption but no image; a caption needs the picture that it tells about"),
+    ({"caption": "Red."}, "the row has caption but no image; a caption needs the picture that it describes"),
     ({"image": "a.png", "text": " "}, "turn 1, from text, is empty"),
     ({"image": "a.png", "caption": ["Red."]}, "caption is a list; it must be a string"),
-    ({"image": "a.png", "caption": "a <image>"}, "caption holds <image>; a caption is text alone"),
+    ({"image": "a.png", "caption": "a <image>"}, "caption holds <image>; a caption must be text alone"),
     ({"images": ["a.png", "b.png"], "caption": "Red."}, "1 <image> mark in the user turns but 2 images"),
 ]  # fmt: skip
 
@@ -212,9 +212,9 @@ def test_what_a_shape_does_not_allow_is_refused(folder: Path, row: Row, text: st
     assert text in reason(folder, row)
 
 
-@pytest.mark.parametrize("key", sorted(UNSUPPORTED))
+@pytest.mark.parametrize("key", sorted(UNSUPPORTED_KEYS))
 def test_keys_that_change_what_is_learnt_are_refused_and_empty_ones_are_not(folder: Path, key: str) -> None:
-    assert f"the row has {key}, which cannot be learnt" in reason(folder, {"messages": asked("Hi"), key: ["x"]})
+    assert f"the row has {key}, which is not trained on" in reason(folder, {"messages": asked("Hi"), key: ["x"]})
     assert read(folder, {"messages": asked("Hi"), key: []}).images == ()
 
 

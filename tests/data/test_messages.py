@@ -17,8 +17,8 @@ from mmllm.config import ConfigError
 from mmllm.config.file import load_config
 from mmllm.data.check import inspect_sources
 from mmllm.data.formats import to_example
-from mmllm.data.inspection import Rules
-from mmllm.data.turns import Context
+from mmllm.data.inspection import RowRules
+from mmllm.data.turns import SourceContext
 from mmllm.errors import MmllmError, shorten
 from mmllm.images import ImageError
 from mmllm.readers.files import DataError, RowError
@@ -38,7 +38,7 @@ def example(folder: Path, content: Any, answer: Any = "red", *before: dict[str, 
     """The example of a question and an answer; a dict as answer is the whole message."""
     reply = answer if isinstance(answer, dict) else {"role": "assistant", "content": answer}
     row = {"messages": [*before, {"role": "user", "content": content}, reply], **fields}
-    return to_example(json.loads(json.dumps(row)), 0, "x.json", Context(str(folder), "?"))
+    return to_example(json.loads(json.dumps(row)), 0, "x.json", SourceContext(str(folder), "?"))
 
 
 EMPTY = {
@@ -61,14 +61,14 @@ CALL = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "
 
 
 @pytest.mark.parametrize(("answer", "reason"), [
-    ({"role": "assistant", "content": None, "tool_calls": CALL}, "turn 1 has tool_calls, which is not learnt here"),
-    ({"role": "assistant", "content": "red", "tool_calls": CALL}, "turn 1 has tool_calls, which is not learnt here"),
-    ({"role": "assistant", "content": None, "refusal": "No."}, "turn 1 has refusal, which is not learnt here"),
-    ({"role": "assistant", "content": "red", "weight": 0}, "turn 1 has weight, which is not learnt here"),
-    ({"role": "assistant", "content": "red", "loss": False}, "turn 1 has loss, which is not learnt here"),
+    ({"role": "assistant", "content": None, "tool_calls": CALL}, "turn 1 has tool_calls, which is not trained on"),
+    ({"role": "assistant", "content": "red", "tool_calls": CALL}, "turn 1 has tool_calls, which is not trained on"),
+    ({"role": "assistant", "content": None, "refusal": "No."}, "turn 1 has refusal, which is not trained on"),
+    ({"role": "assistant", "content": "red", "weight": 0}, "turn 1 has weight, which is not trained on"),
+    ({"role": "assistant", "content": "red", "loss": False}, "turn 1 has loss, which is not trained on"),
     ({"role": "assistant", "content": None}, "content of turn 1 is null; it must be a string"),
-    ({"role": "tool", "content": "4", "tool_call_id": "1"}, "turn 1 is from tool: what tools answer"),
-    ({"role": "function", "name": "f", "content": "4"}, "turn 1 is from function: what tools answer"),
+    ({"role": "tool", "content": "4", "tool_call_id": "1"}, "turn 1 is from tool: answers of tools"),
+    ({"role": "function", "name": "f", "content": "4"}, "turn 1 is from function: answers of tools"),
     ({"role": "model", "content": "red"}, "turn 1 is from 'model'; allowed: user, assistant, system, developer"),
 ])  # fmt: skip
 def test_what_is_not_learnt_has_a_named_reason(folder: Path, answer: dict[str, Any], reason: str) -> None:
@@ -108,7 +108,7 @@ def test_every_way_to_write_the_picture_of_a_part_is_the_same_picture(folder: Pa
     row = {"messages": [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "red"}]}
     for value in (text, data_url(folder), [text], list(data), {"bytes": list(data), "path": None}):
         for key in ("image", "images"):
-            found = to_example({**row, key: value}, 0, "x.json", Context(str(folder), "?"))
+            found = to_example({**row, key: value}, 0, "x.json", SourceContext(str(folder), "?"))
             assert found.images == (data,)
 
 
@@ -163,7 +163,7 @@ def test_no_error_prints_a_whole_picture(folder: Path, tmp_path: Path, capsys: p
         lambda: example(folder, [{"type": "image", "image": "x" + HUGE}, TEXT]),
         lambda: example(folder, [{"type": HUGE}, TEXT]),
         lambda: example(folder, "<image>", image="data:" + HUGE),
-        lambda: to_example({HUGE: 1}, 0, "x.json", Context(str(folder), "?")),
+        lambda: to_example({HUGE: 1}, 0, "x.json", SourceContext(str(folder), "?")),
     ):
         with pytest.raises((MmllmError, OSError)) as caught:
             call()
@@ -179,7 +179,7 @@ def test_the_report_of_bad_rows_is_short_too(folder: Path, tmp_path: Path) -> No
     (tmp_path / "x.json").write_text(json.dumps([*rows, {HUGE: HUGE}]))
     from mmllm.config import SourceConfig
 
-    report = inspect_sources([SourceConfig(path=str(tmp_path / "x.json"))], Rules(None, 1))[1]
+    report = inspect_sources([SourceConfig(path=str(tmp_path / "x.json"))], RowRules(None, 1))[1]
     assert report.num_bad == 3
     assert len(json.dumps(report.to_json())) < 8000
 

@@ -14,7 +14,7 @@ from PIL import Image
 from mmllm.batch import Example, ImageRef, Message
 from mmllm.config import SourceConfig
 from mmllm.data.formats import ROLES
-from mmllm.data.sources import BadRow, DataError, Source, read_source
+from mmllm.data.sources import BadRow, DataError, LoadedSource, read_source
 
 Row = dict[str, Any]
 SUFFIXES = (".json", ".jsonl")
@@ -48,7 +48,7 @@ def write(folder: Path, rows: Any, name: str = "data.json") -> SourceConfig:
     return SourceConfig(path=str(path))
 
 
-def read(folder: Path, *rows: Any) -> Source:
+def read(folder: Path, *rows: Any) -> LoadedSource:
     return read_source(write(folder, list(rows)))
 
 
@@ -225,8 +225,8 @@ BAD_ROWS: list[tuple[Any, str]] = [
         "0 <image> marks in the human turns but 1 image; write <image>",
     ),
     (row(conversations=turns("<image><image>", "It.")), "2 <image> marks in the human turns but 1 image;"),
-    (row(conversations=turns("What?", "<image>")), "turn 1, from gpt, holds <image>; images stand in human turns"),
-    (row(conversations=turns("What?", "It.", system="<image>")), "turn 0, from system, holds <image>; images stand"),
+    (row(conversations=turns("What?", "<image>")), "turn 1, from gpt, holds <image>; images belong in human turns"),
+    (row(conversations=turns("What?", "It.", system="<image>")), "turn 0, from system, holds <image>; images belong"),
     # turns
     (row(conversations=None), "the row has none of conversations, messages, texts, caption, text; its keys: id, image"),
     (row(conversations=[]), "conversations is empty; it must be a list of turns"),
@@ -344,7 +344,7 @@ def test_a_file_that_cannot_be_used_gives_one_clear_message(folder: Path, name: 
     (lambda folder: {"path": f"{folder}/{'n' * 5000}.json"}, "cannot be read (File name too long); check the path"),
     (
         lambda folder: {"path": write(folder, [row()]).path, "images": f"{folder}/gone"},
-        "no image folder at {folder}/gone, which {folder}/data.json is to be used with; check `images`",
+        "no image folder at {folder}/gone, which {folder}/data.json needs; check `images`",
     ),
 ])  # fmt: skip
 def test_a_path_that_leads_nowhere_is_named(folder: Path, given: Callable[[Path], dict[str, str]], text: str) -> None:

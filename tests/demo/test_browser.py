@@ -15,8 +15,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from mmllm.scenes.ask import QUESTION_TYPES
 from mmllm.scenes.draw import draw
+from mmllm.scenes.questions import QUESTION_TYPES
 from mmllm.scenes.world import sample_scene
 from tests.builders.page_driver import NARROW, ROOT, WIDE, free_port, generating, wait_until
 

@@ -18,8 +18,8 @@ from mmllm.batch import Example, message
 from mmllm.cli import app
 from mmllm.config import DataConfig, SourceConfig
 from mmllm.data import check
-from mmllm.data.check import Report, inspect_sources, left_out, load_examples
-from mmllm.data.inspection import Part, Rules
+from mmllm.data.check import DataReport, inspect_sources, load_examples, why_left_out
+from mmllm.data.inspection import PartReport, RowRules
 from mmllm.data.sources import BadRow, DataError
 from mmllm.diagnose.check import load_text_side
 from mmllm.inference.engine import Engine
@@ -188,15 +188,15 @@ def test_a_run_refuses_what_the_check_refuses(tiny_parts: Path, bad: Path) -> No
 
 
 def test_processes_find_what_one_finds(tiny_parts: Path, tiny_scenes: Path, bad: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(check, "ROWS_A_PART", 3)
+    monkeypatch.setattr(check, "ROWS_PER_PART", 3)
     renderer = load_text_side(model_config(tiny_parts)).renderer
     sources = [SourceConfig(path=str(path)) for path in (tiny_scenes / "train" / "captions.json", bad)]
     sources.append(SourceConfig(path=str(bad), max_examples=2))
-    rules, found, random_before = Rules(renderer, 512, decode=True), [], torch.get_rng_state()
+    rules, found, random_before = RowRules(renderer, 512, decode=True), [], torch.get_rng_state()
     for num_processes in (1, 2):
-        parts: list[Part] = []
+        parts: list[PartReport] = []
         examples, report = inspect_sources(
-            sources, rules, watch=lambda source, part, to=parts: to.append(part), num_processes=num_processes
+            sources, rules, on_part=lambda source, part, to=parts: to.append(part), num_processes=num_processes
         )
         found.append((report.to_json(), list(examples), parts))
     assert found[0] == found[1]
@@ -217,7 +217,7 @@ def test_an_example_teaches_each_answer_and_one_end(
 ) -> None:
     renderer = load_text_side(model_config(tiny_parts)).renderer
     example = Example("x", "", (message("user", "<image> is it?"), message("assistant", answer)), ("a.png",))
-    found = left_out(example, renderer, DataConfig(train=(), max_length_tokens=length))
+    found = why_left_out(example, renderer, DataConfig(train=(), max_length_tokens=length))
     assert found is None if reason is None else reason in str(found)
 
 
@@ -229,6 +229,6 @@ def test_a_renderer_travels_to_other_processes(tiny_parts: Path) -> None:
 
 def test_reasons_are_grouped_by_what_is_wrong() -> None:
     reasons = ["no image at /a/b.png; check", "no image at /c/d e.png; check", "7 tokens", "18 tokens"]
-    report = Report()
-    report.add(Part(bad=[BadRow("x", number, "", reason) for number, reason in enumerate(reasons)]))
+    report = DataReport()
+    report.add(PartReport(bad=[BadRow("x", number, "", reason) for number, reason in enumerate(reasons)]))
     assert ("… tokens", 2, BadRow("x", 2, "", "7 tokens")) in report.by_reason()

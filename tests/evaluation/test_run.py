@@ -21,9 +21,9 @@ from mmllm.evaluation.run import evaluate_model, evaluate_task, score, show, shu
 from mmllm.evaluation.scenes import TASKS, ScenesTask, find_task, read_questions, scene_of_picture
 from mmllm.evaluation.tasks import Question, TaskError, guess_accuracy, normalise
 from mmllm.inference.engine import Reply, Sampling
-from mmllm.scenes.ask import CAPTION_REQUESTS
+from mmllm.scenes.captions import write_caption
+from mmllm.scenes.questions import CAPTION_REQUESTS
 from mmllm.scenes.small_talk import NO_PICTURE, SMALL_TALK
-from mmllm.scenes.tell import tell
 from mmllm.scenes.world import Scene
 from mmllm.scenes.write import write_scenes
 from tests.builders.scene_answers import UnanswerableError, answer, read_caption
@@ -53,7 +53,7 @@ class Oracle:
         if not scenes:
             scenes = [read_caption(opening)]
         if questions[-1] in CAPTION_REQUESTS:
-            return tell(scenes[0], random.Random(0))
+            return write_caption(scenes[0], random.Random(0))
         try:
             return answer(scenes, questions)
         except UnanswerableError:
@@ -161,7 +161,7 @@ def test_scores_are_counted_by_hand(pictures):
         question("count", "?", "2", image),
         question("caption", "?", "", image),
     ]
-    told = tell(scene_of_picture(image), random.Random(0))
+    told = write_caption(scene_of_picture(image), random.Random(0))
     result = score(SCENES, questions, ["Red.", "green", " 2", told])
     assert result["exact"] == pytest.approx(2 / 3)
     assert result["types"] == {"color": 0.5, "count": 1.0}

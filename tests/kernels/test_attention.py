@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmllm.batching.packing import positions
+from mmllm.batching.packing import packed_position_ids
 from mmllm.inference.engine import Engine
 from mmllm.kernels import attention
 from mmllm.kernels.attention import (
@@ -136,7 +136,11 @@ def test_every_llm_says_the_same_in_blocks_and_keeps_packed_examples_apart(
     embeds = torch.randn(2, sum(lengths), 32, generator=torch.Generator().manual_seed(1))
     padding = torch.ones(2, sum(lengths), dtype=torch.long)
     padding[0, 20:] = 0
-    inputs = [{}, {"attention_mask": padding}, {"position_ids": positions([lengths, lengths[::-1]], sum(lengths))}]
+    inputs = [
+        {},
+        {"attention_mask": padding},
+        {"position_ids": packed_position_ids([lengths, lengths[::-1]], sum(lengths))},
+    ]
 
     def logits(**given: Any) -> Tensor:
         found: Tensor = model(inputs_embeds=embeds, use_cache=False, **given).logits

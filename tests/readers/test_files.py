@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from mmllm.config import SourceConfig
 from mmllm.data.shards import ShardedFile
 from mmllm.readers import index
-from mmllm.readers.files import DataError, expand, fingerprint, parent
+from mmllm.readers.files import DataError, fingerprint, matching_files, parent_folder
 from mmllm.readers.index import line_offsets, list_offsets
 from mmllm.readers.rows import open_rows
 
@@ -24,13 +24,13 @@ def test_patterns_name_files_in_order(tmp_path: Path) -> None:
     for name in ("b-1.jsonl", "b-0.jsonl", "c.jsonl"):
         (tmp_path / name).write_text("{}")
     names = [str(tmp_path / name) for name in ("b-0.jsonl", "b-1.jsonl")]
-    assert expand(str(tmp_path / "b-{0..1}.jsonl")) == names
-    assert expand(str(tmp_path / "b-*.jsonl")) == names
-    assert expand(str(tmp_path / "*.jsonl")) == [*names, str(tmp_path / "c.jsonl")]
+    assert matching_files(str(tmp_path / "b-{0..1}.jsonl")) == names
+    assert matching_files(str(tmp_path / "b-*.jsonl")) == names
+    assert matching_files(str(tmp_path / "*.jsonl")) == [*names, str(tmp_path / "c.jsonl")]
     with pytest.raises(DataError, match=r"no data file at .*b-2.jsonl, of .*b-\{0\.\.2\}.jsonl; check `path`"):
-        expand(str(tmp_path / "b-{0..2}.jsonl"))
+        matching_files(str(tmp_path / "b-{0..2}.jsonl"))
     with pytest.raises(DataError, match=r"no data file at .*d-\*\.jsonl; check `path`"):
-        expand(str(tmp_path / "d-*.jsonl"))
+        matching_files(str(tmp_path / "d-*.jsonl"))
 
 
 @pytest.mark.parametrize(("path", "folder"), [
@@ -38,7 +38,7 @@ def test_patterns_name_files_in_order(tmp_path: Path) -> None:
     ("*.json", "."), ("s3://a/b/x.json", "s3://a/b"), ("s3://a/b*/x.json", "s3://a"),
 ])  # fmt: skip
 def test_image_paths_start_from_the_folder_of_all_files(path: str, folder: str) -> None:
-    assert parent(path) == folder
+    assert parent_folder(path) == folder
 
 
 @pytest.mark.parametrize(("path", "text"), [

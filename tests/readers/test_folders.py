@@ -15,7 +15,7 @@ from mmllm.config import SourceConfig
 from mmllm.data.sources import DataFile, read_source
 from mmllm.images import ImageError, load_image
 from mmllm.readers.files import RowError
-from mmllm.readers.folders import HEIF_ENDINGS, PICTURE_ENDINGS, sort_files, tell_passed_over
+from mmllm.readers.folders import HEIF_ENDINGS, PICTURE_ENDINGS, classify_files, describe_passed_over
 from mmllm.readers.tars import PICTURE_SUFFIXES
 
 APPLE_DOUBLE = b"\0\5\x16\7\0\2\0\0Mac OS X        " + bytes(50) + b"\xff\xfe"
@@ -67,7 +67,7 @@ def test_training_and_captioning_find_the_same_pictures_and_all_can_be_read(fold
 
 def test_what_is_passed_over_is_counted_by_reason_for_both(folder: Path) -> None:
     found, rows = find_pictures([folder]), DataFile(SourceConfig(path=str(folder)))
-    told = tell_passed_over(rows.passed_over)
+    told = describe_passed_over(rows.passed_over)
     kinds = (
         "without an ending",
         "(.mov)",
@@ -116,7 +116,7 @@ def test_a_folder_of_nothing_but_shadows_says_what_was_passed_over(tmp_path: Pat
 
 @pytest.mark.parametrize("name", ["a/b/c.png", "._not_mac/c.png", "x__MACOSX/a.png", "dot.at.end./a.png", "a._b.png"])
 def test_only_whole_names_are_passed_over(name: str) -> None:
-    assert bool(sort_files([name]).pictures) == (not name.startswith("."))
+    assert bool(classify_files([name]).pictures) == (not name.startswith("."))
 
 
 @pytest.mark.parametrize(("record", "reason"), [

@@ -18,11 +18,11 @@ from mmllm.batch import Example
 from mmllm.config import SourceConfig
 from mmllm.data import shards
 from mmllm.data.check import inspect_sources
-from mmllm.data.inspection import Rules
-from mmllm.data.shards import STREAMS, ShardedFile
+from mmllm.data.inspection import RowRules
+from mmllm.data.shards import STREAM_FORMATS, ShardedFile
 from mmllm.data.sources import read_source
 from mmllm.images import load_image
-from mmllm.readers.files import DataError, Stored
+from mmllm.readers.files import DataError, LazyImage
 from mmllm.readers.rows import READERS, open_rows
 
 NUM_ROWS = 7
@@ -197,7 +197,7 @@ def test_pictures_inside_files_are_left_there_until_they_are_needed(tmp_path: Pa
     rows = open_rows(str(KINDS[kind](tmp_path)))
     picture = rows[2]["images"][0]
     stored = picture["bytes"] if isinstance(picture, dict) else picture
-    assert isinstance(stored, Stored)
+    assert isinstance(stored, LazyImage)
     assert stored.load() == png(2)
 
 
@@ -224,15 +224,15 @@ def streamed(path: str) -> list[Example]:
 
     file = ShardedFile(SourceConfig(path=path, streaming=True))
     rows = [one for shard in range(len(file.shards.names)) for one in file.shards.read(shard, 0)]
-    return [load_pictures(file.peek(read(), row)) for row, read in rows]
+    return [load_pictures(file.lazy_example(read(), row)) for row, read in rows]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind in STREAMS])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind in STREAM_FORMATS])
 def test_streamed_shards_hold_the_rows_of_the_index_and_can_be_entered_anywhere(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shards, "SHARD_BYTES", 300)
-    monkeypatch.setattr(shards, "ROWS_AT_ONCE", 2)
+    monkeypatch.setattr(shards, "ROWS_PER_BATCH", 2)
     path = str(KINDS[kind](tmp_path))
     assert [answer[1:] for answer in answers(streamed(path))] == [answer[1:] for answer in EXPECTED]
     file = ShardedFile(SourceConfig(path=path, streaming=True))
@@ -285,7 +285,7 @@ def test_a_file_that_goes_away_ends_with_its_name(tmp_path: Path, monkeypatch: p
     path = write_jsonl(tmp_path)
     examples = read_source(SourceConfig(path=str(path))).examples
     path.unlink()
-    with pytest.raises(DataError, match=r"data\.jsonl row 2 cannot be read any more: .*No such file"):
+    with pytest.raises(DataError, match=r"data\.jsonl row 2 can no longer be read: .*No such file"):
         examples[2]
 
 
@@ -295,7 +295,7 @@ def test_a_tar_that_is_cut_off_is_named_and_not_skipped(tmp_path: Path, num_proc
     second = tmp_path / "data-001.tar"
     second.write_bytes(second.read_bytes()[:1200])
     sources = [SourceConfig(path=pattern, streaming=True)]
-    report = inspect_sources(sources, Rules(None, 100), num_processes=num_processes)[1]
+    report = inspect_sources(sources, RowRules(None, 100), num_processes=num_processes)[1]
     assert [text.split(" is cut off")[0] for text in report.unreadable] == [str(second)]
     with pytest.raises(DataError, match="is cut off"):
         open_rows(str(second))

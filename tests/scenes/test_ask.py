@@ -9,25 +9,25 @@ from collections import Counter
 import pytest
 
 from mmllm.evaluation.run import f1
-from mmllm.scenes.ask import (
-    CAPTION_REQUESTS,
-    QUESTION_TYPES,
-    QuestionTurn,
-    ask_about,
-    references,
-)
-from mmllm.scenes.ask_two import TWO_PICTURES, ask_about_two
-from mmllm.scenes.small_talk import NO_PICTURE, SMALL_TALK, ask_without_picture
-from mmllm.scenes.talk import about_one, about_two, as_text, retold, twin_of
-from mmllm.scenes.tell import (
+from mmllm.scenes.captions import (
     BAR_WORDINGS,
     LINE_WORDINGS,
     THING_WORDINGS,
     fact_counts,
     facts_in,
     facts_of,
-    tell,
+    write_caption,
 )
+from mmllm.scenes.conversations import about_one, about_two, retelling, sample_twin, text_example
+from mmllm.scenes.pair_questions import TWO_PICTURES, ask_about_two
+from mmllm.scenes.questions import (
+    CAPTION_REQUESTS,
+    QUESTION_TYPES,
+    QuestionTurn,
+    ask_about,
+    references,
+)
+from mmllm.scenes.small_talk import NO_PICTURE, SMALL_TALK, ask_without_picture
 from mmllm.scenes.world import Bar, Line, Scene, Thing, sample_any_scene, sample_scene
 from tests.builders.scene_answers import UnanswerableError, answer, read_caption, the
 
@@ -169,7 +169,7 @@ def test_questions_about_two_pictures_have_one_answer_and_there_is_always_one():
     types: Counter[str] = Counter()
     for _ in range(600):
         first = sample_any_scene(rng, "objects")
-        second = twin_of(first, rng, "train")
+        second = sample_twin(first, rng, "train")
         turns = ask_about_two(first, second, rng, 4)
         check((first, second), turns)
         assert 1 <= len(turns) <= 4, "a pair that nothing is asked about is no conversation"
@@ -203,14 +203,14 @@ def test_a_description_in_the_place_of_a_picture_tells_the_same_scene():
     for _ in range(60):
         scene = sample_scene(rng, "train")
         talk = about_one(scene, rng, 4)
-        example = as_text(talk, rng, "1")
+        example = text_example(talk, rng, "1")
         description, question = example.messages[0].text.split("\n")
         assert read_caption(description) == scene
         assert question == talk.turns[0].question
         assert [message.text for message in example.messages[1::2]] == [turn.answer for turn in talk.turns]
     first = sample_scene(rng, "train", "objects")
-    second = twin_of(first, rng, "train")
-    opening = as_text(about_two(first, second, rng, 3), rng, "2").messages[0].text.split("\n")
+    second = sample_twin(first, rng, "train")
+    opening = text_example(about_two(first, second, rng, 3), rng, "2").messages[0].text.split("\n")
     assert [read_caption(line.removeprefix(f"Picture {n}: ")) for n, line in enumerate(opening[:2], 1)] == [
         first,
         second,
@@ -222,7 +222,7 @@ def test_every_wording_tells_all_of_the_scene_and_nothing_else(shuffled):
     rng = random.Random(0)
     for _ in range(400):
         scene = sample_any_scene(rng)
-        caption = tell(scene, rng, shuffled=shuffled)
+        caption = write_caption(scene, rng, shuffled=shuffled)
         assert facts_in(caption) == facts_of(scene)
         assert read_caption(caption) == scene
         assert not WRONG_ARTICLE.search(caption), caption
@@ -240,7 +240,7 @@ def test_each_wording_is_read_for_itself():
 def test_retelling_says_the_same_in_other_words():
     rng = random.Random(0)
     scene = sample_any_scene(rng, "objects")
-    turns = retold(scene, rng, 4).turns
+    turns = retelling(scene, rng, 4).turns
     assert all(facts_in(turn.answer) == facts_of(scene) for turn in turns)
 
 

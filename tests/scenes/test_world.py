@@ -9,7 +9,7 @@ from dataclasses import fields
 
 import pytest
 
-from mmllm.scenes.talk import twin_of
+from mmllm.scenes.conversations import sample_twin
 from mmllm.scenes.world import (
     COLORS,
     MAX_NUMBER,
@@ -22,7 +22,7 @@ from mmllm.scenes.world import (
     Line,
     Scene,
     Thing,
-    change_one,
+    change_one_attribute,
     is_held_out,
     near_miss,
     sample_any_scene,
@@ -76,7 +76,7 @@ def test_splits_share_no_scene_however_a_scene_comes_about():
             found[split].add(scene)
             found[split].add(near_miss(scene, rng, split))
             if scene.kind == "objects":
-                found[split].add(twin_of(scene, rng, split))
+                found[split].add(sample_twin(scene, rng, split))
     assert not found["train"] & found["val"]
     assert not (found["train"] | found["val"]) & found["compositions"]
     assert not any(is_held_out(part) for scene in found["train"] | found["val"] for part in parts(scene))
@@ -137,7 +137,7 @@ def test_change_one_changes_one_attribute_and_keeps_the_scene_whole(kind):
     rng = random.Random(kind)
     for _ in range(300):
         scene = sample_any_scene(rng, kind)
-        changed = change_one(scene, rng)
+        changed = change_one_attribute(scene, rng)
         assert changed.kind == kind
         assert num_differences(scene, changed) == 1
         places = [thing.place for thing in changed.things]

@@ -15,8 +15,8 @@ from mmllm.cli import app
 from mmllm.config import SourceConfig
 from mmllm.data.sources import read_source
 from mmllm.scenes import write
-from mmllm.scenes.talk import ALL_TYPES
-from mmllm.scenes.tell import facts_in, facts_of
+from mmllm.scenes.captions import facts_in, facts_of
+from mmllm.scenes.conversations import ALL_TYPES
 from mmllm.scenes.world import Scene, split_of
 from mmllm.scenes.write import scene_of, write_scenes
 
@@ -33,7 +33,7 @@ def graph_of(picture: str) -> Scene:
 
 
 def test_two_processes_write_the_bytes_of_one(tiny_scenes, tmp_path, monkeypatch):
-    monkeypatch.setattr(write, "CHUNK", 5)
+    monkeypatch.setattr(write, "PICTURES_PER_CHUNK", 5)
     drawn: list[int] = []
     write_scenes(tmp_path / "again", COUNTS, 0, num_processes=2, advance=drawn.append)
     assert contents(tmp_path / "again") == contents(tiny_scenes)
@@ -104,7 +104,7 @@ def test_the_scene_graph_stands_beside_each_picture(tiny_scenes, split):
 
 
 def test_an_interrupted_start_leaves_no_conversations_and_the_next_one_is_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(write, "CHUNK", 2)
+    monkeypatch.setattr(write, "PICTURES_PER_CHUNK", 2)
 
     def stop(count: int) -> None:
         raise KeyboardInterrupt

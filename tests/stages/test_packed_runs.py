@@ -133,9 +133,9 @@ def test_where_lengths_are_alike_auto_changes_nothing(tiny_runs: Path, tmp_path:
     )
     kinds = set()
     for step in range(4):
-        items = auto.order(4).share(step, 0, 1)
-        assert items == never.order(4).share(step, 0, 1), "the order of examples is not packing's"
-        ours, theirs = (stage.batch(stage.order(4).divide(items, 1)[0]) for stage in (auto, never))
+        items = auto.order(4).rank_items(step, 0, 1)
+        assert items == never.order(4).rank_items(step, 0, 1), "the order of examples is not packing's"
+        ours, theirs = (stage.batch(stage.order(4).split_step(items, 1)[0]) for stage in (auto, never))
         assert sorted(ours.example_ids) == sorted(theirs.example_ids)
         kinds.add(ours.position_ids is None)
         if ours.position_ids is None:
@@ -150,8 +150,8 @@ def test_micro_batches_of_streamed_examples_are_balanced_too(tiny_runs: Path, tm
     (tiny_runs / "data" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     stage = ConversationStage(settings_of(tiny_runs / "stage2.yaml", tmp_path / "out", streamed))
     order = stage.order(8)
-    items = order.share(0, 0, 1)
-    groups = order.divide(items, 2)
+    items = order.rank_items(0, 0, 1)
+    groups = order.split_step(items, 2)
     assert sorted(item.id for group in groups for item in group) == sorted(item.id for item in items)  # type: ignore[union-attr]
     tokens = [sum(stage.data.size_of(item)[0] for item in group) for group in groups]
     assert abs(tokens[0] - tokens[1]) <= max(stage.data.size_of(item)[0] for item in items)

@@ -63,7 +63,7 @@ def test_sources_of_several_formats_are_mixed_with_replay(tiny_runs: Path, tmp_p
     stage = ConversationStage(settings_of(config, tmp_path / "out", *overrides))
     assert (stage.num_examples, stage.examples.sizes) == (16 + 10 + 5, [16, 10, 5])
     order: Any = stage.order(5)
-    assert order.parts == [(16, 32), (10, 5), (5, 12)]
+    assert order.source_counts == [(16, 32), (10, 5), (5, 12)]
     ids = [name for step in range(order.batches_per_epoch) for name in stage.batch(order.batch(step)).example_ids]
     shown = {kind: sum(name.startswith(kind) for name in ids) for kind in ("one-", "#", "text-")}
     assert 16 <= shown["one-"] <= 20, "twice, but for the last batch"
@@ -137,7 +137,7 @@ def test_one_process_goes_on_where_two_stopped_in_a_stream(tiny_runs: Path, tmp_
     assert "stopped after step 3 of 6" in done.stderr, done.stderr[-3000:]
     (state,) = saved_steps(out)
     position = torch.load(state / "state.pt", weights_only=True)["position"]
-    assert sorted(position) == [0, 1, 2, 3], "a lane for each of the four slots, of both ranks"
+    assert sorted(position) == [0, 1, 2, 3], "a shard reader for each of the four slots, of both ranks"
     train_in_process(config, out, train)
     assert losses_of(out) == pytest.approx(losses_of(unbroken), abs=1e-4)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mmllm.batch import Example, message
-from mmllm.batching.sampler import Order
+from mmllm.batching.sampler import IndexedSampler
 from mmllm.data.sources import DataError
 from mmllm.images import ImageError
 from mmllm.stages.conversation import ConversationStage
@@ -54,7 +54,7 @@ def test_the_loss_does_not_depend_on_how_a_batch_is_divided(tiny_runs: Path, tmp
 
 def test_the_first_loss_is_that_of_every_supervised_token_of_the_batch(tiny_runs: Path, tmp_path: Path) -> None:
     stage = ConversationStage(settings_of(tiny_runs / "stage2.yaml", tmp_path / "out", UNGROUPED))
-    indices = Order(16, 4, 3, stage.lengths, group_by_length=False).batch(0)
+    indices = IndexedSampler(16, 4, 3, stage.lengths, group_by_length=False).batch(0)
     with torch.no_grad():
         sums = [float(stage.module(stage.batch([index]))) for index in indices]
     num_tokens = sum(stage.batch([index]).num_supervised for index in indices)
@@ -78,7 +78,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(stage: Conver
     with torch.no_grad():
         next(stage.model.projector.parameters()).fill_(float("nan"))
     text = stopped(stage)
-    first = Order(16, 4, 3, stage.lengths).batch(0)
+    first = IndexedSampler(16, 4, 3, stage.lengths).batch(0)
     assert text.startswith("step 1: the loss is not finite (nan), the update was not made. Examples: ")
     assert ", ".join(stage.examples[index].id for index in first) in text
     assert "Lower optim.learning_rates, or look at these examples with `mmllm check`" in text

@@ -15,9 +15,9 @@ from mmllm.batch import IMAGE_TOKEN
 from mmllm.chat.renderer import OWN_TEMPLATE, Renderer
 from mmllm.config import ConfigError, WarmupLanguageConfig
 from mmllm.model.language import load_tokenizer
-from mmllm.scenes.ask import QUESTION_TYPES, About
+from mmllm.scenes.conversations import about_one, about_two, describe_conversation, sample_text, sample_twin
+from mmllm.scenes.questions import QUESTION_TYPES, About
 from mmllm.scenes.small_talk import TEXT_ONLY
-from mmllm.scenes.talk import about_one, about_two, describe, sample_text, twin_of
 from mmllm.scenes.world import Split, sample_scene
 from mmllm.warmup.attention_guidance import (
     MAX_PARTS,
@@ -77,7 +77,7 @@ def test_the_parts_of_a_second_scene_are_counted_on(renderer: Renderer) -> None:
     num_second = 0
     for _ in range(60):
         first = sample_scene(rng, "train", "objects")
-        talk = about_two(first, twin_of(first, rng, "train"), rng, 4)
+        talk = about_two(first, sample_twin(first, rng, "train"), rng, 4)
         row = _row(renderer, talk, rng, "x")
         clauses = clauses_of(row, renderer)
         assert len(clauses) == sum(len(scene.parts) for scene in talk.scenes) <= MAX_PARTS
@@ -104,7 +104,7 @@ def test_without_pictures_nothing_is_read_anywhere(renderer: Renderer) -> None:
 def test_a_description_is_the_same_text_in_one_piece_and_in_clauses(renderer: Renderer) -> None:
     rng = random.Random(3)
     for _ in range(50):
-        example, told = describe(about_one(sample_scene(rng, "train"), rng, 2), rng, "x")
+        example, told = describe_conversation(about_one(sample_scene(rng, "train"), rng, 2), rng, "x")
         pieces = example.messages[0].parts
         assert len(told) == len(pieces)
         encode = renderer.tokenizer.encode

@@ -12,7 +12,7 @@ from typing import Any
 
 from mmllm.batch import IMAGE_TOKEN, ImageRef, Message
 from mmllm.chat.templates import ChatError
-from mmllm.chat.text import PROBE_ANSWER, AnswerSpan, Transcript
+from mmllm.chat.transcript import PROBE_ANSWER, AnswerSpan, Transcript
 
 _LISTS = re.compile(r"\{% set open = (\{.*?\}) %\}\{% set close = (\{.*?\}) %\}", re.DOTALL)
 _TEXT = r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
@@ -20,7 +20,7 @@ _BEGIN = re.compile(r"\{\{ " + _TEXT + r" \}\}")
 _DEFAULT_SYSTEM = re.compile(r"messages\[0\]\.role != 'system' %\}\{\{ " + _TEXT + r" \}\}")
 
 
-class PieceConversations:
+class PiecewiseTranscriptRenderer:
     """Renders conversations as `Conversations` does, with a cut around every piece. Raises ChatError."""
 
     def __init__(self, tokenizer: Any, saved: str):
@@ -37,14 +37,14 @@ class PieceConversations:
         self.strips = "content | trim" in saved
         self.keeps_user_text = "m.role != 'user'" not in saved
 
-    def frame(self) -> str:
+    def frame_text(self) -> str:
         """What is written around turns."""
         return "\n".join([self.begin, *self.open.values(), *self.close.values()])
 
-    def asked(self, messages: Sequence[Message]) -> Transcript:
-        return self.whole([*messages, Message("assistant", (PROBE_ANSWER,))])
+    def prompt_transcript(self, messages: Sequence[Message]) -> Transcript:
+        return self.full_transcript([*messages, Message("assistant", (PROBE_ANSWER,))])
 
-    def whole(self, messages: Sequence[Message]) -> Transcript:
+    def full_transcript(self, messages: Sequence[Message]) -> Transcript:
         text, cuts, images = self.begin, [len(self.begin)], []
         contents: list[tuple[int, int]] = []
         answers: list[AnswerSpan] = []

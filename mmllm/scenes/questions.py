@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from mmllm.scenes.tell import a, at, tell
+from mmllm.scenes.captions import at_place, with_article, write_caption
 from mmllm.scenes.world import COLORS, PLACES, SHAPES, SIZES, Bar, Line, Scene, Thing
 
 About = tuple[tuple[int, ...], ...]
@@ -78,13 +78,13 @@ def references(scene: Scene, thing: Thing, hidden: Iterable[str] = ()) -> list[s
         if sum(all(getattr(t, n) == getattr(thing, n) for n in names) for t in scene.things) == 1:
             words = [getattr(thing, n) for n in names if n != "place"]
             noun = " ".join(words if "shape" in names else [*words, "object"])
-            found.append(f"{noun} {at(thing.place)}" if "place" in names else noun)
+            found.append(f"{noun} {at_place(thing.place)}" if "place" in names else noun)
     if "shape" not in hidden and "place" not in hidden:
-        found.append(f"{thing.shape} {at(thing.place)}")
+        found.append(f"{thing.shape} {at_place(thing.place)}")
     return found
 
 
-def refer(scene: Scene, thing: Thing, rng: random.Random, *hidden: str) -> str | None:
+def pick_reference(scene: Scene, thing: Thing, rng: random.Random, *hidden: str) -> str | None:
     names = references(scene, thing, hidden)
     return rng.choice(names) if names else None
 
@@ -96,7 +96,7 @@ def ask_attribute(name: str) -> Asker:
         if not scene.things:
             return []
         thing = rng.choice(scene.things)
-        subject = refer(scene, thing, rng, name)
+        subject = pick_reference(scene, thing, rng, name)
         if subject is None:
             return []
         question = rng.choice(ATTRIBUTE_QUESTIONS[name]).format(subject)
@@ -112,7 +112,7 @@ def ask_relation(scene: Scene, rng: random.Random) -> list[QuestionTurn]:
     if rng.random() < 0.3:
         anchor = rng.choice(scene.things)
         there = [t for t in scene.things if RELATIONS[name](t, anchor)]
-        subject = refer(scene, anchor, rng, "place")
+        subject = pick_reference(scene, anchor, rng, "place")
         if len(there) == 1 and subject:
             about = about_each(scene, anchor)
             return [QuestionTurn("relation", f"what shape is {name} the {subject}?", there[0].shape, about=about)]
@@ -121,7 +121,7 @@ def ask_relation(scene: Scene, rng: random.Random) -> list[QuestionTurn]:
     if not pairs:
         return []
     x, y = rng.choice(pairs)
-    first, second = refer(scene, x, rng, "place"), refer(scene, y, rng, "place")
+    first, second = pick_reference(scene, x, rng, "place"), pick_reference(scene, y, rng, "place")
     if not first or not second:
         return []
     return [
@@ -163,8 +163,12 @@ def ask_exists(scene: Scene, rng: random.Random) -> list[QuestionTurn]:
         if scene.kind == "chart" and rng.random() < 0.7:
             colors = [b.color for b in scene.bars]
             color = rng.choice(colors if wanted else [c for c in COLORS if c not in colors])
-            return [QuestionTurn("exists", f"is there {a(color)} bar?", yes_no(wanted), about=about_all(colors, color))]
-        return [QuestionTurn("exists", f"is there {a(noun)}?", yes_no(noun in shown))]
+            return [
+                QuestionTurn(
+                    "exists", f"is there {with_article(color)} bar?", yes_no(wanted), about=about_all(colors, color)
+                )
+            ]
+        return [QuestionTurn("exists", f"is there {with_article(noun)}?", yes_no(noun in shown))]
     form = rng.choice(("pair", "pair", "shape", "color", "place"))
     if form == "place":
         taken = [t.place for t in scene.things]
@@ -173,7 +177,9 @@ def ask_exists(scene: Scene, rng: random.Random) -> list[QuestionTurn]:
             return []
         place = rng.choice(places)
         return [
-            QuestionTurn("exists", f"is there anything {at(place)}?", yes_no(wanted), about=about_all(taken, place))
+            QuestionTurn(
+                "exists", f"is there anything {at_place(place)}?", yes_no(wanted), about=about_all(taken, place)
+            )
         ]
     if form == "pair":
         present = [f"{t.color} {t.shape}" for t in scene.things]
@@ -186,7 +192,7 @@ def ask_exists(scene: Scene, rng: random.Random) -> list[QuestionTurn]:
     if not nouns:
         return []
     noun = rng.choice(nouns)
-    return [QuestionTurn("exists", f"is there {a(noun)}?", yes_no(wanted), about=about_all(present, noun))]
+    return [QuestionTurn("exists", f"is there {with_article(noun)}?", yes_no(wanted), about=about_all(present, noun))]
 
 
 def _compare_bars(scene: Scene, rng: random.Random, wanted: bool) -> list[QuestionTurn]:
@@ -216,7 +222,7 @@ def _compare_counts(scene: Scene, rng: random.Random, wanted: bool) -> list[Ques
 
 
 def _compare_sizes(scene: Scene, rng: random.Random, one: Thing, other: Thing) -> list[QuestionTurn]:
-    first, second = refer(scene, one, rng, "size", "place"), refer(scene, other, rng, "size", "place")
+    first, second = pick_reference(scene, one, rng, "size", "place"), pick_reference(scene, other, rng, "size", "place")
     if one.size == other.size or not first or not second:
         return []
     word = rng.choice(("larger", "smaller"))
@@ -234,7 +240,7 @@ def _compare_attribute(scene: Scene, rng: random.Random, wanted: bool) -> list[Q
     if not fitting:
         return []
     one, other = rng.choice(fitting)
-    first, second = refer(scene, one, rng, name), refer(scene, other, rng, name)
+    first, second = pick_reference(scene, one, rng, name), pick_reference(scene, other, rng, name)
     if not first or not second:
         return []
     question = f"are the {first} and the {second} the same {name}?"
@@ -289,14 +295,14 @@ def ask_chart(scene: Scene, rng: random.Random) -> list[QuestionTurn]:
     return [QuestionTurn("chart", f"which bar is the {word}?", scene.bars[index].color, about=((index,),))]
 
 
-def _ask_other_one(scene: Scene, rng: random.Random) -> list[QuestionTurn]:
+def _ask_same_shape(scene: Scene, rng: random.Random) -> list[QuestionTurn]:
     pairs = [(x, y) for x in scene.things for y in scene.things if x != y and x.shape == y.shape]
     pairs = [(x, y) for x, y in pairs if sum(t.shape == x.shape for t in scene.things) == 2]
     if not pairs:
         return []
     one, other = rng.choice(pairs)
     name = rng.choice(("color", "size"))
-    question = ATTRIBUTE_QUESTIONS[name][0].format(f"{one.shape} {at(one.place)}")
+    question = ATTRIBUTE_QUESTIONS[name][0].format(f"{one.shape} {at_place(one.place)}")
     follow = QuestionTurn("follow_up", "and the other one?", getattr(other, name), 1, about_each(scene, other))
     return [QuestionTurn(name, question, getattr(one, name), about=about_each(scene, one)), follow]
 
@@ -308,7 +314,7 @@ def ask_follow_up(scene: Scene, rng: random.Random) -> list[QuestionTurn]:
         first = QuestionTurn("chart", question, str(one.value), about=about_each(scene, one))
         about = about_each(scene, other)
         return [first, QuestionTurn("follow_up", f"and the {other.color} bar?", str(other.value), 1, about)]
-    if rng.random() < 0.5 and (turns := _ask_other_one(scene, rng)):
+    if rng.random() < 0.5 and (turns := _ask_same_shape(scene, rng)):
         return turns
     name = rng.choice(list(ATTRIBUTE_QUESTIONS))
     turns = ask_attribute(name)(scene, rng)
@@ -316,7 +322,9 @@ def ask_follow_up(scene: Scene, rng: random.Random) -> list[QuestionTurn]:
         return []
     if rng.random() < 0.5:
         others = [t for t in scene.things if f"the {t.shape}?" not in turns[0].question]
-        named = [(t, ref) for t in others if (ref := refer(scene, t, rng, name)) and ref not in turns[0].question]
+        named = [
+            (t, ref) for t in others if (ref := pick_reference(scene, t, rng, name)) and ref not in turns[0].question
+        ]
         if not named:
             return []
         thing, other_subject = rng.choice(named)
@@ -324,7 +332,7 @@ def ask_follow_up(scene: Scene, rng: random.Random) -> list[QuestionTurn]:
         return [*turns, QuestionTurn("follow_up", f"and the {other_subject}?", getattr(thing, name), 1, about)]
     thing = rng.choice(scene.things)
     second = rng.choice([n for n in ATTRIBUTE_QUESTIONS if n != name])
-    subject = refer(scene, thing, rng, name, second)
+    subject = pick_reference(scene, thing, rng, name, second)
     if subject is None:
         return []
     about = about_each(scene, thing)
@@ -334,7 +342,7 @@ def ask_follow_up(scene: Scene, rng: random.Random) -> list[QuestionTurn]:
 
 
 def ask_caption(scene: Scene, rng: random.Random) -> list[QuestionTurn]:
-    return [QuestionTurn("caption", rng.choice(CAPTION_REQUESTS), tell(scene, rng))]
+    return [QuestionTurn("caption", rng.choice(CAPTION_REQUESTS), write_caption(scene, rng))]
 
 
 QUESTION_TYPES: dict[str, Asker] = {

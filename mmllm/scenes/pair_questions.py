@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 
-from mmllm.scenes.ask import QuestionTurn, about_all
-from mmllm.scenes.tell import a
+from mmllm.scenes.captions import with_article
+from mmllm.scenes.questions import QuestionTurn, about_all
 from mmllm.scenes.world import Scene
 
 TWO_PICTURES = "two_pictures"
@@ -30,7 +30,7 @@ def ask_about_two(first: Scene, second: Scene, rng: random.Random, num_turns: in
             values = {getattr(t, name) for t in has.things} - {getattr(t, name) for t in lacks.things}
             if values:
                 value = rng.choice(sorted(values))
-                noun = a(value) if name == "shape" else f"{a(value)} object"
+                noun = with_article(value) if name == "shape" else f"{with_article(value)} object"
                 about = about_all([getattr(t, name) for t in (*first.things, *second.things)], value)
                 answer = "picture 1" if in_first else "picture 2"
                 turns.append(QuestionTurn(TWO_PICTURES, f"which picture has {noun}?", answer, about=about))

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mmllm.batch import IMAGE_TOKEN, ImageRef, Message
-from mmllm.chat.inert import writes_words_as_they_are
-from mmllm.chat.templates import TEMPLATES, ChatError, ChatTemplate, apply, refuse_dates
+from mmllm.chat.templates import TEMPLATES, ChatError, ChatTemplate, refuse_dates, render_template
+from mmllm.chat.verbatim import copies_contents_verbatim
 
 _FIRST_MARK = 0x10A000  # private use area B, behind what icon fonts have in it
 _IMAGE_MARK, _LATE_IMAGE_MARK = "\U0010fffc", "\U0010fffd"  # before a picture; after one that follows another
@@ -53,7 +53,7 @@ class Transcript:
 
 
 @dataclass(frozen=True)
-class _Marked:
+class _UnmarkedText:
     """A rendered text without its marks, and the places of the marks in it."""
 
     text: str
@@ -69,7 +69,7 @@ class _Marked:
         return end + len(blank) if keeps else end
 
 
-class Conversations:
+class TranscriptRenderer:
     """Renders conversations with one template and one tokenizer's special tokens.
 
     Raises ChatError, when it is made, for a template that no training could repeat: one that writes today's date, or
@@ -78,7 +78,7 @@ class Conversations:
 
     def __init__(self, tokenizer: Any, template: ChatTemplate):
         self.tokenizer, self.template = tokenizer, template
-        self._is_inert = template.content == "text" and writes_words_as_they_are(template.jinja)
+        self._is_inert = template.content == "text" and copies_contents_verbatim(template.jinja)
         self._skeleton = functools.lru_cache(maxsize=256)(self._render_skeleton)
         self._prompt_tail, self.closing = "", ""
         asked = [Message("user", ("Uu0",))]
@@ -100,14 +100,14 @@ class Conversations:
         except ChatError:  # it takes no second turn: conversations that have one are refused, each for itself
             return
         for asked in (longer[:1], longer[:3]):
-            prompt = self.asked(asked).prompt
+            prompt = self.prompt_transcript(asked).prompt
             if not text.startswith(prompt):
                 raise ChatError(
                     "the chat template changes a turn when another follows, so training could not teach the prompt "
                     f"that is asked: {prompt!r} is no beginning of {text!r}; choose one of {', '.join(TEMPLATES)}"
                 )
 
-    def frame(self) -> str:
+    def frame_text(self) -> str:
         """What the template writes around turns: everything but their words, and what is only before a last answer."""
         turns = [Message("user", ("Uu0",)), Message("assistant", (PROBE_ANSWER,))]
         try:
@@ -121,48 +121,48 @@ class Conversations:
             [*around, marked.text[marked.ends[len(marked.ends) - 1] :], self._prompt_tail if last == 1 else ""]
         )
 
-    def whole(self, messages: Sequence[Message]) -> Transcript:
+    def full_transcript(self, messages: Sequence[Message]) -> Transcript:
         """The conversation with all its answers. Raises ChatError where the template leaves a turn out."""
         marked = self._marked(messages)
         answers = []
         for number, message in enumerate(messages):
             if number not in marked.ends:
-                raise ChatError(_left_out(message))
+                raise ChatError(_left_out_message(message))
             if message.role == "assistant":
                 follows_user = number > 0 and messages[number - 1].role == "user"
                 answers.append(self._answer(marked, number, follows_user))
         contents = tuple(sorted((marked.starts.get(number, end), end) for number, end in marked.ends.items()))
         return Transcript(marked.text, marked.images, contents, tuple(answers))
 
-    def asked(self, messages: Sequence[Message]) -> Transcript:
+    def prompt_transcript(self, messages: Sequence[Message]) -> Transcript:
         """The conversation with `PROBE_ANSWER` as the answer to its last message: the prompt is what is before it."""
-        return self.whole([*messages, Message("assistant", (PROBE_ANSWER,))])
+        return self.full_transcript([*messages, Message("assistant", (PROBE_ANSWER,))])
 
-    def _answer(self, marked: _Marked, number: int, follows_user: bool) -> AnswerSpan:
+    def _answer(self, marked: _UnmarkedText, number: int, follows_user: bool) -> AnswerSpan:
         """From where the text stops to be that of the prompt, to where it stops to be that of a conversation's end."""
         text, words_end = marked.text, marked.end_before(number, self.closing)
         start = marked.starts.get(number)
         if follows_user:
             before = marked.end_before(number - 1, self._prompt_tail)
             lead = text[before:start] if start is not None else text[before:words_end]
-            start = before + _num_shared(lead, self._prompt_tail)
+            start = before + _shared_prefix_length(lead, self._prompt_tail)
         if start is None:
             raise ChatError("the chat template changes the beginning of an answer, so where it begins is not known")
         following = [place for place in marked.starts.values() if place > words_end]
         rest = text[words_end : min(following, default=len(text))]
-        return AnswerSpan(start, words_end, words_end + _num_shared(rest, self.closing))
+        return AnswerSpan(start, words_end, words_end + _shared_prefix_length(rest, self.closing))
 
     def _tail(self, asked: list[Message]) -> str:
         """What the template writes from a question's end to where the answer begins."""
         marked = self._marked(asked, prompt=True)
         if 0 not in marked.ends:
-            raise ChatError(_left_out(asked[0]))
+            raise ChatError(_left_out_message(asked[0]))
         return marked.text[marked.ends[0] :]
 
-    def _marked(self, messages: Sequence[Message], *, prompt: bool = False) -> _Marked:
+    def _marked(self, messages: Sequence[Message], *, prompt: bool = False) -> _UnmarkedText:
         """Raises ChatError where the template writes something else of a marked text than of the text itself."""
         messages = [self._shown(message) for message in messages]
-        texts = [_flat(message) for message in messages]
+        texts = [_flatten(message) for message in messages]
         if self._is_inert and all(text.strip() for text, _ in texts):
             return self._filled(texts, self._skeleton(tuple(message.role for message in messages), prompt))
         if any(_MARKS.search(text) for text, _ in texts):
@@ -174,12 +174,12 @@ class Conversations:
             ]
             for make in (_unmarked, _marked)
         ]
-        plain, text = apply(self.tokenizer, self.template.jinja, chats, prompt=prompt)
+        plain, text = render_template(self.tokenizer, self.template.jinja, chats, prompt=prompt)
         found = _read_marks(text)
         if found.text != plain:
             raise ChatError(
                 "the chat template writes a turn otherwise for what its words are, so answers cannot be found in it: "
-                f"{_difference(plain, found.text)}"
+                f"{_first_difference(plain, found.text)}"
             )
         return replace(found, blanks={number: text[len(text.rstrip()) :] for number, (text, _) in enumerate(texts)})
 
@@ -190,7 +190,7 @@ class Conversations:
         template keeps them.
         """
         chat = [self._turn(role, f"{_BLANK}{_mark(number)}{_BLANK}") for number, role in enumerate(roles)]
-        text = apply(self.tokenizer, self.template.jinja, [chat], prompt=prompt)[0]
+        text = render_template(self.tokenizer, self.template.jinja, [chat], prompt=prompt)[0]
         places = [*_MARKS.finditer(text), None]
         out, last = [], 0
         for found in places:
@@ -203,7 +203,7 @@ class Conversations:
             last = found.end() if found else last
         return tuple(out)
 
-    def _filled(self, texts: Sequence[tuple[str, list[int]]], skeleton: Sequence[tuple[str, int]]) -> _Marked:
+    def _filled(self, texts: Sequence[tuple[str, list[int]]], skeleton: Sequence[tuple[str, int]]) -> _UnmarkedText:
         """The skeleton with the words in their places."""
         parts: list[str] = []
         images: list[int] = []
@@ -228,7 +228,7 @@ class Conversations:
             images += [length + place - first for place in places]
             starts[number], ends[number] = length + begin - first, length + last - first
             length += last - first
-        return _Marked("".join(parts), tuple(images), starts, ends)
+        return _UnmarkedText("".join(parts), tuple(images), starts, ends)
 
     def _shown(self, message: Message) -> Message:
         if message.role == "user" and not self.template.keeps_user_text:
@@ -239,7 +239,7 @@ class Conversations:
         return {"role": role, "content": text if self.template.content == "text" else [{"type": "text", "text": text}]}
 
 
-def _flat(message: Message) -> tuple[str, list[int]]:
+def _flatten(message: Message) -> tuple[str, list[int]]:
     """A message as one text, and where its pictures are in it."""
     text, places = "", []
     for part in message.parts:
@@ -269,7 +269,7 @@ def _marked(number: int, text: str, places: Sequence[int]) -> str:
     return f"{text[:begin]}{_mark(number)}{inner}{text[last:end]}{_mark(number, is_end=True)}{text[end:]}"
 
 
-def _read_marks(text: str) -> _Marked:
+def _read_marks(text: str) -> _UnmarkedText:
     images: list[int] = []
     starts: dict[int, int] = {}
     ends: dict[int, int] = {}
@@ -286,16 +286,16 @@ def _read_marks(text: str) -> _Marked:
         else:
             number, is_end = divmod(ord(found[0]) - _FIRST_MARK, 2)
             (ends if is_end else starts)[number] = length
-    return _Marked("".join([*parts, text[last:]]), tuple(images), starts, ends)
+    return _UnmarkedText("".join([*parts, text[last:]]), tuple(images), starts, ends)
 
 
-def _left_out(message: Message) -> str:
+def _left_out_message(message: Message) -> str:
     if message.role == "system":
         return "this chat template has no system turn, but the conversation starts with one"
     return f"the chat template leaves out what the {message.role} says: {message.text[:60]!r}"
 
 
-def _num_shared(text: str, beginning: str) -> int:
+def _shared_prefix_length(text: str, beginning: str) -> int:
     """How many characters of `beginning` the text begins with."""
     if text.startswith(beginning):
         return len(beginning)
@@ -303,6 +303,6 @@ def _num_shared(text: str, beginning: str) -> int:
     return next((place for place, (one, other) in pairs if one != other), min(len(text), len(beginning)))
 
 
-def _difference(plain: str, marked: str) -> str:
-    start = _num_shared(plain, marked)
+def _first_difference(plain: str, marked: str) -> str:
+    start = _shared_prefix_length(plain, marked)
     return f"{plain[max(0, start - 20) : start + 40]!r} is {marked[max(0, start - 20) : start + 40]!r} with marks in it"

@@ -15,11 +15,11 @@ _MESSAGES, _CONTENT = "a message or several", "the words of a message"
 _OF_TYPE = ("string", "defined", "undefined", "none", "mapping", "iterable", "sequence")
 
 
-class _Looks(Exception):  # noqa: N818 - no error: it ends the walk
+class _InspectsContent(Exception):  # noqa: N818 - no error: it ends the walk
     """The template looks into a message's words."""
 
 
-def writes_words_as_they_are(jinja: str) -> bool:
+def copies_contents_verbatim(jinja: str) -> bool:
     """Whether the template only writes, joins and strips what messages say. False where that cannot be told."""
     try:
         tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(jinja)
@@ -32,7 +32,7 @@ def writes_words_as_they_are(jinja: str) -> bool:
         for _ in range(3):  # names that are given in a loop are known in its next turn
             for child in tree.body:
                 _statement(child, kinds)
-    except _Looks:
+    except _InspectsContent:
         return False
     return True
 
@@ -41,36 +41,36 @@ def _statement(node: Any, kinds: dict[str, str]) -> None:
     if isinstance(node, nodes.Output):
         for part in node.nodes:
             if _kind(part, kinds) == _MESSAGES:
-                raise _Looks
+                raise _InspectsContent
     elif isinstance(node, nodes.Assign):
         kind = _kind(node.node, kinds)
         if isinstance(node.target, nodes.Name):
             if kind or node.target.name in kinds:
                 if kinds.get(node.target.name, kind) != kind:
-                    raise _Looks  # one name for two things
+                    raise _InspectsContent  # one name for two things
                 kinds[node.target.name] = str(kind)
         elif kind:
-            raise _Looks
+            raise _InspectsContent
     elif isinstance(node, nodes.For):
         kind = _kind(node.iter, kinds)
         if kind == _CONTENT or not isinstance(node.target, nodes.Name):
-            raise _Looks
+            raise _InspectsContent
         if kind:
             kinds[node.target.name] = kind
         if node.test is not None and _kind(node.test, kinds):
-            raise _Looks
+            raise _InspectsContent
         for child in (*node.body, *node.else_):
             _statement(child, kinds)
     elif isinstance(node, nodes.If):
         if _kind(node.test, kinds):
-            raise _Looks
+            raise _InspectsContent
         for child in (*node.body, *node.elif_, *node.else_):
             _statement(child, kinds)
     elif isinstance(node, nodes.ExprStmt):
         if _kind(node.node, kinds):
-            raise _Looks
+            raise _InspectsContent
     elif not isinstance(node, nodes.Continue | nodes.Break):
-        raise _Looks
+        raise _InspectsContent
 
 
 def _kind(node: Any, kinds: dict[str, str]) -> str | None:
@@ -94,7 +94,7 @@ def _kind(node: Any, kinds: dict[str, str]) -> str | None:
         return _CONTENT
     elif isinstance(node, nodes.CondExpr) and not _kind(node.test, kinds) and len(found) == 1:
         return found.pop()
-    raise _Looks
+    raise _InspectsContent
 
 
 def _member(node: Any, kinds: dict[str, str]) -> str | None:
@@ -102,12 +102,12 @@ def _member(node: Any, kinds: dict[str, str]) -> str | None:
     kind = _kind(node.node, kinds)
     if isinstance(node, nodes.Getitem) and not isinstance(node.arg, nodes.Const):
         if kind == _CONTENT or _kind_of_index(node.arg, kinds):
-            raise _Looks
+            raise _InspectsContent
         return kind
     if kind is None:
         return None
     if kind == _CONTENT:
-        raise _Looks
+        raise _InspectsContent
     name = node.attr if isinstance(node, nodes.Getattr) else node.arg.value
     if isinstance(name, int):
         return kind
@@ -115,7 +115,7 @@ def _member(node: Any, kinds: dict[str, str]) -> str | None:
         return _CONTENT
     if name in ("role", "tool_calls", "reasoning_content", "name", "prefix", "thinking"):
         return None
-    raise _Looks  # get, items, keys ...
+    raise _InspectsContent  # get, items, keys ...
 
 
 def _kind_of_index(node: Any, kinds: dict[str, str]) -> bool:

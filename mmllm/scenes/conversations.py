@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mmllm.batch import PICTURE_LABEL, Example, Message
-from mmllm.scenes.ask import CAPTION_REQUESTS, QUESTION_TYPES, QuestionTurn, ask_about
-from mmllm.scenes.ask_two import TWO_PICTURES, ask_about_two
+from mmllm.scenes.captions import caption_clauses, write_caption
+from mmllm.scenes.pair_questions import TWO_PICTURES, ask_about_two
+from mmllm.scenes.questions import CAPTION_REQUESTS, QUESTION_TYPES, QuestionTurn, ask_about
 from mmllm.scenes.small_talk import TEXT_ONLY, ask_without_picture
-from mmllm.scenes.tell import tell, tell_clauses
 from mmllm.scenes.world import Scene, Split, near_miss, sample_scene
 
 ALL_TYPES = (*QUESTION_TYPES, TWO_PICTURES, TEXT_ONLY)
@@ -24,7 +24,7 @@ class SceneConversation:
     turns: tuple[QuestionTurn, ...]
 
 
-def twin_of(scene: Scene, rng: random.Random, split: Split) -> Scene:
+def sample_twin(scene: Scene, rng: random.Random, split: Split) -> Scene:
     """A second scene to ask about beside the first: the same, a near miss, or another."""
     form = rng.choice(("same", "near", "other"))
     if form == "same":
@@ -44,28 +44,32 @@ def about_none(rng: random.Random, split: Split, num_turns: int) -> SceneConvers
     return SceneConversation((), tuple(ask_without_picture(rng, sample_scene(rng, split), num_turns)))
 
 
-def retold(scene: Scene, rng: random.Random, num_turns: int) -> SceneConversation:
+def retelling(scene: Scene, rng: random.Random, num_turns: int) -> SceneConversation:
     """The scene told again and again in other words and another order: what teaches a small LM to look things up."""
     captions = (
-        QuestionTurn("caption", rng.choice(CAPTION_REQUESTS), tell(scene, rng, shuffled=True)) for _ in range(num_turns)
+        QuestionTurn("caption", rng.choice(CAPTION_REQUESTS), write_caption(scene, rng, shuffled=True))
+        for _ in range(num_turns)
     )
     return SceneConversation((scene,), tuple(captions))
 
 
-Told = tuple[int | None, ...]
+DescribedParts = tuple[int | None, ...]
 
 
-def describe(conversation: SceneConversation, rng: random.Random, example_id: str) -> tuple[Example, Told]:
-    """The conversation with a description in the place of each picture, one clause after the other.
+def describe_conversation(
+    conversation: SceneConversation, rng: random.Random, example_id: str
+) -> tuple[Example, DescribedParts]:
+    """The conversation with a description in place of each picture, one clause after another.
 
-    With it goes what each piece of the first message tells of, as in `QuestionTurn.about`: a part of a scene, or None.
+    Also returns, for each piece of the first message, the part of the scenes that it describes, or None. Parts are
+    numbered as in `QuestionTurn.about`.
     """
     opening: list[tuple[str, int | None]] = []
     num_parts = 0
     for number, scene in enumerate(conversation.scenes, 1):
         if len(conversation.scenes) > 1:
             opening.append((PICTURE_LABEL.replace("{}", str(number)), None))
-        clauses = tell_clauses(scene, rng, shuffled=rng.random() < 0.3)
+        clauses = caption_clauses(scene, rng, shuffled=rng.random() < 0.3)
         ends = " " * (len(clauses) - 1) + "\n"
         opening += [
             (clause + end, None if index is None else num_parts + index)
@@ -80,9 +84,9 @@ def describe(conversation: SceneConversation, rng: random.Random, example_id: st
     return Example(example_id, "text", tuple(messages)), (*(part for _, part in opening), None)
 
 
-def as_text(conversation: SceneConversation, rng: random.Random, example_id: str) -> Example:
-    """`describe` for those who only read it."""
-    return describe(conversation, rng, example_id)[0]
+def text_example(conversation: SceneConversation, rng: random.Random, example_id: str) -> Example:
+    """`describe_conversation` for those who only read it."""
+    return describe_conversation(conversation, rng, example_id)[0]
 
 
 def sample_text(
@@ -102,10 +106,10 @@ def sample_text(
     draw = rng.random()
     if draw < retell:
         scene = sample_scene(rng, split)
-        return retold(scene, rng, 4 if len(scene.things) < 4 else 3)
+        return retelling(scene, rng, 4 if len(scene.things) < 4 else 3)
     if draw < retell + 0.04:
         return about_none(rng, split, num_turns // 2)
     if draw < retell + 0.04 + two:
         first = sample_scene(rng, split, "objects")
-        return about_two(first, twin_of(first, rng, split), rng, 4)
+        return about_two(first, sample_twin(first, rng, split), rng, 4)
     return about_one(sample_scene(rng, split), rng, num_turns, types)

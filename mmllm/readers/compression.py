@@ -21,12 +21,12 @@ from mmllm.readers.files import DataError, fingerprint, open_file
 
 _ENDINGS = (".gz", ".bz2", ".xz", ".zst", ".zstd")  # behind the ending that says what is inside
 # A byte order mark, or where the zeros of the first character lie in a file without one.
-_MARKS = {
+_ENCODING_BY_HEAD = {
     codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16", b"{\0": "utf-16-le", b"[\0": "utf-16-le", b"\0{": "utf-16-be", b"\0[": "utf-16-be",
 }  # fmt: skip
 # What decompressors raise on damaged files.
-DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError)
+DECOMPRESSION_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)
 
 
 def inner_suffix(path: str) -> str:
@@ -55,7 +55,7 @@ _OPENERS: dict[bytes, Callable[[IO[bytes]], Any]] = {
 _MAGIC_BYTES = max(map(len, _OPENERS))
 
 
-def _opener(file: IO[bytes]) -> Callable[[IO[bytes]], Any] | None:
+def _opener_of(file: IO[bytes]) -> Callable[[IO[bytes]], Any] | None:
     head = file.read(_MAGIC_BYTES)
     file.seek(0)
     return next((opener for magic, opener in _OPENERS.items() if head.startswith(magic)), None)
@@ -64,53 +64,53 @@ def _opener(file: IO[bytes]) -> Callable[[IO[bytes]], Any] | None:
 def open_decompressed(path: str) -> IO[bytes]:
     """A data file for reading from front to back, without its compression. Raises DataError as `open_file` does."""
     file = open_file(path)
-    opener = _opener(file)
+    opener = _opener_of(file)
     opened: IO[bytes] = opener(file) if opener else file
     return opened
 
 
 def is_compressed(path: str) -> bool:
     with open_file(path) as file:
-        return _opener(file) is not None
+        return _opener_of(file) is not None
 
 
-def _encoding(head: bytes) -> str | None:
+def _encoding_of(head: bytes) -> str | None:
     """UTF-16 or UTF-32, where the text is in it."""
-    return next((name for mark, name in _MARKS.items() if head.startswith(mark)), None)
+    return next((name for mark, name in _ENCODING_BY_HEAD.items() if head.startswith(mark)), None)
 
 
-def plain_copy(path: str, *, is_text: bool = True) -> str:
+def decoded_copy(path: str, *, is_text: bool = True) -> str:
     """The path of the same data without compression, text as UTF-8: the file itself, or a copy in the cache.
 
     Raises DataError where it cannot be read to its end.
     """
     try:
         with open_decompressed(path) as file:
-            encoding = _encoding(file.read(4)) if is_text else None
+            encoding = _encoding_of(file.read(4)) if is_text else None
         if encoding is None and not is_compressed(path):
             return path
-        copy = _cache() / f"{fingerprint([path])}{inner_suffix(path)}"
+        copy = _cache_folder() / f"{fingerprint([path])}{inner_suffix(path)}"
         if not copy.is_file():
-            _write(path, copy, encoding)
+            _write_copy(path, copy, encoding)
     except UnicodeError as error:
         raise DataError(f"{path} is not {encoding} text to its end ({error}); save it as UTF-8") from error
-    except DAMAGE as error:
+    except DECOMPRESSION_ERRORS as error:
         if isinstance(error, OSError) and error.errno:
             raise DataError(
-                f"{path} is read through a copy in {_cache()}, which failed ({error.strerror}); make room there, or "
-                "name another folder in HF_DATASETS_CACHE"
+                f"{path} is read through a copy in {_cache_folder()}, which failed ({error.strerror}); make room "
+                "there, or name another folder in HF_DATASETS_CACHE"
             ) from error
         raise DataError(f"{path} is compressed, and damaged or cut off ({error}); copy or download it again") from error
     return str(copy)
 
 
-def _cache() -> Path:
+def _cache_folder() -> Path:
     import datasets
 
     return Path(datasets.config.HF_DATASETS_CACHE) / "mmllm"
 
 
-def _write(path: str, copy: Path, encoding: str | None) -> None:
+def _write_copy(path: str, copy: Path, encoding: str | None) -> None:
     copy.parent.mkdir(parents=True, exist_ok=True)
     partial = copy.with_name(f"{copy.name}.{os.getpid()}.part")
     try:

@@ -11,20 +11,20 @@ from mmllm.scenes.world import COLORS, PLACES, SHAPES, SIZES, Bar, Line, Scene, 
 Fact = tuple[str, str, str]  # (what, attribute, value), as in ("top left", "color", "red")
 
 
-def at(place: str) -> str:
+def at_place(place: str) -> str:
     return "in the center" if place == "center" else f"at the {place}"
 
 
-def a(noun: str) -> str:
+def with_article(noun: str) -> str:
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
 THING_WORDINGS: tuple[Callable[[Thing], str], ...] = (
-    lambda t: f"{a(t.size)} {t.color} {t.shape} {at(t.place)}",
+    lambda t: f"{with_article(t.size)} {t.color} {t.shape} {at_place(t.place)}",
     lambda t: f"{t.place}: {t.size} {t.color} {t.shape}",
-    lambda t: f"{a(t.shape)} {at(t.place)}, {t.color} and {t.size}",
-    lambda t: f"{at(t.place)} is {a(t.color)} {t.shape}, {t.size}",
-    lambda t: f"the {t.color} one {at(t.place)} is {a(t.size)} {t.shape}",
+    lambda t: f"{with_article(t.shape)} {at_place(t.place)}, {t.color} and {t.size}",
+    lambda t: f"{at_place(t.place)} is {with_article(t.color)} {t.shape}, {t.size}",
+    lambda t: f"the {t.color} one {at_place(t.place)} is {with_article(t.size)} {t.shape}",
 )
 LINE_WORDINGS: tuple[Callable[[Line], str], ...] = (
     lambda x: f"the {x.kind} {x.text} in {x.color}",
@@ -36,7 +36,7 @@ BAR_WORDINGS: tuple[Callable[[Bar], str], ...] = (
 )
 
 
-def tell_clauses(scene: Scene, rng: random.Random, *, shuffled: bool = False) -> list[tuple[str, int | None]]:
+def caption_clauses(scene: Scene, rng: random.Random, *, shuffled: bool = False) -> list[tuple[str, int | None]]:
     """One caption that states every fact of the scene, as clauses, each with the part (of `Scene.parts`) it tells of.
 
     Things stand in reading order unless `shuffled`.
@@ -56,9 +56,9 @@ def tell_clauses(scene: Scene, rng: random.Random, *, shuffled: bool = False) ->
     return [(f"{thing_wording(scene.things[index])}.", index) for index in order]
 
 
-def tell(scene: Scene, rng: random.Random, *, shuffled: bool = False) -> str:
-    """The clauses of `tell_clauses` as one text."""
-    return " ".join(clause for clause, _ in tell_clauses(scene, rng, shuffled=shuffled))
+def write_caption(scene: Scene, rng: random.Random, *, shuffled: bool = False) -> str:
+    """The clauses of `caption_clauses` as one text."""
+    return " ".join(clause for clause, _ in caption_clauses(scene, rng, shuffled=shuffled))
 
 
 def facts_of(scene: Scene) -> set[Fact]:
@@ -68,7 +68,7 @@ def facts_of(scene: Scene) -> set[Fact]:
     return facts | {("bar", bar.color, str(bar.value)) for bar in scene.bars}
 
 
-def _one_of(words: tuple[str, ...], text: str) -> str | None:
+def _only_word_of(words: tuple[str, ...], text: str) -> str | None:
     found = [word for word in re.findall(r"[a-z]+", text) if word in words]
     return found[0] if len(found) == 1 else None
 
@@ -81,7 +81,7 @@ def facts_in(caption: str) -> set[Fact]:
         return {("bar", color, value) for color, value in pairs}
     facts: set[Fact] = set()
     for clause in caption.split("."):
-        color = _one_of(COLORS, clause)
+        color = _only_word_of(COLORS, clause)
         written = re.search(r"\b(word|number)(?: |: )([a-z0-9]+)", clause)
         if written:
             facts.add((written[1], "text", written[2]))
@@ -91,7 +91,7 @@ def facts_in(caption: str) -> set[Fact]:
         place = next((name for name in PLACES if re.search(rf"\b{name}\b", clause)), None)
         if place is None:
             continue
-        values = {"shape": _one_of(SHAPES, clause), "color": color, "size": _one_of(SIZES, clause)}
+        values = {"shape": _only_word_of(SHAPES, clause), "color": color, "size": _only_word_of(SIZES, clause)}
         facts |= {(place, name, value) for name, value in values.items() if value}
     return facts
 
