@@ -153,12 +153,12 @@ def ours(recorder: Recorder, folder: Path, stage_name: str) -> tuple[float, floa
         return batch
 
     stage.batch = recorded  # type: ignore[method-assign]
-    data = run.batches(0)
+    data = run.batches.start(0)
     recorder.loaded()
     before = warm_up(probe, run.strategy.trained.values())
     recorder.ready()
     for step in range(size.steps):
-        recorder.step(run.step(step, data)[0])
+        recorder.step(run.stepper.step(step, data).loss)
     return before, float(probe().detach())
 
 

@@ -71,10 +71,10 @@ def _speed(
     rows = _write_rows(folder / "grown.json", batch * 2, num_words=words, pictures=pictures)
     run = _run(folder, rows, batch=batch, workers=workers)
     clock = time.perf_counter if by_clock else time.process_time
-    data, taken = run.batches(0), []
+    data, taken = run.batches.start(0), []
     for step in range(WARM_UP + ROUNDS):
         begun = clock()
-        run.step(step, data)
+        run.stepper.step(step, data)
         taken.append(clock() - begun)
     return batch / statistics.median(taken[WARM_UP:])
 
@@ -148,9 +148,9 @@ def _main(folder: str, rows: str) -> None:
 
     before = _most_resident_kib()
     run = _run(Path(folder), Path(rows))
-    data = run.batches(0)
+    data = run.batches.start(0)
     for step in range(WARM_UP + ROUNDS):
-        run.step(step, data)
+        run.stepper.step(step, data)
     print((_most_resident_kib() - before) / 1024)
 
 

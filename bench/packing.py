@@ -95,7 +95,7 @@ class _Way:
 
     def _order(self) -> Any:
         self.stage.packer, self.stage.data.lengths = self.packer, self.lengths
-        return self.stage.order(self.examples)
+        return self.stage.sampler(self.examples)
 
     def run(self, first: int) -> None:
         """Some steps, data and backward included."""

@@ -14,6 +14,7 @@ from mmllm.batch import Example
 from mmllm.data.mix import SourceCounts, epoch_items
 from mmllm.data.sources import load_pictures
 from mmllm.data.stream import ReaderPosition, ShardReader, Stream
+from mmllm.readers.files import DataError
 
 MEGABATCH = 32  # batches that are sorted by length together
 MAX_SHARD_READERS = 16  # shards that are open at once
@@ -86,7 +87,7 @@ class IndexedSampler:
         self.source_counts = [(num_examples, num_examples)] if source_counts is None else list(source_counts)
         num_shown = sum(count for _, count in self.source_counts)
         if num_shown < batch_size:
-            raise ValueError(
+            raise DataError(
                 f"{num_shown} usable examples are fewer than one global batch of {batch_size} "
                 "(ranks x batch_size x accumulate_steps); lower optim.batch_size or add data"
             )

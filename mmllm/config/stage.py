@@ -41,6 +41,16 @@ class StageConfig(RunConfig):
     lora: LanguageLoraConfig | None = None  # of the LLM
     vision_lora: LoraConfig | None = None  # of the tower
 
+    @property
+    def recomputes_language(self) -> bool:
+        """Whether the layers of the LLM are computed again in the backward pass."""
+        return "language" in self.optim.gradient_checkpointing
+
+    @property
+    def recomputes_vision(self) -> bool:
+        """Whether the layers of the vision tower are computed again in the backward pass."""
+        return "vision" in self.optim.gradient_checkpointing
+
     @model_validator(mode="after")
     def _combination(self) -> StageConfig:
         self.check_rates(self.train)

@@ -70,9 +70,9 @@ class Strategy:
     def set_rates(self, factor: float) -> None:
         set_learning_rates(self.optimizers, factor)
 
-    def clip(self) -> float:
-        """Scales the gradients of the step down to `max_grad_norm`. Gives their norm before that, over all ranks."""
-        return float(torch.nn.utils.clip_grad_norm_(list(self.trained.values()), self.config.max_grad_norm))
+    def clip(self) -> Tensor:
+        """Scales the gradients of the step down to `max_grad_norm`. Gives their norm before, over all ranks: []."""
+        return torch.nn.utils.clip_grad_norm_(list(self.trained.values()), self.config.max_grad_norm)
 
     def gradient_norms(self, groups: Sequence[Sequence[nn.Parameter]]) -> list[float] | None:
         """The gradient's norm over each group of parameters; None where it cannot be known."""

@@ -90,9 +90,9 @@ class FSDP2(Strategy):
         with self.autocast():
             yield
 
-    def clip(self) -> float:
+    def clip(self) -> Tensor:
         norm = torch.nn.utils.clip_grad_norm_(list(self.trained.values()), self.config.max_grad_norm)
-        return float(_whole(norm))
+        return _whole(norm)
 
     def gradient_norms(self, groups: Sequence[Sequence[nn.Parameter]]) -> list[float] | None:
         total = torch.zeros(len(groups), device=self.accelerator.device)

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mmllm.config import ConfigError
@@ -75,11 +76,11 @@ class ZeRO(Strategy):
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss, scale_wrt_gas=False)
 
-    def clip(self) -> float:
+    def clip(self) -> Tensor:
         """The engine clips and steps in one: this is where the update is made."""
         self.engine.step()
         norm = self.engine.get_global_grad_norm()
-        return math.nan if norm is None else float(norm)
+        return torch.as_tensor(math.nan if norm is None else norm)
 
     def gradient_norms(self, groups: Sequence[Sequence[nn.Parameter]]) -> list[float] | None:
         return None

@@ -107,7 +107,7 @@ def _adamw(kind: str) -> Any:
     ]
 
 
-def rate_factor(step: int, config: OptimConfig) -> float:
+def lr_multiplier(step: int, config: OptimConfig) -> float:
     """Linear warm-up from zero, a plateau, then a cosine to zero over the last `decay_fraction` of the run."""
     warmup_steps = max(1, round(config.warmup_fraction * config.max_steps))
     if step < warmup_steps:

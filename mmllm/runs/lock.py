@@ -51,7 +51,7 @@ def _acquire(path: Path) -> int | None:
 
 
 @contextlib.contextmanager
-def only_run(out: Path) -> Iterator[None]:
+def exclusive_run(out: Path) -> Iterator[None]:
     """Makes the folder, and holds it for this process. Raises LockedError where another process does."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / LOCK_FILE

@@ -18,6 +18,7 @@ import yaml
 from PIL import Image
 
 from mmllm.checkpoint.folder import MANIFEST, library_versions
+from mmllm.errors import MmllmError
 from mmllm.evaluation.reliance import RELIANCE, RELIANCE_ERROR
 from mmllm.runs.alarms import TEXT_LOSS, forgetting_of
 from mmllm.runs.charts import Curve, chart
@@ -36,9 +37,9 @@ def write_about(out: Path, notes: Sequence[str], machine: str) -> None:
 
 
 def write_report(out: Path) -> Path:
-    """Writes `report.html` into a run's folder. Raises ValueError where that holds no run."""
+    """Writes `report.html` into a run's folder. Raises MmllmError where that holds no run."""
     if not (out / LOG_FILE).is_file() or not (out / SETTINGS).is_file():
-        raise ValueError(f"no run in {out}: it needs {LOG_FILE} and {SETTINGS}, which `mmllm train` writes")
+        raise MmllmError(f"no run in {out}: it needs {LOG_FILE} and {SETTINGS}, which `mmllm train` writes")
     partial = (out / REPORT).with_suffix(".part")
     partial.write_text(_page(out), encoding="utf-8")
     return partial.replace(out / REPORT)

@@ -195,7 +195,7 @@ def check_room(out: Path, trained_bytes: int, num_states: int) -> None:
         )
 
 
-def rehearse(out: Path, strategy: Strategy, settings: str) -> str:
+def verify_saving(out: Path, strategy: Strategy, settings: str) -> str:
     """Saves the weights as a state is saved, reads them back, compares and removes them; says what it took.
 
     Every rank has to call it. Raises StateError where they come back as others, OSError where they cannot be written.

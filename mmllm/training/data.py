@@ -98,7 +98,7 @@ class TrainingData:
             raise DataError(f"log.text_probe: every conversation of {log.text_probe} has a picture; name text alone")
         return spread(text, log.max_text_examples)
 
-    def order(self, batch_size: int, split_step: StepSplitter = in_order) -> Sampler:
+    def sampler(self, batch_size: int, split_step: StepSplitter = in_order) -> Sampler:
         """The order of examples in global batches of this size. Raises DataError where there are too few."""
         data, seed = self.config.data, self.config.seed
         replay = (self.examples.sizes[-1], data.replay.fraction) if data.replay else None

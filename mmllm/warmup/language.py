@@ -27,6 +27,7 @@ from mmllm.scenes.conversations import SceneConversation, describe_conversation,
 from mmllm.scenes.questions import QUESTION_TYPES
 from mmllm.scenes.world import Split
 from mmllm.training.losses import supervised_rows, token_loss_sum
+from mmllm.training.stage import LossOutput
 from mmllm.warmup.attention_guidance import LookupBatch, ReadOut, guide_bits, guided_attention_sum, init_for_lookup
 
 CHUNK = 500
@@ -211,6 +212,7 @@ class WarmupLanguage:
         if self.module.read_out is not None:
             self.parts["read_out"] = list(self.module.read_out.named_parameters("read_out"))
         self.notes: list[str] = []
+        self.num_workers = 0
         self.num_examples = len(self.rows)
 
     def _new_model(self, language: dict[str, Any]) -> Any:
@@ -262,11 +264,14 @@ class WarmupLanguage:
             compared=compared,
         )
 
-    def order(self, batch_size: int) -> IndexedSampler:
+    def sampler(self, batch_size: int) -> IndexedSampler:
         return IndexedSampler(len(self.rows), batch_size, self.config.seed, [len(row.input_ids) for row in self.rows])
 
     def batch(self, indices: Sequence[int]) -> LookupBatch:
         return self._collate([self.rows[index] for index in indices], [f"train-{index}" for index in indices])
+
+    def loss(self, module: nn.Module, batch: Batch) -> LossOutput:
+        return LossOutput(module(batch), self.count(batch))
 
     def count(self, batch: Batch) -> int:
         return batch.num_supervised
@@ -274,7 +279,7 @@ class WarmupLanguage:
     def num_tokens(self, batch: Batch) -> int:
         return int(batch.attention_mask.sum())
 
-    def reaches(self, part: str, batch: Batch) -> bool:
+    def can_train(self, part: str, batch: Batch) -> bool:
         return part != "read_out" or (isinstance(batch, LookupBatch) and bool((batch.compared >= 0).any()))
 
     def names(self, batch: Batch) -> list[str]:

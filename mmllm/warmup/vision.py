@@ -21,6 +21,7 @@ from mmllm.model.language import load_tokenizer
 from mmllm.scenes.captions import write_caption
 from mmllm.scenes.draw import draw
 from mmllm.scenes.world import Kind, Scene, Split, near_miss, sample_kind, sample_scene
+from mmllm.training.stage import LossOutput
 from mmllm.warmup.regions import MAX_REGIONS, Box, RegionWords, regions_of
 
 MAX_WORDS = 5  # tokens that say what a part of a scene is
@@ -110,6 +111,7 @@ class WarmupVision:
         self.parts = {"vision": list(self.module.named_parameters())}
         self.depths: dict[str, int] = {}
         self.notes: list[str] = []
+        self.num_workers = 0
         self.num_examples = config.num_scenes
 
     def _ids(self, texts: list[str], length: int, *, end: bool) -> Tensor:
@@ -146,7 +148,7 @@ class WarmupVision:
             "boxes": pairs.boxes[rows], "words": pairs.words[rows], "names": list(names),
         }  # fmt: skip
 
-    def order(self, batch_size: int) -> IndexedSampler:
+    def sampler(self, batch_size: int) -> IndexedSampler:
         return IndexedSampler(self.config.num_scenes, batch_size, self.config.seed)
 
     def batch(self, indices: Sequence[int]) -> dict[str, Any]:
@@ -155,13 +157,16 @@ class WarmupVision:
         caption = sum(indices) % self.NUM_CAPTIONS  # a function of the batch, so that resuming changes nothing
         return self._tensors(self.pairs, rows, [f"train-{index}" for index in indices], caption)
 
+    def loss(self, module: nn.Module, batch: dict[str, Any]) -> LossOutput:
+        return LossOutput(module(batch), self.count(batch))
+
     def count(self, batch: dict[str, Any]) -> int:
         return len(batch["texts"])
 
     def num_tokens(self, batch: dict[str, Any]) -> int:
         return int((batch["texts"] != 0).sum())
 
-    def reaches(self, part: str, batch: dict[str, Any]) -> bool:
+    def can_train(self, part: str, batch: dict[str, Any]) -> bool:
         return True
 
     def names(self, batch: dict[str, Any]) -> list[str]:

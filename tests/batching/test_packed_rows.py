@@ -112,7 +112,7 @@ class Division:
     def step(self, packing: str, accumulate: int, ranks: int = 1) -> tuple[float, dict[str, Tensor]]:
         stage = self.stages[packing]
         stage.model.zero_grad()
-        order = stage.order(12)
+        order = stage.sampler(12)
         total, names = 0.0, []
         for rank in range(ranks):
             micro_batches = order.split_step(order.rank_items(0, rank, ranks), accumulate)

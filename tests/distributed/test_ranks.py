@@ -18,11 +18,11 @@ DRIVER = """
 import os, signal, sys, time
 from pathlib import Path
 from mmllm.stages import run
-from mmllm.training.watchdog import Heartbeat
+from mmllm.training.watchdog import Watchdog
 from mmllm.stages.conversation import ConversationStage
 
 folder, rank, calls = Path(os.environ["DIES"]), os.environ["RANK"], 0
-whole_text, whole_batch = Heartbeat._text, ConversationStage.batch
+whole_text, whole_batch = Watchdog._text, ConversationStage.batch
 
 def text(self, now, waited):
     (folder / f"told-{rank}").touch()
@@ -38,7 +38,7 @@ def batch(self, items):
         os.kill(os.getpid(), signal.SIGKILL)
     return whole_batch(self, items)
 
-Heartbeat._text, ConversationStage.batch = text, batch
+Watchdog._text, ConversationStage.batch = text, batch
 run.main("stage2", sys.argv[1:])
 """
 

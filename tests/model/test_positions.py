@@ -125,6 +125,6 @@ def test_streamed_rows_and_packed_ones_keep_within_the_positions(run: Path, tmp_
     streamed = f"data.train=[{{path: {tmp_path / 'rows.jsonl'}, images: {images}, streaming: true}}]"
     for how in ((), ("data.packing=always",)):
         stage: Any = build_stage(settings_of(run, tmp_path / "out", streamed, "data.max_bad_fraction=0.5", *how))
-        batch = stage.batch(list(stage.order(4).rank_items(0, 0, 1)))
+        batch = stage.batch(list(stage.sampler(4).rank_items(0, 0, 1)))
         assert batch.input_ids.shape[1] <= 40
         assert batch.num_supervised > 0

@@ -13,7 +13,7 @@ from torch import nn
 from mmllm.config import ConfigError, OptimConfig
 from mmllm.model.build import build_model
 from mmllm.optimizers.layers import depths
-from mmllm.optimizers.optim import build_optimizers, gradient_norm, rate_factor, set_learning_rates
+from mmllm.optimizers.optim import build_optimizers, gradient_norm, lr_multiplier, set_learning_rates
 from mmllm.runs import requirements as machine
 from mmllm.stages.conversation import ConversationStage
 from mmllm.stages.registry import build_stage
@@ -36,7 +36,7 @@ def parts() -> tuple[nn.Module, dict[str, list[tuple[str, nn.Parameter]]]]:
 
 def test_the_rate_rises_stays_and_falls_as_a_cosine() -> None:
     config = settings(warmup_fraction=0.1, decay_fraction=0.5)
-    factors = [rate_factor(step, config) for step in range(100)]
+    factors = [lr_multiplier(step, config) for step in range(100)]
     assert factors[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
     assert factors[10:51] == [1.0] * 41
     assert factors[75] == pytest.approx(0.5)
@@ -46,8 +46,8 @@ def test_the_rate_rises_stays_and_falls_as_a_cosine() -> None:
 
 def test_no_warm_up_and_no_decay_are_the_full_rate() -> None:
     config = settings(warmup_fraction=0.0, decay_fraction=0.0)
-    assert {rate_factor(step, config) for step in range(100)} == {1.0}
-    assert rate_factor(0, settings(max_steps=1)) == 1.0
+    assert {lr_multiplier(step, config) for step in range(100)} == {1.0}
+    assert lr_multiplier(0, settings(max_steps=1)) == 1.0
 
 
 def test_each_part_has_its_rate_and_only_matrices_decay() -> None:

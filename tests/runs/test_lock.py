@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from mmllm.checkpoint.folder import load_checkpoint, read_manifest, save_checkpoint
-from mmllm.runs.lock import LOCK_FILE, LockedError, only_run
+from mmllm.runs.lock import LOCK_FILE, LockedError, exclusive_run
 from mmllm.stages.run import main
 from mmllm.training.feature_files import FeatureFile, PictureHashes, has_locks
 from tests.builders.tiny_runs import start_in_own_process, train_in_process
@@ -79,7 +79,7 @@ def test_a_disk_without_locks_is_trained_on_saved_to_and_cached_and_it_is_said(
     model, processor, _ = load_checkpoint(tiny_checkpoint)
     monkeypatch.setattr("fcntl.flock", refuse)
     monkeypatch.setattr("fcntl.lockf", refuse)
-    with only_run(tmp_path / "out"):
+    with exclusive_run(tmp_path / "out"):
         assert "on a file system without locks" in capsys.readouterr().out
         save_checkpoint(tmp_path / "out", model, processor, card="a card")
     read_manifest(tmp_path / "out")
@@ -93,14 +93,14 @@ def test_a_disk_without_locks_is_trained_on_saved_to_and_cached_and_it_is_said(
 
 
 def test_a_lock_is_let_go_when_a_run_fails(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), only_run(tmp_path):
+    with pytest.raises(KeyError), exclusive_run(tmp_path):
         raise KeyError
-    with only_run(tmp_path):
+    with exclusive_run(tmp_path):
         assert json.loads((tmp_path / LOCK_FILE).read_text()) == {"pid": os.getpid(), "host": socket.gethostname()}
     assert list(tmp_path.iterdir()) == []
 
 
 def test_who_holds_a_lock_that_says_nothing_is_another_process(tmp_path: Path, running: Any) -> None:
     (tmp_path / "out" / LOCK_FILE).write_text("")
-    with pytest.raises(LockedError, match=r"^another process trains into"), only_run(tmp_path / "out"):
+    with pytest.raises(LockedError, match=r"^another process trains into"), exclusive_run(tmp_path / "out"):
         pass

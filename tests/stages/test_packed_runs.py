@@ -133,9 +133,9 @@ def test_where_lengths_are_alike_auto_changes_nothing(tiny_runs: Path, tmp_path:
     )
     kinds = set()
     for step in range(4):
-        items = auto.order(4).rank_items(step, 0, 1)
-        assert items == never.order(4).rank_items(step, 0, 1), "the order of examples is not packing's"
-        ours, theirs = (stage.batch(stage.order(4).split_step(items, 1)[0]) for stage in (auto, never))
+        items = auto.sampler(4).rank_items(step, 0, 1)
+        assert items == never.sampler(4).rank_items(step, 0, 1), "the order of examples is not packing's"
+        ours, theirs = (stage.batch(stage.sampler(4).split_step(items, 1)[0]) for stage in (auto, never))
         assert sorted(ours.example_ids) == sorted(theirs.example_ids)
         kinds.add(ours.position_ids is None)
         if ours.position_ids is None:
@@ -149,7 +149,7 @@ def test_micro_batches_of_streamed_examples_are_balanced_too(tiny_runs: Path, tm
     rows = json.loads((tiny_runs / "data" / "train.json").read_text())
     (tiny_runs / "data" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     stage = ConversationStage(settings_of(tiny_runs / "stage2.yaml", tmp_path / "out", streamed))
-    order = stage.order(8)
+    order = stage.sampler(8)
     items = order.rank_items(0, 0, 1)
     groups = order.split_step(items, 2)
     assert sorted(item.id for group in groups for item in group) == sorted(item.id for item in items)  # type: ignore[union-attr]

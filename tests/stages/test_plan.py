@@ -17,7 +17,7 @@ from mmllm.config import ConfigError
 from mmllm.errors import _explain, is_out_of_memory
 from mmllm.stages.plan import parse_size
 from mmllm.training.loop import Run
-from mmllm.training.memory import Memory, Shape, changes, forget_peak, peak_bytes, size_text
+from mmllm.training.memory import Memory, Shape, forget_peak, peak_bytes, size_text, suggestions
 from tests.builders.tiny_runs import settings_of
 
 # as much address space as the libraries take, and little more; the batch needs gigabytes
@@ -109,12 +109,12 @@ def test_smaller_batches_and_checkpointing_save_what_is_estimated_roughly(tiny_r
 def test_advice_is_in_the_order_of_least_loss_and_adds_up(tiny_runs: Path, tmp_path: Path) -> None:
     config = settings_of(tiny_runs / "stage2.yaml", tmp_path)
     memory, shape = Memory(28e9, 28e9, 56e9, 40e9), Shape(27e9, 6.75e9, 4, 6.5e9, 32, 4e9)
-    found = changes(config, memory, shape)
+    found = suggestions(config, memory, shape)
     assert memory.total - sum(change.saves or 0 for change in found) == pytest.approx(found[-1].left)
     names = [change.setting.split("=")[0] for change in found]
     assert names.index("optim.gradient_checkpointing") < names.index("optim.precision") < names.index("lora.rank")
     done = settings_of(tiny_runs / "stage2.yaml", tmp_path, "optim.gradient_checkpointing=true", "lora={rank: 4}")
-    assert not {"optim.gradient_checkpointing", "lora.rank"} & {one.setting.split("=")[0] for one in changes(done)}
+    assert not {"optim.gradient_checkpointing", "lora.rank"} & {one.setting.split("=")[0] for one in suggestions(done)}
 
 
 def test_a_run_without_memory_says_what_to_change(tiny_runs: Path, tmp_path: Path) -> None:

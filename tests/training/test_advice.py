@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from mmllm.config import CONFIGS, RunConfig
 from mmllm.config.file import with_overrides
 from mmllm.runs.alarms import new_alarms
-from mmllm.training.memory import Memory, Shape, changes, out_of_memory_text
+from mmllm.training.memory import Memory, Shape, out_of_memory_text, suggestions
 from tests.builders.tiny_runs import settings_of
 
 TRAIN_ALL = ("train=[vision,projector,language]",
@@ -52,7 +52,7 @@ def test_every_change_for_less_memory_can_be_made_on_top_of_those_above(
     config = config_of(tiny_runs, tmp_path, run)
     given = [row.strip().split("  (costs: ") for row in out_of_memory_text(config, MemoryError()).splitlines()]
     settings = [row[0] for row in given if len(row) == 2]
-    assert settings == [change.setting for change in changes(config)]
+    assert settings == [change.setting for change in suggestions(config)]
     assert len(settings) >= 3
     for told in settings:
         changed = apply(config, told)
@@ -67,7 +67,7 @@ def test_every_change_for_less_memory_can_be_made_on_top_of_those_above(
 
 
 def test_qlora_is_advised_where_the_llm_is_trained_and_nowhere_else(tiny_runs: Path, tmp_path: Path) -> None:
-    suggestions = {run: changes(config_of(tiny_runs, tmp_path, run)) for run in RUNS}
+    suggestions = {run: suggestions(config_of(tiny_runs, tmp_path, run)) for run in RUNS}
     advised = {run for run, some in suggestions.items() if any("lora.quantise=nf4" in one.setting for one in some)}
     assert advised == {
         "an LLM trained whole", "all three parts, the tower recomputed", "LoRA", "LoRA, replay", "a checkpoint",
@@ -80,7 +80,8 @@ def test_what_qlora_saves_is_estimated_from_the_linear_layers(tiny_runs: Path, t
         language_trained=27e9, language_numbers=6.75e9, language_bytes=4, linear_numbers=6.5e9, num_layers=32,
         layer_inputs=4e9,
     )  # fmt: skip
-    found = {one.setting: one for one in changes(config_of(tiny_runs, tmp_path, "an LLM trained whole"), memory, shape)}
+    config = config_of(tiny_runs, tmp_path, "an LLM trained whole")
+    found = {one.setting: one for one in suggestions(config, memory, shape)}
     assert found["model.language.dtype=bf16"].saves == pytest.approx(13.5e9)
     assert found["lora.quantise=nf4"].saves == pytest.approx(6.5e9 * (2 - 0.5625))
 

@@ -62,7 +62,7 @@ def test_sources_of_several_formats_are_mixed_with_replay(tiny_runs: Path, tmp_p
     )
     stage = ConversationStage(settings_of(config, tmp_path / "out", *overrides))
     assert (stage.num_examples, stage.examples.sizes) == (16 + 10 + 5, [16, 10, 5])
-    order: Any = stage.order(5)
+    order: Any = stage.sampler(5)
     assert order.source_counts == [(16, 32), (10, 5), (5, 12)]
     ids = [name for step in range(order.batches_per_epoch) for name in stage.batch(order.batch(step)).example_ids]
     shown = {kind: sum(name.startswith(kind) for name in ids) for kind in ("one-", "#", "text-")}

@@ -18,7 +18,7 @@ from mmllm.optimizers.optim import group_norms
 from mmllm.stages.conversation import ConversationStage
 from mmllm.training import guards, loop
 from mmllm.training.guards import MIN_REMEMBERED, Guards, TrainingError, lost_peers, module_of
-from mmllm.training.watchdog import Heartbeat
+from mmllm.training.watchdog import Watchdog
 from tests.builders.tiny_runs import log_of, settings_of, train_in_process
 
 
@@ -30,7 +30,7 @@ class TwoLayers:
         self.model.layers = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
         self.parts = {"language": list(self.model.named_parameters())}
 
-    def reaches(self, part: str, batch: list[str]) -> bool:
+    def can_train(self, part: str, batch: list[str]) -> bool:
         return True
 
     def names(self, batch: list[str]) -> list[str]:
@@ -143,12 +143,12 @@ def test_a_process_that_makes_no_progress_says_what_it_waits_for_and_when_it_goe
         heard.set()
 
     batch = SimpleNamespace(names=["a", "b", "c"], images_per_example=[2, 0, 1])
-    with Heartbeat(0.02, rank=1, world_size=4, names=lambda batch: batch.names, say=say) as heart:
-        heart.beat(40, "the forward pass", [batch])
+    with Watchdog(0.02, rank=1, world_size=4, names=lambda batch: batch.names, say=say) as heart:
+        heart.waiting_for(40, "the forward pass", [batch])
         assert heard.wait(60)
         heard.clear()
         while not heard.is_set():  # it goes on, and stalls no more
-            heart.beat(41, "data")
+            heart.waiting_for(41, "data")
     assert told[0].startswith("process 1 of 4: no progress for 0 s in step 41, waits for the forward pass. Examples: ")
     assert "Examples: a, b, c; 3 pictures in 2 examples, 1 text-only. It stands in wait, " in told[0]
     assert any("process 1 of 4: goes on after " in text for text in told)
@@ -166,12 +166,12 @@ def test_a_run_that_stalls_speaks_and_one_with_0_seconds_does_not(
             heard.wait(0.5 if self.config.log.stall_seconds == 0 else 60)
         return whole(self, indices)
 
-    class Loud(Heartbeat):
+    class Loud(Watchdog):
         def __init__(self, *given: Any, **options: Any):
             super().__init__(*given, **options, say=lambda text: (told.append(text), heard.set()))  # type: ignore[func-returns-value]
 
     monkeypatch.setattr(ConversationStage, "batch", batch)
-    monkeypatch.setattr(loop, "Heartbeat", Loud)
+    monkeypatch.setattr(loop, "Watchdog", Loud)
     train_in_process(tiny_runs / "stage2.yaml", tmp_path / "silent", "log.stall_seconds=0", "optim.max_steps=1")
     assert told == []
     train_in_process(tiny_runs / "stage2.yaml", tmp_path / "out", "log.stall_seconds=0.05", "optim.max_steps=1")

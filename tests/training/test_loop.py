@@ -12,9 +12,11 @@ import torch
 from mmllm.batch import Example, message
 from mmllm.batching.sampler import IndexedSampler
 from mmllm.data.sources import DataError
+from mmllm.distributed.ranks import build_accelerator
 from mmllm.images import ImageError
 from mmllm.stages.conversation import ConversationStage
-from mmllm.training.loop import TrainingError, build_accelerator, train
+from mmllm.training.guards import TrainingError
+from mmllm.training.loop import train
 from tests.builders.tiny_runs import UNGROUPED, log_of, losses_of, settings_of, train_in_process
 
 ROOT = Path(__file__).parents[2]

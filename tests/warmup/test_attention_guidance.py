@@ -254,8 +254,8 @@ def test_a_small_warm_up_runs_with_the_guide_and_without(tmp_path: Path) -> None
     stage.module.guide_weight = 0.0
     plain = stage.module(batch).item()
     assert guided > plain + 1
-    assert stage.reaches("language", batch)
-    assert stage.reaches("read_out", batch) == bool((batch.compared >= 0).any())
+    assert stage.can_train("language", batch)
+    assert stage.can_train("read_out", batch) == bool((batch.compared >= 0).any())
     stage.save(tmp_path / "out", [{"exact": 0.5}])
     saved = load_file(tmp_path / "out" / "model.safetensors")
     assert not any("read_out" in name for name in saved), "what is for training alone is not saved"

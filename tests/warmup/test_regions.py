@@ -117,7 +117,7 @@ def test_a_small_warm_up_sees_words_and_pairs(kind: str, tmp_path: Path) -> None
         "optim": {"learning_rates": {"vision": 1e-3}, "max_steps": 2, "batch_size": 2},
     }  # fmt: skip
     stage = WarmupVision(WarmupVisionConfig.model_validate(tree))
-    stage.order(2)
+    stage.sampler(2)
     batch = stage.batch([0, 1])
     there = batch["boxes"][..., 0] >= 0
     assert ((batch["words"] >= 0).sum(-1)[there] > 1).all()
