@@ -41,8 +41,8 @@ def at(function: str, time: int, *, behind: bool = False, counts: str = "True") 
 # What kills the run, and the states that it leaves: of eight steps, after each second one, and of these the last two.
 # The first file that is written, brought to disk and named is the rehearsal's.
 MOMENTS = {
-    "before the first state": (at("loop.Run.step", 2), []),
-    "in a step of the second epoch": (at("loop.Run.step", 7), [4, 6]),
+    "before the first state": (at("loop.Stepper.make", 2), []),
+    "in a step of the second epoch": (at("loop.Stepper.make", 7), [4, 6]),
     "in the rehearsal": (at("state._read", 1), []),
     "as the rehearsal is written": (at("torch.save", 1, behind=True), []),
     "as a state is written": (at("torch.save", 3, behind=True), [2]),

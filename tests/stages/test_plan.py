@@ -16,7 +16,7 @@ from mmllm.cli import app
 from mmllm.config import ConfigError
 from mmllm.errors import _explain, is_out_of_memory
 from mmllm.stages.plan import parse_size
-from mmllm.training.loop import Run
+from mmllm.training.step import Stepper
 from mmllm.training.memory import Memory, Shape, forget_peak, peak_bytes, size_text, suggestions
 from tests.builders.tiny_runs import settings_of
 
@@ -73,13 +73,13 @@ def test_the_speed_of_a_plan_is_that_of_steps_behind_the_longest_batch(
     max_steps: int, timed: list[int], tiny_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps: list[int] = []
-    make = Run.step
+    make = Stepper.step
 
-    def recorded(self: Run, step: int, data: Any) -> Any:
+    def recorded(self: Stepper, step: int, data: Any) -> Any:
         steps.append(step)
         return make(self, step, data)
 
-    monkeypatch.setattr(Run, "step", recorded)
+    monkeypatch.setattr(Stepper, "step", recorded)
     plan_of(str(tiny_runs / "stage2.yaml"), f"out={tmp_path / 'out'}", f"optim.max_steps={max_steps}")
     assert steps == [0, 1, *timed], "the longest batch twice, and then some of the run's own"
 

@@ -94,7 +94,7 @@ def test_a_streamed_run_that_was_stopped_ends_in_the_weights_of_one_that_was_not
         f"data.num_workers={num_workers}",
     )
     unbroken = train_in_process(config, tmp_path / "unbroken", *overrides)
-    whole_step = loop.Run.step
+    whole_step = loop.Stepper.make
 
     def step(self: Any, current: int, data: Any) -> Any:
         if current == 2:
@@ -102,7 +102,7 @@ def test_a_streamed_run_that_was_stopped_ends_in_the_weights_of_one_that_was_not
         return whole_step(self, current, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Run, "step", step)
+        patch.setattr(loop.Stepper, "make", step)
         with pytest.raises(InterruptedRunError, match="stopped after step 3 of 6"):
             train_in_process(config, out, *overrides)
     train_in_process(config, out, *overrides)
@@ -117,12 +117,12 @@ DRIVER = """
 import os, signal, sys
 from mmllm.training import loop
 from mmllm.stages import run
-whole_step = loop.Run.step
+whole_step = loop.Stepper.make
 def step(self, number, data):
     if number == 2:
         os.kill(os.getpid(), signal.SIGTERM)
     return whole_step(self, number, data)
-loop.Run.step = step
+loop.Stepper.make = step
 run.main("stage2", sys.argv[1:])
 """
 

@@ -84,7 +84,7 @@ def test_image_reliance_is_the_loss_with_others_pictures_less_that_with_the_righ
     judge = stage.validation
 
     def loss(examples: list[Example]) -> float:
-        batches = [stage._collate([example], None) for example in examples]
+        batches = [stage.batches.make([example], use_features=False) for example in examples]
         with torch.no_grad():
             return sum(float(stage.module(batch)) for batch in batches) / sum(batch.num_supervised for batch in batches)
 
