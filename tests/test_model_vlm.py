@@ -25,8 +25,8 @@ NEW = 10  # tokens generated where that many are compared
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "single": {},
-    "tiles": {"fit": "tiles"},
-    "native": {"fit": "native", "max_image_tokens": 9},
+    "tiles": {"image_mode": "anyres"},
+    "native": {"image_mode": "native", "max_image_tokens": 9},
 }
 
 

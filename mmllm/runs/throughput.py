@@ -15,7 +15,7 @@ from mmllm.runs.flops import Flops, Peak, StepFlops, device_peak, row_lengths, t
 
 def recomputed(config: Any) -> tuple[bool, bool]:
     """Whether the layers of the LLM, and of the tower, are computed again in the backward."""
-    parts = config.optim.gradient_checkpointing
+    parts = config.compute.gradient_checkpointing
     return "language" in parts, "vision" in parts
 
 
@@ -29,7 +29,7 @@ def step_flops(stage: Any) -> StepFlops | None:
     language, vision = recomputed(stage.config)
     plain = bool(getattr(stage.module, "plain_head", True))
     return StepFlops(
-        stage.model, precision=stage.config.optim.precision, plain_head=plain, recomputes_language=language,
+        stage.model, precision=stage.config.compute.precision, plain_head=plain, recomputes_language=language,
         recomputes_vision=vision,
     )  # fmt: skip
 

@@ -92,15 +92,15 @@ class ConversationStage:
         if config.data.cache_features:
             folder = Path(config.data.cache_folder or Path(config.out).parent / "cache")
             self.features = FeatureCache(self.model, self.processor, self.examples, folder)
-        self.module: nn.Module = _ConversationLoss(self.model, config.optim.loss_chunk_tokens)
-        if config.optim.precision == "bf16" and not config.optim.compile and not torch.accelerator.is_available():
+        self.module: nn.Module = _ConversationLoss(self.model, config.compute.loss_chunk_tokens)
+        if config.compute.precision == "bf16" and not config.compute.compile and not torch.accelerator.is_available():
             use_blocked_attention(self.model.language_model)
         limited = config.data.model_copy(update={"max_length_tokens": self.data.max_length_tokens})
         self.packer = Packer(self.model.language_model, limited)
         self._recompute_layers()
-        if config.optim.liger:
+        if config.compute.liger:
             use_liger(self.model.language_model)
-        if config.optim.compile:
+        if config.compute.compile:
             compile_layers(decoder_layers(self.model.language_model))
         self.parts = self._parts()
         self.depths = depths(self.model) if config.optim.layer_decay != 1.0 else {}
@@ -141,7 +141,7 @@ class ConversationStage:
 
     def _quantise(self, lora: LanguageLoraConfig) -> None:
         if lora.quantise:
-            computes_in = torch.bfloat16 if self.config.optim.precision == "bf16" else torch.float32
+            computes_in = torch.bfloat16 if self.config.compute.precision == "bf16" else torch.float32
             quantise_language(self.model.language_model, lora.quantise, compute_dtype=computes_in)
 
     def _precisions(self) -> list[str]:
@@ -180,11 +180,11 @@ class ConversationStage:
             module.requires_grad_(True)
 
     def _recompute_layers(self) -> None:
-        wanted, language_model = self.config.optim.gradient_checkpointing, self.model.language_model
+        wanted, language_model = self.config.compute.gradient_checkpointing, self.model.language_model
         if "language" in wanted:
             if not language_model.supports_gradient_checkpointing:
                 kind = self.model.config.text_config.model_type
-                raise ConfigError(f"optim.gradient_checkpointing: {kind} cannot recompute its layers; leave it out")
+                raise ConfigError(f"compute.gradient_checkpointing: {kind} cannot recompute its layers; leave it out")
             language_model.gradient_checkpointing_enable({"use_reentrant": False})
         if "vision" in wanted:
             self.model.vision_tower.checkpoint_layers()

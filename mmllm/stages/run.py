@@ -54,7 +54,7 @@ def run(config: RunConfig) -> None:
     from mmllm.runs.lock import only_run
 
     check_trackers(config.log.trackers)
-    check_tasks(config.log.tasks)
+    check_tasks(config.validation.tasks)
     with only_run(Path(config.out)) if is_first_process() else contextlib.nullcontext():
         _run(config)
 

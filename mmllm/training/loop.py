@@ -91,9 +91,9 @@ class Run:
         self.trained_bytes = sum(parameter.nbytes for parameter in trained)
         self.throughput = Throughput(step_flops(stage), accelerator, stage.num_tokens)
         build = STRATEGIES[launched_strategy()]
-        self.strategy = build(accelerator, stage.module, stage.parts, config.optim, stage.depths)
-        optim = config.optim
-        self.global_batch = optim.batch_size * optim.accumulate_steps * accelerator.num_processes
+        self.strategy = build(accelerator, stage.module, stage.parts, config, stage.depths)
+        compute = config.compute
+        self.global_batch = compute.batch_size * compute.accumulate_steps * accelerator.num_processes
         self.order = stage.order(self.global_batch)
         self.settings = dump_config(config)
         self.guards = Guards(stage, self.strategy.parts, self.strategy.gradient_norms)
@@ -123,7 +123,7 @@ class Run:
         for step in range(first_step, self.config.optim.max_steps):
             mine = self.order.share(step, self.accelerator.process_index, self.accelerator.num_processes)
             self.positions[step + 1] = self.order.position()
-            yield from self.order.divide(mine, self.config.optim.accumulate_steps)
+            yield from self.order.divide(mine, self.config.compute.accumulate_steps)
 
     def _batch(self, indices: Sequence[Item]) -> Any:
         """A micro-batch, or what is wrong with its data: an error that a worker raises would bring its traceback."""
@@ -169,14 +169,14 @@ class Run:
 
     def step(self, step: int, data: Iterator[Any]) -> tuple[float, float]:
         """One optimizer step: (loss per counted item, gradient norm)."""
-        optim, world, beat = self.config.optim, self.accelerator.num_processes, self.heart.beat
-        torch.manual_seed(seed_of(self.config.seed, step, self.accelerator.process_index))
+        config, world, beat = self.config, self.accelerator.num_processes, self.heart.beat
+        torch.manual_seed(seed_of(config.seed, step, self.accelerator.process_index))
         beat(step, "data")
         with self.throughput.waiting():
-            batches = [next(data) for _ in range(optim.accumulate_steps)]
+            batches = [next(data) for _ in range(config.compute.accumulate_steps)]
         beat(step, "all processes to have their data", [one for one in batches if not isinstance(one, MmllmError)])
         num_valid = self._num_valid(step, batches)
-        self.strategy.set_rates(rate_factor(step, optim))
+        self.strategy.set_rates(rate_factor(step, config.optim))
         losses: list[float] = []
         for number, batch in enumerate(batches):
             with self.strategy.micro_batch(is_last=number == len(batches) - 1):
@@ -237,7 +237,7 @@ class Run:
         loss = all_reduce_sum(self.accelerator, figures.get("val_loss", math.nan) if is_main else 0.0)
         if step and loss < (self.best["val_loss"] if self.best else math.inf):
             self.best = {"step": step, "val_loss": loss}
-            if self.config.log.keep_best and step < self.config.optim.max_steps:
+            if self.config.validation.keep_best and step < self.config.optim.max_steps:
                 with stop.during(f"the best model so far is written to {self.out / BEST}, and then the state"):
                     self.save_model(self.out / BEST, tracker)
         self.accelerator.wait_for_everyone()
@@ -269,7 +269,7 @@ class Run:
             best = self.best
             if best and best["step"] == self.config.optim.max_steps:
                 shutil.rmtree(self.out / BEST, ignore_errors=True)
-            elif best and self.config.log.keep_best:
+            elif best and self.config.validation.keep_best:
                 tracker.say(f"lowest val_loss {best['val_loss']:.4g} at step {best['step']}: {self.out / BEST}")
         self.accelerator.wait_for_everyone()
 
@@ -299,7 +299,7 @@ def _interrupted(step: int, max_steps: int) -> InterruptedRunError:
 
 
 def _is_validated(step: int, config: RunConfig) -> bool:
-    return _is_due(step, config.log.validate_every_steps) or step == config.optim.max_steps
+    return _is_due(step, config.validation.every_steps) or step == config.optim.max_steps
 
 
 def _steps(run: Run, first: int, tracker: Tracker, stop: StopSignal) -> None:
@@ -372,9 +372,9 @@ def _train(run: Run) -> None:
     finally:
         tracker.close()
     num_alarms = all_reduce_sum(accelerator, len(tracker.alarms))  # the first process alone knows them
-    if log.fail_on_alarm and num_alarms:
+    if config.alarms.fail and num_alarms:
         last = tracker.alarms[-1]["text"] if tracker.alarms else "the first process says which"
-        raise TrainingError(f"the run is saved, but it had alarms (log.fail_on_alarm): {last}")
+        raise TrainingError(f"the run is saved, but it had alarms (alarms.fail): {last}")
 
 
 __all__ = ["InterruptedRunError", "Run", "Stage", "TrainingError", "build_accelerator", "train"]
