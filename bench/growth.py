@@ -51,8 +51,8 @@ def _run(folder: Path, rows: Path, *, batch: int = BATCH, workers: int = 0, step
         "stage": "stage2", "out": str(folder / "out"), "train": train,
         "model": {"checkpoint": str(folder / "checkpoint")},
         "data": {"train": [{"path": str(rows)}], "num_workers": workers, "max_length_tokens": 4096},
-        "optim": {"learning_rates": dict.fromkeys(train, 1e-4), "max_steps": steps, "batch_size": batch,
-                  "precision": "bf16"},
+        "optim": {"learning_rates": dict.fromkeys(train, 1e-4), "max_steps": steps},
+        "compute": {"batch_size": batch, "precision": "bf16"},
     }  # fmt: skip
     config = StageConfig.model_validate(values)
     return Run(config, build_stage(config), build_accelerator(config), lambda: build_stage(config))

@@ -61,7 +61,7 @@ def _stage(folder: Path, mix: str, attention: str) -> Any:
         "out": str(folder / "out"),
         "train": train,
         "model": {
-            "vision": {"source": "local-dir:weights/tiny-vision", "layer": -2, "fit": "stretch"},
+            "vision": {"source": "local-dir:weights/tiny-vision", "feature_layer": -2, "image_mode": "stretch"},
             "projector": {"kind": "mlp"},
             "language": {"source": str(folder / attention), "attention": attention},
             "template": "tokenizer",
@@ -70,9 +70,8 @@ def _stage(folder: Path, mix: str, attention: str) -> Any:
         "optim": {
             "learning_rates": dict.fromkeys(train, 1e-3),
             "max_steps": 1,
-            "batch_size": BATCH,
-            "precision": "bf16",
         },
+        "compute": {"batch_size": BATCH, "precision": "bf16"},
     }
     stage = ConversationStage(StageConfig.model_validate(values))
     assert stage.features

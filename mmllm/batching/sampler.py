@@ -89,7 +89,7 @@ class IndexedSampler:
         if num_shown < batch_size:
             raise DataError(
                 f"{num_shown} usable examples are fewer than one global batch of {batch_size} "
-                "(ranks x batch_size x accumulate_steps); lower optim.batch_size or add data"
+                "(ranks x batch_size x accumulate_steps); lower compute.batch_size or add data"
             )
         self.batch_size, self.seed = batch_size, seed
         self.lengths = None if lengths is None else np.asarray(lengths)

@@ -85,7 +85,9 @@ def load_text_side(config: ModelConfig) -> TextSide:
         assert config.language
         assert config.template
         language = config.language
-        tokenizer = load_tokenizer(language.source, revision=language.revision, add_tokens=language.add_tokens)
+        tokenizer = load_tokenizer(
+            language.source, revision=language.revision, extra_special_tokens=language.extra_special_tokens
+        )
         text_config = AutoConfig.from_pretrained(language.source, revision=language.revision)
         tower = load_tower(config.vision)
         projector = fitting_projector(config.projector, tower, text_config.hidden_size)

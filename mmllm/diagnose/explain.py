@@ -220,7 +220,7 @@ def _transform(config: ModelConfig, layout: Layout) -> Any:
     if config.checkpoint:
         return VisionLanguageProcessor.from_pretrained(config.checkpoint).image_processor
     assert config.vision
-    return layout.image_processor(load_tower(config.vision).spec, config.vision.fit)
+    return layout.image_processor(load_tower(config.vision).spec, config.vision.image_mode)
 
 
 def _find(data: DataConfig, sample: str | None) -> tuple[str, Example, list[str]]:

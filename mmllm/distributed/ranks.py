@@ -29,7 +29,7 @@ def build_accelerator(config: RunConfig) -> Any:
     # mmllm/distributed/strategy.py shards the model itself, on CPU too; accelerate only brings the processes up
     with patch_environment(ACCELERATE_USE_FSDP="false", ACCELERATE_USE_DEEPSPEED="false"):
         accelerator = Accelerator(
-            mixed_precision="bf16" if config.optim.precision == "bf16" else "no",
+            mixed_precision="bf16" if config.compute.precision == "bf16" else "no",
             kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
         )
     asked = int(os.environ.get("WORLD_SIZE", "1"))
@@ -68,12 +68,12 @@ def cores_of_process() -> int:
 
 
 def set_threads(config: RunConfig) -> None:
-    """`num_threads`; or torch's own number, but no more than the cores that this process may use.
+    """`compute.num_threads`; or torch's own number, but no more than the cores that this process may use.
 
     torch counts the machine's cores, of which a container may have a few: threads beyond them wait for each other.
     """
-    if config.num_threads:
-        torch.set_num_threads(config.num_threads)
+    if config.compute.num_threads:
+        torch.set_num_threads(config.compute.num_threads)
     elif torch.get_num_threads() > (cores := cores_of_process()):
         torch.set_num_threads(cores)
 

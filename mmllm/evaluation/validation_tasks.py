@@ -1,4 +1,4 @@
-"""What `log.tasks` asks at each validation: a few of a task's questions, so that a validation stays short."""
+"""What `validation.tasks` asks at each validation: a few of a task's questions, so that a validation stays short."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def read_original(folder: Path, config: dict[str, Any], *, vision: str | None, b
     }
     layout = _layout(folder, config, tower)
     newline = next((value for key, value in weights.items() if key.endswith(NEWLINE)), None)
-    if layout.fit == "tiles" and newline is None:
+    if layout.image_mode == "anyres" and newline is None:
         raise ModelImportError(f"{folder} cuts pictures into tiles but lacks the weight {NEWLINE}")
     return Parts(tower, projector, kind, language_model, tokenizer, layout, None, origin, newline)
 
@@ -92,7 +92,7 @@ def _layout(folder: Path, config: dict[str, Any], tower: VisionTower) -> VisionC
     """How it lays out pictures. It lists sizes of tiled pictures as [width, height]."""
     aspect, side = str(config.get("image_aspect_ratio")), tower.spec.image_size_px
     if aspect != "anyres":
-        return VisionConfig(source=tower.spec.source, fit="pad" if aspect == "pad" else "square")
+        return VisionConfig(source=tower.spec.source, image_mode="pad" if aspect == "pad" else "crop")
     sizes: Any = config.get("image_grid_pinpoints")
     try:
         pairs = [(int(one), int(two)) for one, two in (ast.literal_eval(sizes) if isinstance(sizes, str) else sizes)]
@@ -122,7 +122,7 @@ def _tower(folder: Path, config: dict[str, Any], vision: str | None) -> VisionTo
     name = vision or f"transformers:{config.get('mm_vision_tower')}"
     layer = int(config.get("mm_vision_select_layer", -2))
     try:
-        return load_tower(VisionConfig(source=name, layer=layer))
+        return load_tower(VisionConfig(source=name, feature_layer=layer))
     except ConfigError as error:
         raise ModelImportError(
             f"{folder} names the vision tower {config.get('mm_vision_tower')!r}: {error}. Give a folder that has it, "

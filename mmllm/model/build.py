@@ -73,7 +73,7 @@ def join_parts(
     image_newline: Tensor | None = None,
     picture_label: str | None = None,
 ) -> tuple[VisionLanguageModel, VisionLanguageProcessor]:
-    """The model of these parts, none of them copied, and the processor beside it. Of `vision`, `fit` is read."""
+    """The model of these parts, none of them copied, and the processor beside it. Of `vision`, `image_mode` is read."""
     num_image_tokens = count_image_tokens(tower, projector)
     layout = new_layout(vision, tower, projector, num_image_tokens)
     config = VisionLanguageConfig(
@@ -87,7 +87,7 @@ def join_parts(
     model = VisionLanguageModel.assemble(config, tower, projector, language_model, image_newline=image_newline)
     check_backbone(model)
     processor = VisionLanguageProcessor(
-        layout.image_processor(tower.spec, vision.fit),
+        layout.image_processor(tower.spec, vision.image_mode),
         tokenizer,
         chat_template=tokenizer.chat_template,
         template=template,

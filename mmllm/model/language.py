@@ -41,12 +41,12 @@ def _read_tokenizer(source: str, revision: str | None) -> Any:
         raise ConfigError(f"model.language.source: no tokenizer at {source}: {error}") from error
 
 
-def load_tokenizer(source: str, *, revision: str | None = None, add_tokens: Sequence[str] = ()) -> Any:
-    """The tokenizer, with `<image>` and `add_tokens` as special tokens, and padding that is not the end token."""
+def load_tokenizer(source: str, *, revision: str | None = None, extra_special_tokens: Sequence[str] = ()) -> Any:
+    """The tokenizer, with `<image>` and these special tokens, and with padding that is not the end token."""
     tokenizer = _read_tokenizer(source, revision)
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
-    tokenizer.add_tokens(list(add_tokens), special_tokens=True)
+    tokenizer.add_tokens(list(extra_special_tokens), special_tokens=True)
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer of {source} has no end token, so answers could never stop; give it one")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
@@ -138,11 +138,13 @@ def grow_vocabulary(model: Any, num_tokens: int, new_ids: Sequence[int], multipl
 def load_language(config: LanguageConfig) -> tuple[Any, Any]:
     """(causal LM in `config.dtype` on the CPU, tokenizer), with a row for every token of it.
 
-    `model.config.trained_token_ids` are those of `add_tokens`: LoRA trains their rows, and no others.
+    `model.config.trained_token_ids` are those of `extra_special_tokens`: LoRA trains their rows, and no others.
     """
     architecture: Any = find_architecture(config)
     known = set(_read_tokenizer(config.source, config.revision).get_vocab().values())
-    tokenizer = load_tokenizer(config.source, revision=config.revision, add_tokens=config.add_tokens)
+    tokenizer = load_tokenizer(
+        config.source, revision=config.revision, extra_special_tokens=config.extra_special_tokens
+    )
     try:
         with quiet_transformers():
             model, report = architecture.from_pretrained(
@@ -167,7 +169,7 @@ def load_language(config: LanguageConfig) -> tuple[Any, Any]:
     keep_score_cap(model)
     new_ids = sorted(set(tokenizer.get_vocab().values()) - known)
     fit_vocabulary(model, tokenizer, new_ids=new_ids, multiple=config.vocab_multiple)
-    model.config.trained_token_ids = [tokenizer.convert_tokens_to_ids(token) for token in config.add_tokens]
+    model.config.trained_token_ids = [tokenizer.convert_tokens_to_ids(token) for token in config.extra_special_tokens]
     return model, tokenizer
 
 

@@ -14,10 +14,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import yaml
 from PIL import Image
 
 from mmllm.checkpoint.folder import MANIFEST, library_versions
+from mmllm.config.file import saved_settings
 from mmllm.errors import MmllmError
 from mmllm.evaluation.reliance import RELIANCE, RELIANCE_ERROR
 from mmllm.runs.alarms import TEXT_LOSS, forgetting_of
@@ -48,7 +48,7 @@ def write_report(out: Path) -> Path:
 def _page(out: Path) -> str:
     rows = read_log(out / LOG_FILE)
     text = (out / SETTINGS).read_text()
-    settings = yaml.safe_load(text)
+    settings = saved_settings(text)
     about = json.loads((out / ABOUT).read_text()) if (out / ABOUT).is_file() else {}
     style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     title = escape(out.resolve().name)
@@ -86,9 +86,9 @@ def _alarms(rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> str:
 
 def _charts(curves: dict[str, Curve], settings: Any) -> str:
     """What a run is judged by: losses, reliance, text alone and answers. Takes their curves out of `curves`."""
-    log, steps = settings["log"], settings["optim"]["max_steps"]
+    alarms, steps = settings.get("alarms", {}), settings["optim"]["max_steps"]
     text = curves.get(TEXT_LOSS)
-    budget = text[0][1] + log["forgetting_budget"] if text else None
+    budget = text[0][1] + alarms["forgetting_budget"] if text else None
 
     def taken(*parts: str) -> dict[str, Curve]:
         found = [name for part in parts for name in curves if name == part or name.startswith((f"{part}/", f"{part}_"))]
@@ -97,7 +97,7 @@ def _charts(curves: dict[str, Curve], settings: Any) -> str:
 
     groups: list[tuple[str, dict[str, Curve], float | None, str]] = [
         ("Loss, nats per token", taken("loss", "val_loss"), None, ""),
-        ("Image reliance, nats per token", taken(RELIANCE), log.get("min_image_reliance"), "flat below"),
+        ("Image reliance, nats per token", taken(RELIANCE), alarms.get("min_image_reliance"), "flat below"),
         ("Loss on text alone, nats per token", taken(TEXT_LOSS), budget, "forgetting budget"),
         ("Tasks", {name.removeprefix("task/"): curve for name, curve in taken("task").items()}, None, ""),
         ("Answers that are exactly right", taken("exact"), None, ""),

@@ -90,17 +90,17 @@ class ConversationStage:
         if config.data.cache_features:
             folder = Path(config.data.cache_folder or Path(config.out).parent / "cache")
             self.features = FeatureCache(self.model, self.processor, self.examples, folder)
-        if config.optim.precision == "bf16" and not config.optim.compile and not torch.accelerator.is_available():
+        if config.compute.precision == "bf16" and not config.compute.compile and not torch.accelerator.is_available():
             use_blocked_attention(self.model.language_model)
         self.capabilities = find_capabilities(self.model.language_model)
-        self.module: nn.Module = _ConversationLoss(self.model, self.capabilities, config.optim.loss_chunk_tokens)
+        self.module: nn.Module = _ConversationLoss(self.model, self.capabilities, config.compute.loss_chunk_tokens)
         limited = config.data.model_copy(update={"max_length_tokens": self.data.max_length_tokens})
         self.packer = Packer(self.model.language_model, limited, self.capabilities)
         self.batches = BatchMaker(self.renderer, self.processor, self.packer, self.features)
         self._recompute_layers()
-        if config.optim.liger:
+        if config.compute.liger:
             use_liger(self.model.language_model)
-        if config.optim.compile:
+        if config.compute.compile:
             compile_layers(decoder_layers(self.model.language_model))
         self.depths = depths(self.model) if config.optim.layer_decay != 1.0 else {}
         self._set_modes()
@@ -133,11 +133,11 @@ class ConversationStage:
         return notes
 
     def _recompute_layers(self) -> None:
-        wanted, language_model = self.config.optim.gradient_checkpointing, self.model.language_model
+        wanted, language_model = self.config.compute.gradient_checkpointing, self.model.language_model
         if "language" in wanted:
             if not language_model.supports_gradient_checkpointing:
                 kind = self.model.config.text_config.model_type
-                raise ConfigError(f"optim.gradient_checkpointing: {kind} cannot recompute its layers; leave it out")
+                raise ConfigError(f"compute.gradient_checkpointing: {kind} cannot recompute its layers; leave it out")
             language_model.gradient_checkpointing_enable({"use_reentrant": False})
         if "vision" in wanted:
             self.model.vision_tower.checkpoint_layers()
@@ -164,7 +164,7 @@ class ConversationStage:
 
     def step_flops(self) -> StepFlops:
         return StepFlops(
-            self.model, precision=self.config.optim.precision, plain_head=self.capabilities.plain_head,
+            self.model, precision=self.config.compute.precision, plain_head=self.capabilities.plain_head,
             recomputes_language=self.config.recomputes_language, recomputes_vision=self.config.recomputes_vision,
         )  # fmt: skip
 

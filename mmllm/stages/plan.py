@@ -168,7 +168,7 @@ def _shape_of(stage: ConversationStage, config: StageConfig, batch: Batch) -> Sh
     weights = {id(one): one for one in language.parameters()}.values()
     linear = {id(one.weight): one.weight for one in language.get_decoder().modules() if isinstance(one, nn.Linear)}
     held = sum(one.numel() for one in weights)
-    width = 2 if config.optim.precision == "bf16" else 4
+    width = 2 if config.compute.precision == "bf16" else 4
     return Shape(
         language_trained=parameter_bytes(one for one in weights if one.requires_grad),
         language_numbers=held,
@@ -218,7 +218,7 @@ def make_plan(config: RunConfig, *, gpus: int = 1, memory: int | None = None) ->
         notes.append("the feature cache is not filled yet; its time is not counted")
     try:
         run = Run(config, stage, accelerator, lambda: build_stage(config))
-        batch = longest_batch(stage, config.optim.batch_size, stage.data.max_length_tokens)
+        batch = longest_batch(stage, config.compute.batch_size, stage.data.max_length_tokens)
         loading = peak_bytes()
         measured = _measure(run, batch)
         run.throughput.figures()

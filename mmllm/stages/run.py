@@ -54,7 +54,7 @@ def run(config: RunConfig) -> None:
     from mmllm.runs.lock import exclusive_run
 
     check_trackers(config.log.trackers)
-    check_tasks(config.log.tasks)
+    check_tasks(config.validation.tasks)
     with exclusive_run(Path(config.out)) if is_first_process() else contextlib.nullcontext():
         _run(config)
 

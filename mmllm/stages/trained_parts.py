@@ -57,7 +57,7 @@ def choose_trained(model: VisionLanguageModel, config: StageConfig, *, may_have_
 
 def _quantise(model: VisionLanguageModel, config: StageConfig, lora: LanguageLoraConfig) -> None:
     if lora.quantise:
-        compute_dtype = torch.bfloat16 if config.optim.precision == "bf16" else torch.float32
+        compute_dtype = torch.bfloat16 if config.compute.precision == "bf16" else torch.float32
         quantise_language(model.language_model, lora.quantise, compute_dtype=compute_dtype)
 
 

@@ -79,7 +79,7 @@ class TrainingData:
         """The examples that the run is judged by."""
         if not self.config.data.val:
             return []
-        return spread(self._load(list(self.config.data.val))[0], self.config.log.max_val_examples)
+        return spread(self._load(list(self.config.data.val))[0], self.config.validation.max_examples)
 
     def size_of(self, item: Item) -> tuple[int, int]:
         """Tokens and pictures of an example."""
@@ -89,14 +89,14 @@ class TrainingData:
 
     def text_probe(self, validation: list[Example]) -> list[Example]:
         """Conversations without pictures that show what a trained LLM forgets; none where it is not trained."""
-        log = self.config.log
+        path = self.config.validation.text_probe
         if "language" not in self.config.train:
             return []
-        found = self._load([SourceConfig(path=log.text_probe)])[0] if log.text_probe else validation
+        found = self._load([SourceConfig(path=path)])[0] if path else validation
         text = [example for example in found if not example.images]
-        if log.text_probe and not text:
-            raise DataError(f"log.text_probe: every conversation of {log.text_probe} has a picture; name text alone")
-        return spread(text, log.max_text_examples)
+        if path and not text:
+            raise DataError(f"validation.text_probe: every conversation of {path} has a picture; name text alone")
+        return spread(text, self.config.validation.max_text_examples)
 
     def sampler(self, batch_size: int, split_step: StepSplitter = in_order) -> Sampler:
         """The order of examples in global batches of this size. Raises DataError where there are too few."""

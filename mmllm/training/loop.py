@@ -52,17 +52,17 @@ class Run:
         flops = stage.step_flops() if isinstance(stage, CountsFlops) else None
         self.throughput = Throughput(flops, accelerator, stage.num_tokens)
         build = STRATEGIES[launched_strategy()]
-        self.strategy = build(accelerator, stage.module, stage.parts, config.optim, stage.depths)
-        optim, rank, world_size = config.optim, accelerator.process_index, accelerator.num_processes
-        self.global_batch = optim.batch_size * optim.accumulate_steps * world_size
+        self.strategy = build(accelerator, stage.module, stage.parts, config, stage.depths)
+        compute, rank, world_size = config.compute, accelerator.process_index, accelerator.num_processes
+        self.global_batch = compute.batch_size * compute.accumulate_steps * world_size
         self.batches = StepBatches(
-            stage, self.global_batch, max_steps=optim.max_steps, accumulate_steps=optim.accumulate_steps,
+            stage, self.global_batch, max_steps=config.optim.max_steps, accumulate_steps=compute.accumulate_steps,
             rank=rank, world_size=world_size,
         )  # fmt: skip
         self.watchdog = Watchdog(config.log.stall_seconds, rank=rank, world_size=world_size, names=stage.names)
         self.stepper = Stepper(
-            stage, self.strategy, self.throughput, self.watchdog, optim=optim,
-            accumulate_steps=optim.accumulate_steps, seed=config.seed,
+            stage, self.strategy, self.throughput, self.watchdog, optim=config.optim,
+            accumulate_steps=compute.accumulate_steps, seed=config.seed,
         )  # fmt: skip
         self.settings = dump_config(config)
         self.best: dict[str, Any] | None = None  # step and val_loss
@@ -138,7 +138,7 @@ class Run:
         loss = all_reduce_sum(self.accelerator, figures.get("val_loss", math.nan) if is_main else 0.0)
         if step and loss < (self.best["val_loss"] if self.best else math.inf):
             self.best = {"step": step, "val_loss": loss}
-            if self.config.log.keep_best and step < self.config.optim.max_steps:
+            if self.config.validation.keep_best and step < self.config.optim.max_steps:
                 with stop.during(f"the best model so far is written to {self.out / BEST}, and then the state"):
                     self.save_model(self.out / BEST, tracker)
         self.accelerator.wait_for_everyone()
@@ -170,7 +170,7 @@ class Run:
             best = self.best
             if best and best["step"] == self.config.optim.max_steps:
                 shutil.rmtree(self.out / BEST, ignore_errors=True)
-            elif best and self.config.log.keep_best:
+            elif best and self.config.validation.keep_best:
                 tracker.say(f"lowest val_loss {best['val_loss']:.4g} at step {best['step']}: {self.out / BEST}")
         self.accelerator.wait_for_everyone()
 
@@ -200,7 +200,7 @@ def _interrupted(step: int, max_steps: int) -> InterruptedRunError:
 
 
 def _is_validated(step: int, config: RunConfig) -> bool:
-    return _is_due(step, config.log.validate_every_steps) or step == config.optim.max_steps
+    return _is_due(step, config.validation.every_steps) or step == config.optim.max_steps
 
 
 def _steps(run: Run, first: int, tracker: Tracker, stop: StopSignal) -> None:
@@ -285,6 +285,6 @@ def _train(run: Run) -> None:
     finally:
         tracker.close()
     num_alarms = all_reduce_sum(accelerator, len(tracker.alarms))  # the first process alone knows them
-    if log.fail_on_alarm and num_alarms:
+    if config.alarms.fail and num_alarms:
         last = tracker.alarms[-1]["text"] if tracker.alarms else "the first process says which"
-        raise TrainingError(f"the run is saved, but it had alarms (log.fail_on_alarm): {last}")
+        raise TrainingError(f"the run is saved, but it had alarms (alarms.fail): {last}")

@@ -116,25 +116,25 @@ def available_bytes(device: torch.device) -> int:
 _Estimate = Callable[[Memory, Shape], Memory]
 
 
-def _smaller_batch(optim: Any) -> Iterator[tuple[list[str], str, _Estimate]]:
+def _smaller_batch(compute: Any) -> Iterator[tuple[list[str], str, _Estimate]]:
     """Smaller micro-batches, the global batch staying what it is: another one would be another recipe."""
 
     def shrunk(factor: int) -> _Estimate:
         return lambda m, _: replace(m, activations=m.activations / factor)
 
-    size, steps = optim.batch_size, optim.accumulate_steps
+    size, steps = compute.batch_size, compute.accumulate_steps
     while size > 1:
         factor = next(number for number in range(2, size + 1) if size % number == 0)
         size, steps = size // factor, steps * factor
-        yield [f"optim.batch_size={size}", f"optim.accumulate_steps={steps}"], "none but time", shrunk(factor)
+        yield [f"compute.batch_size={size}", f"compute.accumulate_steps={steps}"], "none but time", shrunk(factor)
 
 
 def _layers_again(config: Any) -> Iterator[tuple[list[str], str, _Estimate]]:
     """Gradient checkpointing of the LLM, beside that of the tower where it is asked for already."""
     if config.recomputes_language:
         return
-    both = "'optim.gradient_checkpointing=[language,vision]'"
-    value = both if config.recomputes_vision else "optim.gradient_checkpointing=true"
+    both = "'compute.gradient_checkpointing=[language,vision]'"
+    value = both if config.recomputes_vision else "compute.gradient_checkpointing=true"
     yield (
         [value], "a third more time",
         lambda m, s: replace(m, activations=min(m.activations, s.layer_inputs + m.activations / max(1, s.num_layers))),
@@ -172,10 +172,10 @@ def _suggestions(config: Any) -> Iterator[tuple[list[str], str, _Estimate]]:
     is_stage = isinstance(config, StageConfig)
     if is_stage:
         yield from _layers_again(config)
-    yield from _smaller_batch(config.optim)
-    if config.optim.precision == "fp32":
+    yield from _smaller_batch(config.compute)
+    if config.compute.precision == "fp32":
         cost = "rounding to 3 digits in what is computed"
-        yield ["optim.precision=bf16"], cost, lambda m, _: replace(m, activations=m.activations / 2)
+        yield ["compute.precision=bf16"], cost, lambda m, _: replace(m, activations=m.activations / 2)
     works_on_whole_tensors = launched_strategy() == "ddp"  # see check_divisible
     if config.optim.kind == "adamw" and works_on_whole_tensors:
         cost = "coarser averages of gradients; needs the extra `quant`"
@@ -215,7 +215,7 @@ def suggestions(config: RunConfig, memory: Memory | None = None, shape: Shape | 
 def out_of_memory_text(config: Any, error: BaseException) -> str:
     """What a run says that was out of memory."""
     steps = [f"  {change.setting}  (costs: {change.cost})" for change in suggestions(config)]
-    size = f"optim.batch_size={config.optim.batch_size}"
+    size = f"compute.batch_size={config.compute.batch_size}"
     return (
         f"out of memory: {str(error).splitlines()[0] if str(error) else type(error).__name__}\n"
         f"With {size} it does not fit. What costs least stands first; add until it fits:\n" + "\n".join(steps) + "\n"

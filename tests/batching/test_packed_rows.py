@@ -97,7 +97,7 @@ def test_attention_weighs_more_where_it_goes_through_memory() -> None:
 # A step of the real stage
 
 
-SETTINGS = ("data.group_by_length=false", "optim.batch_size=12", "optim.max_steps=1", "optim.precision=fp32")
+SETTINGS = ("data.group_by_length=false", "compute.batch_size=12", "optim.max_steps=1", "compute.precision=fp32")
 
 
 class Division:

@@ -73,7 +73,9 @@ def make_language(folder: Path) -> None:
 def model_config(parts: Path, **vision: Any) -> ModelConfig:
     """The settings of a model out of these parts; `vision` goes before what stands here."""
     return ModelConfig(
-        vision=VisionConfig(**{"source": f"local-dir:{parts / 'vision'}", "layer": -1, "fit": "stretch", **vision}),
+        vision=VisionConfig(
+            **{"source": f"local-dir:{parts / 'vision'}", "feature_layer": -1, "image_mode": "stretch", **vision}
+        ),
         projector=ProjectorConfig(kind="downsample", options={"factor": 2}),
         language=LanguageConfig(source=str(parts / "language"), attention="eager"),
         template="tokenizer",

@@ -68,7 +68,7 @@ def make_backbone_parts(folder: Path, kind: str, tiny_parts: Path, **changes: An
         if "token" in path.name or "template" in path.name:
             shutil.copy(path, language)
     return ModelConfig(
-        vision=VisionConfig(source=f"local-dir:{tiny_parts / 'vision'}", layer=-1, fit="stretch"),
+        vision=VisionConfig(source=f"local-dir:{tiny_parts / 'vision'}", feature_layer=-1, image_mode="stretch"),
         projector=ProjectorConfig(kind="downsample", options={"factor": 2}),
         language=LanguageConfig(source=str(language), attention="eager"),
         template="tokenizer",

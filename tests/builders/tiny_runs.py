@@ -54,12 +54,13 @@ def write_settings(path: Path, parts: Path, data: Path, *, stage: str = "stage2"
         "stage": stage,
         "out": str(path.parent / "out"),
         "seed": 3,
-        "num_threads": 1,
         "model": model_config(parts).model_dump(mode="json", exclude_none=True),
         "data": {"train": [{"path": str(data / "train.json")}], "max_length_tokens": 512},
         "train": list(train),
-        "optim": {"learning_rates": {part: RATES[part] for part in train}, "max_steps": 6, "batch_size": 4},
-        "log": {"every_steps": 1, "num_samples": 2},
+        "optim": {"learning_rates": {part: RATES[part] for part in train}, "max_steps": 6},
+        "compute": {"batch_size": 4, "num_threads": 1},
+        "validation": {"num_samples": 2},
+        "log": {"every_steps": 1},
     }
     path.write_text(yaml.safe_dump(settings))
     return path

@@ -31,7 +31,8 @@ def settings(**changes: Any) -> dict[str, Any]:
             "template": "chatml",
         },
         "data": {"train": [{"path": "a.json"}]},
-        "optim": {"learning_rates": {"projector": 0.001, "language": 0.0001}, "max_steps": 10, "batch_size": 4},
+        "optim": {"learning_rates": {"projector": 0.001, "language": 0.0001}, "max_steps": 10},
+        "compute": {"batch_size": 4},
     }
     for path, value in changes.items():
         *parents, key = path.split("__")
@@ -82,9 +83,9 @@ def test_every_shipped_launch_asks_for_a_strategy(path: Path, monkeypatch: pytes
 
 
 def test_an_unknown_key_is_named_with_its_path_and_the_allowed_keys(write: Any) -> None:
-    text = refused(write(settings(optim__batchsize=8)))
-    assert "optim.batchsize: unknown key (given: 8)" in text
-    assert "allowed: kind, learning_rates, matrix_learning_rate, max_steps, batch_size," in text
+    text = refused(write(settings(compute__batchsize=8)))
+    assert "compute.batchsize: unknown key (given: 8)" in text
+    assert "allowed: batch_size, accumulate_steps, precision, gradient_checkpointing," in text
     assert "data.train.0.file: unknown key (given: 'b')" in refused(
         write(settings(data__train=[{"path": "a", "file": "b"}]))
     )
@@ -93,12 +94,12 @@ def test_an_unknown_key_is_named_with_its_path_and_the_allowed_keys(write: Any) 
     )
     assert "lorra: unknown key" in refused(write(settings(lorra={"rank": 4})))
     text = refused(write(settings()), "model.vision.layers=3")
-    assert "model.vision.layers: unknown key (given: 3); allowed: source, pretrained, revision, layer, " in text
+    assert "model.vision.layers: unknown key (given: 3); allowed: source, pretrained, revision, feature_layer, " in text
 
 
 def test_all_problems_are_told_at_once(write: Any) -> None:
-    text = refused(write(settings(optim__max_steps="many", optim__batch_size=0, data__nothing=1)))
-    for problem in ("optim.max_steps:", "optim.batch_size:", "data.nothing:"):
+    text = refused(write(settings(optim__max_steps="many", compute__batch_size=0, data__nothing=1)))
+    for problem in ("optim.max_steps:", "compute.batch_size:", "data.nothing:"):
         assert problem in text
 
 
@@ -111,7 +112,7 @@ def test_all_problems_are_told_at_once(write: Any) -> None:
         ({"optim": 3}, "optim: Input should be a valid dictionary"),
         ({"train": "projector"}, "train: Input should be a valid tuple"),
         ({"out": False}, "out: Input should be a valid string (given: False)"),
-        ({"optim__batch_size": 0}, "optim.batch_size: Input should be greater than 0 (given: 0)"),
+        ({"compute__batch_size": 0}, "compute.batch_size: Input should be greater than 0 (given: 0)"),
         (
             {"optim__warmup_fraction": 1.5},
             "optim.warmup_fraction: Input should be less than or equal to 1 (given: 1.5)",
@@ -122,12 +123,12 @@ def test_all_problems_are_told_at_once(write: Any) -> None:
         ),
         ({"seed": -1}, "seed: Input should be greater than or equal to 0 (given: -1)"),
         (
-            {"model__vision__layer": 0},
-            "model.vision.layer: layers are counted from the last: -1, -2 ..., or a list of such numbers (given: 0)",
+            {"model__vision__feature_layer": 0},
+            "model.vision.feature_layer: layers are counted from the last: -1, -2 ..., or a list of such numbers",
         ),
         (
-            {"model__vision__fit": "crop"},
-            "model.vision.fit: Input should be 'stretch', 'pad', 'square', 'tiles' or 'native' (given: 'crop')",
+            {"model__vision__image_mode": "square"},
+            "model.vision.image_mode: Input should be 'stretch', 'pad', 'crop', 'anyres' or 'native' (given: 'square')",
         ),
         (
             {"optim__kind": "sgd"},
@@ -226,7 +227,7 @@ def test_a_config_extends_one_other_and_no_more(write: Any) -> None:
     child = write({"extends": "base.yaml", "optim": {"max_steps": 20}, "data": {"train": [{"path": "b.json"}]}})
     config = load_config(child)
     assert isinstance(config, StageConfig)
-    assert (config.optim.max_steps, config.optim.batch_size) == (20, 4)
+    assert (config.optim.max_steps, config.compute.batch_size) == (20, 4)
     assert [source.path for source in config.data.train] == ["b.json"], "a list replaces a list"
     grandchild = write({"extends": "config.yaml"}, "grandchild.yaml")
     assert "extends config.yaml, which extends another file; one level is allowed" in refused(grandchild)
@@ -261,12 +262,16 @@ def test_numbers_in_yaml_and_overrides_are_numbers(write: Any) -> None:
     assert "1e-3" in text
     path = write(text)
     assert load_config(path).optim.learning_rates["projector"] == 0.001
-    overrides = ["optim.learning_rates.language=2e-5", "log.num_samples=0", "optim.gradient_checkpointing=true"]
+    overrides = [
+        "optim.learning_rates.language=2e-5",
+        "validation.num_samples=0",
+        "compute.gradient_checkpointing=true",
+    ]
     config = load_config(path, overrides)
     assert config.optim.learning_rates["language"] == 2e-5
     assert isinstance(config.optim.learning_rates["language"], float)
-    assert config.log.num_samples == 0
-    assert config.optim.gradient_checkpointing == ("language",)
+    assert config.validation.num_samples == 0
+    assert config.compute.gradient_checkpointing == ("language",)
     assert load_config(path, ["out=runs/a=b"]).out == "runs/a=b"
 
 
@@ -291,7 +296,13 @@ def test_settings_of_two_runs_are_told_apart_by_what_decides_the_weights(write: 
     assert "seed: 0 there, 1 here" in told
     assert any(line.startswith("data.train: ") and "b.json" in line for line in told)
     assert "lora.rank: nothing there, 8 here" in told
-    free = ["out=runs/moved", "log.every_steps=3", "num_threads=2", "optim.batch_size=2", "optim.accumulate_steps=2"]
+    free = [
+        "out=runs/moved",
+        "log.every_steps=3",
+        "compute.num_threads=2",
+        "compute.batch_size=2",
+        "compute.accumulate_steps=2",
+    ]
     assert settings_differences(here, dump_config(load_config(path, free))) == []
 
 
@@ -302,3 +313,8 @@ def test_settings_from_before_a_setting_was_there_are_those_of_its_default(write
     assert settings_differences(yaml.safe_dump(tree), here) == []
     tree["data"]["max_length_tokens"] = 7
     assert settings_differences(yaml.safe_dump(tree), here) == ["data.max_length_tokens: 7 there, 2048 here"]
+
+
+def test_dumped_settings_of_a_warm_up_run_it_again(write: Any) -> None:
+    config = load_config(ROOT / "configs" / "tiny" / "warmup_language_pairs.yaml", ["out=runs/again"])
+    assert load_config(write(dump_config(config))) == config

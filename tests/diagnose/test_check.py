@@ -40,7 +40,8 @@ def write_config(folder: Path, parts: Path, train: list[Path], val: list[Path], 
         "model": model or model_config(parts).model_dump(exclude_none=True),
         "data": {"train": [{"path": str(path)} for path in train], "val": [{"path": str(path)} for path in val]},
         "train": ["projector"],
-        "optim": {"learning_rates": {"projector": 0.001}, "max_steps": 1, "batch_size": 1},
+        "optim": {"learning_rates": {"projector": 0.001}, "max_steps": 1},
+        "compute": {"batch_size": 1},
     }
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(settings))

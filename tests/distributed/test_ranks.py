@@ -54,7 +54,7 @@ def test_a_process_that_hangs_and_dies_is_told_and_the_two_go_on_to_the_same_wei
     tiny_runs: Path, tmp_path: Path
 ) -> None:
     config, out = tiny_runs / "stage2.yaml", tmp_path / "out"
-    overrides = ("optim.batch_size=2", "log.save_every_steps=2", "log.stall_seconds=2")
+    overrides = ("compute.batch_size=2", "log.save_every_steps=2", "log.stall_seconds=2")
     died = launch(tmp_path / "dies", config, out, *overrides)
     assert died.returncode != 0
     assert "process 1 of 2: no progress for " in died.stderr, died.stderr[-3000:]
@@ -75,10 +75,15 @@ def test_a_process_that_hangs_and_dies_is_told_and_the_two_go_on_to_the_same_wei
 
 @pytest.mark.timeout(300)
 def test_an_alarm_that_shall_fail_the_run_ends_both_processes_with_an_error(tiny_runs: Path, tmp_path: Path) -> None:
-    log = "log={fail_on_alarm: true, min_image_reliance: 100, reliance_after: 0, validate_every_steps: 3}"
-    overrides = ("optim.batch_size=2", f"data.val=[{{path: {tiny_runs}/data/train.json}}]", log)
+    alarms = "alarms={fail: true, min_image_reliance: 100, reliance_after: 0}"
+    overrides = (
+        "compute.batch_size=2",
+        f"data.val=[{{path: {tiny_runs}/data/train.json}}]",
+        "validation.every_steps=3",
+        alarms,
+    )
     ended = launch(tmp_path / "lives", tiny_runs / "stage2.yaml", tmp_path / "out", *overrides)
     assert ended.returncode != 0
-    told = "error: the run is saved, but it had alarms (log.fail_on_alarm): "
+    told = "error: the run is saved, but it had alarms (alarms.fail): "
     assert f"{told}the model does not look at the picture" in ended.stderr
     assert f"{told}the first process says which" in ended.stderr

@@ -68,7 +68,7 @@ def launch(
     """The whole run, four examples a step. Gives what it printed."""
     driver = out.with_name(f"{out.name}.py")
     driver.write_text(DRIVER)
-    arguments = [config, f"out={out}", f"optim.batch_size={4 // num_processes}", *overrides]
+    arguments = [config, f"out={out}", f"compute.batch_size={4 // num_processes}", *overrides]
     done = start(driver, arguments, num_processes, environment)
     assert (done.returncode != 0) == ("DIES" in environment), done.stderr[-3000:]
     return done.stdout
@@ -159,7 +159,12 @@ def test_streamed_data_and_a_damaged_shard_under_fsdp2(tiny_runs: Path, tmp_path
 def test_adapters_of_an_llm_in_bf16_learn_under_fsdp2_what_they_learn_under_ddp(
     tiny_runs: Path, tmp_path: Path
 ) -> None:
-    options = ("model.language.dtype=bf16", "lora.rank=4", "optim.precision=bf16", "optim.gradient_checkpointing=true")
+    options = (
+        "model.language.dtype=bf16",
+        "lora.rank=4",
+        "compute.precision=bf16",
+        "compute.gradient_checkpointing=true",
+    )
     for kind in ("ddp", "fsdp2"):
         launch(tiny_runs / "stage2.yaml", tmp_path / kind, 2, LAUNCHES[kind], *shared(tiny_runs), *options)
     assert_same(tmp_path / "ddp", tmp_path / "fsdp2")
@@ -170,7 +175,7 @@ def test_adapters_of_an_llm_in_bf16_learn_under_fsdp2_what_they_learn_under_ddp(
 def test_zero_computes_in_bf16_what_ddp_does(
     kind: str, beside: dict[str, str], tiny_runs: Path, tmp_path: Path
 ) -> None:
-    options = (*shared(tiny_runs), *trains(*FROZEN_TOWER), "optim.precision=bf16")
+    options = (*shared(tiny_runs), *trains(*FROZEN_TOWER), "compute.precision=bf16")
     for name, environment in (("ddp", beside), (kind, LAUNCHES[kind])):
         launch(tiny_runs / "stage2.yaml", tmp_path / name, 2, environment, *options)
     assert_same(tmp_path / "ddp", tmp_path / kind)
@@ -192,7 +197,7 @@ def test_what_works_on_whole_tensors_is_refused(
     config = settings_of(tiny_runs / "stage2.yaml", tmp_path / "out", override)
     stage = ConversationStage(config)
     with pytest.raises(ConfigError, match=told.format(name)):
-        STRATEGIES[kind](None, stage.module, stage.parts, config.optim, stage.depths)
+        STRATEGIES[kind](None, stage.module, stage.parts, config, stage.depths)
 
 
 def test_the_first_kind_of_fsdp_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,12 +56,12 @@ def logits_in_transformers(folder: Path, text: str, pictures: list[Image.Image])
 @pytest.mark.parametrize("language", LLMS)
 @pytest.mark.parametrize("projector", ["linear", "mlp"])
 @pytest.mark.parametrize("vision", ["clip", "siglip"])
-@pytest.mark.parametrize("fit", ["pad", "tiles"])
+@pytest.mark.parametrize("image_mode", ["pad", "anyres"])
 def test_transformers_says_what_the_checkpoint_says(
-    parts: Path, tmp_path: Path, fit: str, vision: str, projector: str, language: str
+    parts: Path, tmp_path: Path, image_mode: str, vision: str, projector: str, language: str
 ) -> None:
     source = f"transformers:{parts / vision}"
-    model = checkpoint(tmp_path / "model", source, {"kind": projector}, parts / language, fit=fit)
+    model = checkpoint(tmp_path / "model", source, {"kind": projector}, parts / language, image_mode=image_mode)
     verdict = export_hf(model, tmp_path / "out")
     assert verdict.max_logit_difference <= 1e-4
     engine = Engine.load(model, device="cpu")
@@ -75,7 +75,7 @@ def test_transformers_says_what_the_checkpoint_says(
     assert own.std() > 0.1, "logits that are all alike would prove nothing"
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         names = list(file.keys())
-    newline = {"image_newline"} if fit == "tiles" else set()
+    newline = {"image_newline"} if image_mode == "anyres" else set()
     assert {name.split(".")[0] for name in names} == {
         "vision_tower", "multi_modal_projector", "language_model", *newline,
     }  # fmt: skip
@@ -87,8 +87,10 @@ def test_transformers_says_what_the_checkpoint_says(
 
 def test_a_native_model_has_no_place_in_llava(parts: Path, tmp_path: Path) -> None:
     source = f"transformers:{parts / 'clip'}"
-    model = checkpoint(tmp_path / "model", source, {"kind": "mlp"}, parts / "llama", fit="native")
-    with pytest.raises(ExportError, match=r"own aspect ratio \(fit: native\), which neither Llava nor LlavaNext"):
+    model = checkpoint(tmp_path / "model", source, {"kind": "mlp"}, parts / "llama", image_mode="native")
+    with pytest.raises(
+        ExportError, match=r"own aspect ratio \(image_mode: native\), which neither Llava nor LlavaNext"
+    ):
         export_hf(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -111,7 +113,7 @@ def test_a_lora_run_is_exported_with_its_adapter(parts: Path, tiny_runs: Path, t
 def test_an_open_clip_tower_is_exported_too(tiny_parts: Path, parts: Path, tmp_path: Path) -> None:
     source = f"local-dir:{tiny_parts / 'vision'}"
     for layer in (-1, -2, [-1, -2]):
-        model = checkpoint(tmp_path / f"m{layer}", source, {"kind": "mlp"}, parts / "llama", layer=layer)
+        model = checkpoint(tmp_path / f"m{layer}", source, {"kind": "mlp"}, parts / "llama", feature_layer=layer)
         assert export_hf(model, tmp_path / f"out{layer}").max_logit_difference <= 1e-4
         config = json.loads((tmp_path / f"out{layer}" / "config.json").read_text())
         assert config["vision_feature_layer"] == (layer if isinstance(layer, list) else -1)

@@ -72,11 +72,11 @@ def test_a_llava_of_transformers_says_the_same_here(
     assert len(Engine.load(tmp_path / "out", device="cpu").model.vision_tower.blocks()) == 2, "layer -2 of three"
 
 
-@pytest.mark.parametrize("fit", ["pad", "square", "stretch", "tiles"])
+@pytest.mark.parametrize("image_mode", ["pad", "crop", "stretch", "anyres"])
 @pytest.mark.parametrize("projector", ["linear", "mlp"])
-def test_what_was_exported_comes_back_as_it_was(parts: Path, tmp_path: Path, projector: str, fit: str) -> None:
+def test_what_was_exported_comes_back_as_it_was(parts: Path, tmp_path: Path, projector: str, image_mode: str) -> None:
     source = f"transformers:{parts / 'siglip'}"
-    model = checkpoint(tmp_path / "model", source, {"kind": projector}, parts / "qwen2", fit=fit)
+    model = checkpoint(tmp_path / "model", source, {"kind": projector}, parts / "qwen2", image_mode=image_mode)
     export_hf(model, tmp_path / "hf")
     imported(tmp_path / "hf", tmp_path / "back")
     torch.testing.assert_close(logits(tmp_path / "back"), logits(model), atol=1e-5, rtol=0)

@@ -51,7 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "stage": "stage1",
         "out": str(folder / "stage1"),
         "model": {
-            "vision": {"source": f"transformers:{folder}/encoder", "layer": -2, "fit": "pad"},
+            "vision": {"source": f"transformers:{folder}/encoder", "feature_layer": -2, "image_mode": "pad"},
             "projector": {"kind": "mlp"},
             "language": {"source": str(folder / "llm")},
             "template": "plain",
@@ -59,8 +59,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
         "data": {"train": [{"path": str(folder / "rows.json")}], "max_length_tokens": 512},
         "train": ["projector"],
-        "optim": {"learning_rates": {"projector": 0.01}, "max_steps": 2, "batch_size": 2},
-        "log": {"every_steps": 1, "num_samples": 0},
+        "optim": {"learning_rates": {"projector": 0.01}, "max_steps": 2},
+        "compute": {"batch_size": 2},
+        "validation": {"num_samples": 0},
+        "log": {"every_steps": 1},
     }
     (folder / "stage1.yaml").write_text(yaml.safe_dump(settings))
     second = {**settings, "stage": "stage2", "out": str(folder / "stage2"), "train": ["projector", "language"]}

@@ -91,7 +91,7 @@ def test_every_tower_of_open_clip_comes_back_as_it_went(
 def test_every_encoder_of_transformers_comes_back_as_it_went(
     kind: str, language: Any, tmp_path: Path, garbage: None
 ) -> None:
-    tower = load_tower(VisionConfig(source=f"transformers:{folder_of(kind, tmp_path / 'encoder')}", layer=-1))
+    tower = load_tower(VisionConfig(source=f"transformers:{folder_of(kind, tmp_path / 'encoder')}", feature_layer=-1))
     comes_back(tower, language, tmp_path / "model")
 
 

@@ -71,7 +71,7 @@ def is_tied(model: Any) -> bool:
 def step(model: Any, batch: Batch, **optim: Any) -> None:
     """One step of training on all that has a gradient."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    config = OptimConfig(learning_rates={"all": 0.01}, max_steps=1, batch_size=1, **optim)
+    config = OptimConfig(learning_rates={"all": 0.01}, max_steps=1, **optim)
     (optimizer,) = build_optimizers(model, {"all": named}, config)
     model.train()
     loss_of(model, batch).backward()
@@ -159,7 +159,7 @@ def test_growth_keeps_old_rows_and_ties_and_a_saved_model_is_the_same(
     assert config.language
     old, tokenizer = load_language(config.language)
     num_old = len(tokenizer)
-    engine = build_engine(with_language(config, add_tokens=ADDED, vocab_multiple=64))
+    engine = build_engine(with_language(config, extra_special_tokens=ADDED, vocab_multiple=64))
     language_model = engine.model.language_model
     num_rows = -(-(num_old + 2) // 64) * 64
     assert language_model.config.vocab_size == num_rows > num_old + 2
@@ -180,7 +180,7 @@ def test_lora_trains_every_adapter_and_the_rows_of_added_tokens_but_no_other_row
     kind: str, tied: bool, tiny_parts: Path, tmp_path: Path
 ) -> None:
     config = make_backbone_parts(tmp_path, kind, tiny_parts, tie_word_embeddings=tied)
-    engine = build_engine(with_language(config, add_tokens=ADDED))
+    engine = build_engine(with_language(config, extra_special_tokens=ADDED))
     model, tokenizer = engine.model, engine.processor.tokenizer
     tables = [model.language_model.get_input_embeddings().weight, model.language_model.get_output_embeddings().weight]
     before = [table.detach().clone() for table in tables]

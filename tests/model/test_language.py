@@ -211,7 +211,7 @@ def test_the_end_token_is_learnt_where_the_tokenizer_pads_with_it(tmp_path: Path
 def test_tokens_that_are_added_are_special_and_stand_once(tmp_path: Path) -> None:
     source = str(make_backbone(tmp_path))
     added = ("<|im_start|>", "<|im_end|>", "red")
-    model, tokenizer = load_language(LanguageConfig(source=source, add_tokens=added))
+    model, tokenizer = load_language(LanguageConfig(source=source, extra_special_tokens=added))
     ids = [tokenizer.convert_tokens_to_ids(token) for token in added]
     assert ids[2] == WORDS.index("red")
     assert len(set(ids)) == 3

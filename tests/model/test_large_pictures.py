@@ -23,9 +23,9 @@ MEAN, STD = (0.48, 0.45, 0.40), (0.26, 0.26, 0.27)
 SIDE_PX = 84
 LAYOUTS = {
     "pad": Layout(36),
-    "square": Layout(36),
+    "crop": Layout(36),
     "stretch": Layout(36),
-    "tiles": Tiles(36, SIDE_PX, NEXT_GRIDS),
+    "anyres": Tiles(36, SIDE_PX, NEXT_GRIDS),
     "native": Native(36, 14, 1, 36),
 }
 # Sizes of ordinary pictures, wide, tall, square, thin, and smaller than the tower's.
@@ -129,7 +129,7 @@ def test_a_strip_needs_the_memory_of_its_own_pixels(tmp_path: Path) -> None:
 
 
 def test_a_side_of_a_million_pixels_takes_no_memory_of_its_length_squared() -> None:
-    for fit in ("pad", "square", "stretch"):
+    for fit in ("pad", "crop", "stretch"):
         line = Image.new("RGB", (2_000_000, 2), "white")
         inputs = LAYOUTS[fit].prepare(transform_of(fit), line, (2, 2_000_000))
         assert inputs["pixel_values"].shape == (1, 3, SIDE_PX, SIDE_PX)
@@ -145,7 +145,7 @@ def test_a_large_photo_is_decoded_at_half_its_size(tmp_path: Path, monkeypatch: 
     assert load_image(path, may_shrink=True).size == (383, 510)
     assert load_image(path, may_shrink=True, max_pixels=200_000).size == (383, 510)  # what is decoded counts
     assert load_image(path).size == (765, 1020)
-    for fit in ("pad", "tiles", "native"):
+    for fit in ("pad", "anyres", "native"):
         processor = processor_of(fit)
         prepared = processor.load_prepared(str(path))
         assert prepared.size == (1020, 765)

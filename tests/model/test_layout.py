@@ -29,8 +29,8 @@ from tests.builders.llava_parts import make_encoder
 from tests.builders.tiny import make_checkpoint, model_config
 from tests.builders.tiny_runs import settings_of, train_in_process, weights_of
 
-TILES: dict[str, Any] = {"fit": "tiles"}
-NATIVE: dict[str, Any] = {"fit": "native", "max_image_tokens": 9}
+TILES: dict[str, Any] = {"image_mode": "anyres"}
+NATIVE: dict[str, Any] = {"image_mode": "native", "max_image_tokens": 9}
 sizes = st.tuples(st.integers(1, 3000), st.integers(1, 3000))
 
 
@@ -87,7 +87,7 @@ def test_the_native_view_of_a_square_is_the_square_view(tiny_parts: Path) -> Non
     torch.manual_seed(0)
     square, one, _ = build_model(model_config(tiny_parts))
     torch.manual_seed(0)
-    native, other, _ = build_model(model_config(tiny_parts, fit="native"))
+    native, other, _ = build_model(model_config(tiny_parts, image_mode="native"))
     assert native.layout == Native(4, 8, 2, 4), "by default as many tokens as of a square"
     with torch.inference_mode():
         expected = square.projector(square.encode_images(**one.image_inputs([picture])))[0]
@@ -103,9 +103,11 @@ def test_the_native_view_of_a_square_is_the_square_view(tiny_parts: Path) -> Non
 def test_towers_take_pictures_that_are_not_square(source: str, tiny_parts: Path, tmp_path: Path) -> None:
     """Of a wide picture, patches stand row by row: a change on the right moves those on the right most."""
     if source in ("clip", "siglip"):
-        tower = load_tower(VisionConfig(source=f"transformers:{make_encoder(source, tmp_path / source)}", layer=-2))
+        tower = load_tower(
+            VisionConfig(source=f"transformers:{make_encoder(source, tmp_path / source)}", feature_layer=-2)
+        )
     elif source == "local-dir":
-        tower = load_tower(VisionConfig(source=f"local-dir:{tiny_parts / 'vision'}", layer=-1))
+        tower = load_tower(VisionConfig(source=f"local-dir:{tiny_parts / 'vision'}", feature_layer=-1))
     elif source == "patches":
         tower = load_tower(VisionConfig(source="patches:8", image_size_px=32))
     else:
@@ -135,7 +137,7 @@ def small_open_clip(name: str, folder: Path) -> Any:
     path.write_text(json.dumps(config))
     open_clip.add_model_config(path)
     torch.save(open_clip.create_model("small", pretrained=None).state_dict(), folder / "small.pt")
-    return load_tower(VisionConfig(source=str(path), pretrained=str(folder / "small.pt"), layer=-2))
+    return load_tower(VisionConfig(source=str(path), pretrained=str(folder / "small.pt"), feature_layer=-2))
 
 
 @pytest.fixture(scope="module")
@@ -160,12 +162,13 @@ def write_config(folder: Path, parts: Path, rows: Path, vision: dict[str, Any], 
     tree = {
         "stage": "stage1",
         "out": str(folder / "out"),
-        "num_threads": 1,
         "model": model_config(parts, **vision).model_dump(mode="json", exclude_none=True),
         "data": {"train": [{"path": str(rows / "train.json")}], "val": [{"path": str(rows / "train.json")}]},
         "train": ["projector"],
-        "optim": {"learning_rates": {"projector": 0.02}, "max_steps": 5, "batch_size": 4},
-        "log": {"every_steps": 1, "num_samples": 2},
+        "optim": {"learning_rates": {"projector": 0.02}, "max_steps": 5},
+        "compute": {"batch_size": 4, "num_threads": 1},
+        "validation": {"num_samples": 2},
+        "log": {"every_steps": 1},
     }
     for section, values in options.items():
         tree[section] |= values
@@ -182,7 +185,7 @@ def test_a_model_is_trained_on_pictures_of_all_shapes_and_answers_as_it_was_trai
     shown = CliRunner().invoke(app, ["check", str(config), "--json"])
     assert shown.exit_code == 0, shown.output
     report = json.loads(shown.stdout)
-    assert report["image_layout"] == vision["fit"]
+    assert report["image_layout"] == {"anyres": "tiles"}.get(vision["image_mode"], vision["image_mode"])
     out = train_in_process(config, tmp_path / "run")
     model, processor, _ = load_checkpoint(out)
     torch.manual_seed(0)
@@ -237,15 +240,23 @@ def test_streamed_pictures_inside_data_files_are_measured_too(
 @pytest.mark.parametrize(
     ("vision", "projector", "message_"),
     [
-        ({"fit": "tiles"}, {"kind": "resampler", "options": {"num_heads": 4}}, "tiles needs tokens that stand where"),
-        ({"fit": "native"}, {"kind": "c_abstractor", "options": {"num_tokens": 4}}, "native needs tokens that stand"),
+        (
+            {"image_mode": "anyres"},
+            {"kind": "resampler", "options": {"num_heads": 4}},
+            "anyres needs tokens that stand where",
+        ),
+        (
+            {"image_mode": "native"},
+            {"kind": "c_abstractor", "options": {"num_tokens": 4}},
+            "native needs tokens that stand",
+        ),
     ],
 )
 def test_a_projector_without_places_is_refused(
     vision: dict[str, Any], projector: dict[str, Any], message_: str, tiny_parts: Path
 ) -> None:
     tree = model_config(tiny_parts, **vision).model_dump(mode="json", exclude_none=True)
-    with pytest.raises(ConfigError, match=f"model.vision.fit: {message_}"):
+    with pytest.raises(ConfigError, match=f"model.vision.image_mode: {message_}"):
         build_model(ModelConfig.model_validate({**tree, "projector": projector}))
 
 
@@ -253,16 +264,21 @@ def test_a_tower_for_one_size_alone_is_refused_by_name(tiny_parts: Path, monkeyp
     from mmllm.model import vision_open_clip
 
     monkeypatch.setattr(vision_open_clip.OpenClipTower, "_placed", lambda self, pixels: {})
-    with pytest.raises(ConfigError, match=r"native needs a tower that takes pictures of any shape.*take fit: tiles"):
-        build_model(model_config(tiny_parts, fit="native"))
+    with pytest.raises(
+        ConfigError, match=r"native needs a tower that takes pictures of any shape.*take image_mode: anyres"
+    ):
+        build_model(model_config(tiny_parts, image_mode="native"))
 
 
 @pytest.mark.parametrize(
     ("options", "message_"),
     [
-        ({"fit": "pad", "tile_grids": [[1, 2]]}, "tile_grids is for fit: tiles, but fit is pad"),
-        ({"fit": "tiles", "max_image_tokens": 9}, "max_image_tokens is for fit: native, but fit is tiles"),
-        ({"fit": "tiles", "tile_grids": []}, "give at least one pair of rows and columns"),
+        ({"image_mode": "pad", "tile_grids": [[1, 2]]}, "tile_grids is for image_mode: anyres, but image_mode is pad"),
+        (
+            {"image_mode": "anyres", "max_image_tokens": 9},
+            "max_image_tokens is for image_mode: native, but image_mode is anyres",
+        ),
+        ({"image_mode": "anyres", "tile_grids": []}, "give at least one pair of rows and columns"),
     ],
 )
 def test_options_of_another_fit_are_refused(options: dict[str, Any], message_: str) -> None:
@@ -279,5 +295,7 @@ def test_pictures_without_their_sizes_are_refused(tiny_parts: Path, tmp_path: Pa
 
 def test_a_feature_cache_of_tiles_is_refused(tiny_parts: Path, wide_data: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, tiny_parts, wide_data, TILES, data={"cache_features": True})
-    with pytest.raises(ConfigError, match=r"data\.cache_features keeps one view of each picture, .*fit is tiles"):
+    with pytest.raises(
+        ConfigError, match=r"data\.cache_features keeps one view of each picture, .*image_mode anyres or native"
+    ):
         train_in_process(config, tmp_path / "run")

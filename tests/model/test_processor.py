@@ -37,7 +37,7 @@ def color_at(pixels: Tensor, row: int, column: int) -> list[int]:
     return (values * 255).round().int().tolist()
 
 
-@pytest.mark.parametrize("fit", ["stretch", "pad", "square"])
+@pytest.mark.parametrize("fit", ["stretch", "pad", "crop"])
 def test_pixels_are_normalised_with_the_towers_own_numbers(fit: str) -> None:
     pixels = seen(fit, Image.new("RGB", (40, 40), (255, 128, 0)))
     expected = [(value / 255 - mean) / std for value, mean, std in zip((255, 128, 0), MEAN, STD, strict=True)]
@@ -60,7 +60,7 @@ def test_pad_keeps_the_shape_between_borders_of_the_mean() -> None:
 
 
 def test_square_takes_the_middle() -> None:
-    pixels = seen("square", bands(RED, GREEN, BLUE))
+    pixels = seen("crop", bands(RED, GREEN, BLUE))
     assert [color_at(pixels, row, column) for row in (0, 15) for column in (1, 8, 14)] == [list(GREEN)] * 6
 
 

@@ -35,7 +35,7 @@ def refused(source: str, **options: Any) -> str:
 
 @pytest.mark.parametrize("layer", [-1, -2])
 def test_a_pretrained_tower_says_what_open_clip_says_at_that_layer(tiny_parts: Path, layer: int) -> None:
-    tower = load(f"local-dir:{tiny_parts / 'vision'}", layer=layer).eval()
+    tower = load(f"local-dir:{tiny_parts / 'vision'}", feature_layer=layer).eval()
     visual = open_clip.create_model(f"local-dir:{tiny_parts / 'vision'}", require_pretrained=True).visual.eval()
     seen: list[torch.Tensor] = []
     blocks = visual.transformer.resblocks
@@ -51,8 +51,8 @@ def test_a_pretrained_tower_says_what_open_clip_says_at_that_layer(tiny_parts: P
 
 
 def test_nothing_stands_behind_the_layer_that_is_read(tiny_parts: Path) -> None:
-    shallow = load(f"local-dir:{tiny_parts / 'vision'}", layer=-2)
-    deep = load(f"local-dir:{tiny_parts / 'vision'}", layer=-1)
+    shallow = load(f"local-dir:{tiny_parts / 'vision'}", feature_layer=-2)
+    deep = load(f"local-dir:{tiny_parts / 'vision'}", feature_layer=-1)
     assert [len(tower.encoder.transformer.resblocks) for tower in (shallow, deep)] == [1, 2]
     names = [name for name, _ in deep.named_parameters()]
     assert not [name for name in names if "ln_post" in name or name.endswith("encoder.proj")]
@@ -83,8 +83,8 @@ def test_every_kind_of_encoder_is_read_as_open_clip_reads_it(name: str, layer: i
 
 
 def test_a_layer_that_is_not_there_is_refused_with_those_that_are(tiny_parts: Path) -> None:
-    text = refused(f"local-dir:{tiny_parts / 'vision'}", layer=-3)
-    assert text == "model.vision.layer: -3 is not a layer; this tower has -2 to -1"
+    text = refused(f"local-dir:{tiny_parts / 'vision'}", feature_layer=-3)
+    assert text == "model.vision.feature_layer: -3 is not a layer; this tower has -2 to -1"
 
 
 def test_an_unknown_name_brings_names_that_are_near() -> None:
@@ -119,8 +119,8 @@ def test_a_config_file_with_weights_is_the_same_tower(tiny_parts: Path, tmp_path
     path = tmp_path / "tiny-test-tower.json"
     path.write_text(json.dumps(CLIP))
     weights = tiny_parts / "vision" / "open_clip_model.safetensors"
-    tower = load(str(path), pretrained=str(weights), layer=-1).eval()
-    same = load(f"local-dir:{tiny_parts / 'vision'}", layer=-1).eval()
+    tower = load(str(path), pretrained=str(weights), feature_layer=-1).eval()
+    same = load(f"local-dir:{tiny_parts / 'vision'}", feature_layer=-1).eval()
     assert torch.equal(tower(PIXELS), same(PIXELS))
     assert tower.spec.source == f"{path} {weights}"
 
@@ -169,14 +169,14 @@ def test_several_layers_stand_side_by_side_in_the_order_given(name: str) -> None
 def test_layers_of_different_grids_are_refused() -> None:
     spec = TowerSpec.from_json(spec_of(ENCODERS["resnet"], -1).to_json() | {"layer": [-1, -2]})
     with pytest.raises(
-        ConfigError, match=r"model.vision.layer: these layers have 4, 16 patches; read layers of one size"
+        ConfigError, match=r"model.vision.feature_layer: these layers have 4, 16 patches; read layers of one size"
     ):
         build_tower(spec)
 
 
 def test_another_picture_size_is_what_open_clip_makes_of_it(tiny_parts: Path) -> None:
     source = f"local-dir:{tiny_parts / 'vision'}"
-    tower = load(source, layer=-1, image_size_px=48).eval()
+    tower = load(source, feature_layer=-1, image_size_px=48).eval()
     visual = open_clip.create_model(source, require_pretrained=True, force_image_size=48).visual.eval()
     pixels = torch.rand(2, 3, 48, 48)
     with torch.no_grad():

@@ -53,7 +53,7 @@ def outputs_of_layers(encoder: Any, model_type: str, pixels: torch.Tensor) -> li
 @pytest.mark.parametrize("model_type", ENCODERS)
 @pytest.mark.parametrize("layer", [-1, -2])
 def test_every_encoder_is_read_at_its_layer(model_type: str, layer: int, tmp_path: Path) -> None:
-    tower = load(folder_of(model_type, tmp_path), layer=layer)
+    tower = load(folder_of(model_type, tmp_path), feature_layer=layer)
     expected = outputs_of_layers(encoder_of(model_type), model_type, PIXELS)[layer]
     with torch.no_grad():
         patches = tower(PIXELS)
@@ -65,7 +65,7 @@ def test_every_encoder_is_read_at_its_layer(model_type: str, layer: int, tmp_pat
 
 @pytest.mark.parametrize("model_type", [name for name in ENCODERS if name != "dinov3_convnext"])
 def test_several_layers_stand_side_by_side_in_the_order_given(model_type: str, tmp_path: Path) -> None:
-    tower = load(folder_of(model_type, tmp_path), layer=(-1, -3))
+    tower = load(folder_of(model_type, tmp_path), feature_layer=(-1, -3))
     expected = outputs_of_layers(encoder_of(model_type), model_type, PIXELS)
     with torch.no_grad():
         patches = tower(PIXELS)
@@ -75,7 +75,7 @@ def test_several_layers_stand_side_by_side_in_the_order_given(model_type: str, t
 
 @pytest.mark.parametrize("model_type", ENCODERS)
 def test_every_encoder_is_built_again_from_plain_values_and_trains_whole(model_type: str, tmp_path: Path) -> None:
-    tower = load(folder_of(model_type, tmp_path), layer=-2)
+    tower = load(folder_of(model_type, tmp_path), feature_layer=-2)
     twin = build_tower(TowerSpec.from_json(json.loads(json.dumps(tower.spec.to_json())))).eval()
     twin.load_state_dict(tower.state_dict())
     assert torch.equal(tower(PIXELS), twin(PIXELS))
@@ -85,7 +85,7 @@ def test_every_encoder_is_built_again_from_plain_values_and_trains_whole(model_t
 
 @pytest.mark.parametrize("model_type", ["clip_vision_model", "siglip_vision_model", "dinov2", "dinov3_vit"])
 def test_another_picture_size_is_what_transformers_makes_of_it(model_type: str, tmp_path: Path) -> None:
-    tower = load(folder_of(model_type, tmp_path), layer=-1, image_size_px=48)
+    tower = load(folder_of(model_type, tmp_path), feature_layer=-1, image_size_px=48)
     pixels = torch.rand(1, 3, 48, 48)
     encoder = encoder_of(model_type)
     options = {} if model_type.startswith("dino") else {"interpolate_pos_encoding": True}
@@ -125,7 +125,7 @@ def test_what_is_no_tower_is_refused_by_name(tmp_path: Path) -> None:
     text = refused(f"transformers:{tmp_path / 'llm'}")
     assert "is of type 'llama', which is no vision encoder that can be read; allowed: clip_vision_model" in text
     folder = folder_of("clip_vision_model", tmp_path / "clip")
-    assert "-4 is not a layer; this tower has -3 to -1" in refused(f"transformers:{folder}", layer=-4)
+    assert "-4 is not a layer; this tower has -3 to -1" in refused(f"transformers:{folder}", feature_layer=-4)
     (folder / "preprocessor_config.json").unlink()
     assert "cannot load" in refused(f"transformers:{folder}")
 
@@ -150,8 +150,8 @@ def test_two_towers_are_fused_by_channel_each_with_its_own_transform(tmp_path: P
     transform = json.loads((siglip / "preprocessor_config.json").read_text())
     transform.update(image_mean=[0.1, 0.2, 0.3], image_std=[0.5, 0.6, 0.7])
     (siglip / "preprocessor_config.json").write_text(json.dumps(transform))
-    tower = load(clip, fuse_with={"source": f"transformers:{siglip}", "layer": -1})
-    one, two = load(clip), load(siglip, layer=-1)
+    tower = load(clip, fuse_with={"source": f"transformers:{siglip}", "feature_layer": -1})
+    one, two = load(clip), load(siglip, feature_layer=-1)
     raw = torch.rand(2, 3, SIDE_PX, SIDE_PX)
 
     def seen(part: Any) -> torch.Tensor:

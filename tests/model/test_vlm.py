@@ -31,8 +31,8 @@ from tests.builders.tiny import make_checkpoint, model_config
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "single": {},
-    "tiles": {"fit": "tiles"},
-    "native": {"fit": "native", "max_image_tokens": 9},
+    "tiles": {"image_mode": "anyres"},
+    "native": {"image_mode": "native", "max_image_tokens": 9},
 }
 
 

@@ -55,7 +55,7 @@ def test_of_every_llm_muon_takes_the_linear_layers_within_its_layers(
 def test_nothing_else_is_decayed_than_before_but_a_state_space(tiny_parts: Path, tmp_path: Path) -> None:
     model: Any = build_model(make_backbone_parts(tmp_path, "mamba", tiny_parts))[0].language_model
     named = list(model.named_parameters())
-    config = OptimConfig(learning_rates={"language": 0.01}, max_steps=1, batch_size=1, weight_decay=0.1)
+    config = OptimConfig(learning_rates={"language": 0.01}, max_steps=1, weight_decay=0.1)
     (optimizer,) = build_optimizers(model, {"language": named}, config)
     decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
     assert {name for name, p in named if p.ndim >= 2 and id(p) not in decayed} == {

@@ -22,7 +22,7 @@ from tests.builders.tiny_runs import losses_of, settings_of, train_in_process, w
 
 
 def settings(**options: Any) -> OptimConfig:
-    given = {"learning_rates": {"projector": 0.1, "language": 0.01}, "max_steps": 100, "batch_size": 1, **options}
+    given = {"learning_rates": {"projector": 0.1, "language": 0.01}, "max_steps": 100, **options}
     return OptimConfig(**given)
 
 
@@ -68,7 +68,7 @@ def test_each_part_has_its_rate_and_only_matrices_decay() -> None:
 
 def test_muon_takes_the_matrices_between_hidden_layers_and_adamw_the_rest() -> None:
     module, given = parts()
-    adamw, muon = build_optimizers(module, given, settings(kind="muon", matrix_learning_rate=0.3))
+    adamw, muon = build_optimizers(module, given, settings(kind="muon", muon_learning_rate=0.3))
     matrices = [given["projector"][0][1], dict(given["language"])["up.weight"]]
     assert [id(p) for g in muon.param_groups for p in g["params"]] == [id(p) for p in matrices]
     assert muon.param_groups[0]["lr"] == 0.3
@@ -101,7 +101,7 @@ def test_each_layer_below_the_top_learns_slower(
 ) -> None:
     options = (*ALL, "optim.layer_decay={vision: 0.5, language: 0.1}", f"optim.kind={kind}", *adapters)
     stage = ConversationStage(
-        settings_of(tiny_runs / "stage2.yaml", tmp_path, *options, "optim.matrix_learning_rate=0.8")
+        settings_of(tiny_runs / "stage2.yaml", tmp_path, *options, "optim.muon_learning_rate=0.8")
     )
     rates = rates_by_name(stage)
     assert rates.keys() == {name for named in stage.parts.values() for name, _ in named}
@@ -132,7 +132,7 @@ def test_every_llm_has_as_many_depths_as_layers_and_embeddings(kind: str, tiny_p
 
 
 def test_a_pattern_gives_its_rate_in_place_of_the_part_s(tiny_runs: Path, tmp_path: Path) -> None:
-    patterns = "optim.rates_of={'language_model.lm_head.*': 0.7, '*.embed_tokens.weight': 0.9}"
+    patterns = "optim.learning_rate_overrides={'language_model.lm_head.*': 0.7, '*.embed_tokens.weight': 0.9}"
     stage = ConversationStage(settings_of(tiny_runs / "stage2.yaml", tmp_path, patterns, "optim.layer_decay=0.5"))
     rates = rates_by_name(stage)
     assert rates["language_model.lm_head.weight"] == 0.7
@@ -145,9 +145,18 @@ def test_a_pattern_gives_its_rate_in_place_of_the_part_s(tiny_runs: Path, tmp_pa
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optim.rates_of={'lm_head': 0.1}", "optim.rates_of: 'lm_head' matches no trained parameter"),
-        ("optim.rates_of={'vision_tower.*': 0.1}", "optim.rates_of: 'vision_tower..' matches no trained parameter"),
-        ("optim.rates_of={'*lm_head*': 0.1, 'language*': 0.2}", "both match language_model.lm_head.weight"),
+        (
+            "optim.learning_rate_overrides={'lm_head': 0.1}",
+            "optim.learning_rate_overrides: 'lm_head' matches no trained parameter",
+        ),
+        (
+            "optim.learning_rate_overrides={'vision_tower.*': 0.1}",
+            "optim.learning_rate_overrides: 'vision_tower..' matches no trained parameter",
+        ),
+        (
+            "optim.learning_rate_overrides={'*lm_head*': 0.1, 'language*': 0.2}",
+            "both match language_model.lm_head.weight",
+        ),
         ("freeze=['*nothing*']", "freeze: '.nothing.' matches no trained parameter"),
         ("freeze=['projector.*']", "freeze leaves nothing of projector to train"),
         ("optim.layer_decay={vision: 0.5}", r"optim.layer_decay has \['vision'\], but train lists"),

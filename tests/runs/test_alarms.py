@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from mmllm.batch import IGNORE_INDEX, Batch
-from mmllm.config import LogConfig
+from mmllm.config import AlarmsConfig
 from mmllm.evaluation.reliance import MIN_EXAMPLES, reliance_of
 from mmllm.runs.alarms import reliance_alarm
 from mmllm.training.losses import supervised_counts
 
 CONFIG: Any = SimpleNamespace(
-    log=LogConfig(min_image_reliance=0.02, reliance_after=0.0, reliance_validations=1),
+    alarms=AlarmsConfig(min_image_reliance=0.02, reliance_after=0.0, reliance_validations=1),
     optim=SimpleNamespace(max_steps=10), train=("projector", "language"),
 )  # fmt: skip
 

@@ -65,7 +65,7 @@ def overrides_of(data: Path) -> list[str]:
     return [
         "optim.max_steps=8",
         "log.save_every_steps=2",
-        "log.validate_every_steps=3",
+        "validation.every_steps=3",
         f"data.val=[{{path: {data}/val.json}}]",
     ]
 

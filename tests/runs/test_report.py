@@ -29,7 +29,7 @@ def done(tiny_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("report") / "run <1>"
     val = f"data.val=[{{path: {data}/report.json}}, {{path: {data}/val.json}}]"
     return train_in_process(
-        tiny_runs / "stage2.yaml", out, val, "log.validate_every_steps=2", "log.min_image_reliance=50"
+        tiny_runs / "stage2.yaml", out, val, "validation.every_steps=2", "alarms.min_image_reliance=50"
     )
 
 

@@ -51,7 +51,7 @@ def start(config: Path, out: Path, *overrides: str, step: int, signal_name: str)
 def test_a_killed_run_with_dropout_ends_in_the_same_weights(tiny_runs: Path, tmp_path: Path) -> None:
     config, out = tiny_runs / "stage2.yaml", tmp_path / "out"
     val = f"data.val=[{{path: {tiny_runs}/data/val.json}}]"
-    overrides = [*LORA, "log.save_every_steps=2", "log.validate_every_steps=3", val]
+    overrides = [*LORA, "log.save_every_steps=2", "validation.every_steps=3", val]
     killed = start(config, out, *overrides, step=5, signal_name="SIGKILL")
     assert killed.returncode == -signal.SIGKILL
     assert [path.name for path in saved_steps(out)] == ["step_0000002", "step_0000004"]
@@ -224,9 +224,9 @@ def test_a_moved_run_may_be_divided_otherwise_but_not_see_other_batches(
 ) -> None:
     config, moved = tiny_runs / "stage2.yaml", tmp_path / "moved"
     shutil.move(interrupted, moved)
-    with pytest.raises(ConfigError, match="was saved with 4 examples a step, now there are 2; processes x optim"):
-        train_in_process(config, moved, "optim.batch_size=2")
-    divided = ("optim.batch_size=2", "optim.accumulate_steps=2", "log.every_steps=2", "num_threads=2")
+    with pytest.raises(ConfigError, match="was saved with 4 examples a step, now there are 2; processes x compute"):
+        train_in_process(config, moved, "compute.batch_size=2")
+    divided = ("compute.batch_size=2", "compute.accumulate_steps=2", "log.every_steps=2", "compute.num_threads=2")
     train_in_process(config, moved, *divided)
     assert load_checkpoint(moved)[2]["kind"] == "vision-language-model"
     torch.set_num_threads(1)
@@ -288,7 +288,7 @@ def test_a_full_disk_is_told_and_what_was_saved_before_is_whole(
 
 @pytest.mark.parametrize(
     "more",
-    [(), ("log.every_steps=50", "log.validate_every_steps=3")],
+    [(), ("log.every_steps=50", "validation.every_steps=3")],
     ids=["while the log is written", "while samples are written"],
 )
 def test_a_disk_that_is_too_full_for_small_things_is_told_as_well(

@@ -45,7 +45,7 @@ def test_a_run_with_lora_ends_in_a_checkpoint_that_answers(
     kind: str, tiny_parts: Path, data: Path, tmp_path: Path
 ) -> None:
     path = settings(tmp_path, kind, tiny_parts, data, ("projector", "language"))
-    out = train_in_process(path, tmp_path / "out", *LORA, "optim.gradient_checkpointing=true")
+    out = train_in_process(path, tmp_path / "out", *LORA, "compute.gradient_checkpointing=true")
     engine = Engine.load(out, device="cpu")
     together = engine.reply_batch(MIXED, Sampling(max_new_tokens=4))
     assert [reply.text for reply in together] == [
@@ -60,7 +60,9 @@ def test_a_run_with_lora_ends_in_a_checkpoint_that_answers(
 def test_the_tokens_of_a_template_are_learnt_under_lora_and_no_other_row_moves(
     dtype: str, tiny_parts: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = settings(tmp_path, "llama", tiny_parts, data, ("projector", "language"), add_tokens=CHATML, dtype=dtype)
+    path = settings(
+        tmp_path, "llama", tiny_parts, data, ("projector", "language"), extra_special_tokens=CHATML, dtype=dtype
+    )
     overrides = ("model.template=chatml", "optim.weight_decay=0.1", "optim.max_steps=2", *LORA)
     assert check_data(path, [*overrides, f"out={tmp_path / 'out'}"], as_json=False)
     out = tmp_path / "merged"
@@ -89,7 +91,7 @@ def test_a_frozen_llm_is_held_in_bf16_while_the_projector_learns_in_fp32(
     held = {f"language_model.{name}": p.clone() for name, p in model.language_model.named_parameters()}
     fresh = {f"projector.{name}": p.clone() for name, p in model.projector.named_parameters()}
     for precision in ("fp32", "bf16"):
-        out = train_in_process(path, tmp_path / precision, f"optim.precision={precision}", "optim.max_steps=2")
+        out = train_in_process(path, tmp_path / precision, f"compute.precision={precision}", "optim.max_steps=2")
         saved = weights_of(out)
         assert all(torch.equal(saved[name], value) for name, value in held.items())
         assert all(saved[name].dtype == torch.float32 for name in fresh)
@@ -102,7 +104,7 @@ def test_a_frozen_llm_is_held_in_bf16_while_the_projector_learns_in_fp32(
 PRECISIONS = [
     (("language",), "bf16", "would lose small updates of an LLM that is trained whole; leave it at fp32"),
     (("projector",), "fp16", "fp16 is for answers only, since small gradients vanish in it"),
-    (("projector",), "fp32", "flash_attention_2 has no fp32; set optim.precision=bf16"),
+    (("projector",), "fp32", "flash_attention_2 has no fp32; set compute.precision=bf16"),
 ]
 
 
@@ -122,5 +124,5 @@ def test_an_llm_that_cannot_recompute_its_layers_is_named(
     monkeypatch.setitem(BACKBONES, "ctrl", shape)
     path = settings(tmp_path, "ctrl", tiny_parts, data, ("projector",))
     with pytest.raises(ConfigError, match="gradient_checkpointing: ctrl cannot recompute its layers"):
-        build_stage(settings_of(path, tmp_path / "out", "optim.gradient_checkpointing=true"))
+        build_stage(settings_of(path, tmp_path / "out", "compute.gradient_checkpointing=true"))
     train_in_process(path, tmp_path / "out", "optim.max_steps=1")

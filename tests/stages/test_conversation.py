@@ -38,7 +38,7 @@ def untrained(tiny_parts: Path) -> dict[str, Tensor]:
 def stage1(tiny_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     val = f"data.val=[{{path: {tiny_runs}/data/val.json}}]"
     out = tmp_path_factory.mktemp("stages") / "stage1"
-    return train_in_process(tiny_runs / "stage1.yaml", out, val, "log.validate_every_steps=3")
+    return train_in_process(tiny_runs / "stage1.yaml", out, val, "validation.every_steps=3")
 
 
 def test_stage_1_moves_the_projector_and_nothing_else(stage1: Path, untrained: dict[str, Tensor]) -> None:
@@ -143,12 +143,12 @@ def test_cached_features_give_the_loss_of_the_tower(tiny_runs: Path, tmp_path: P
     again = train_in_process(config, tmp_path / "a" / "again", slow, CACHED)
     assert losses_of(again) == losses_of(cached)
     assert {file: file.stat().st_mtime_ns for file in folder.iterdir()} == written, "the second run takes the first's"
-    train_in_process(config, tmp_path / "a" / "other", CACHED, "model.vision.fit=pad", "optim.max_steps=1")
+    train_in_process(config, tmp_path / "a" / "other", CACHED, "model.vision.image_mode=pad", "optim.max_steps=1")
     other = list((tmp_path / "a" / "cache").glob("features-*"))
     assert len(other) == 2, "another transform has a cache of its own"
 
 
-@pytest.mark.parametrize("override", ["optim.gradient_checkpointing=true", "model.language.attention=sdpa"])
+@pytest.mark.parametrize("override", ["compute.gradient_checkpointing=true", "model.language.attention=sdpa"])
 @pytest.mark.parametrize("config", ["stage1.yaml", "stage2.yaml"])
 def test_what_only_saves_memory_or_time_does_not_change_the_loss(
     tiny_runs: Path, tmp_path: Path, config: str, override: str
@@ -160,7 +160,7 @@ def test_what_only_saves_memory_or_time_does_not_change_the_loss(
 
 def test_bf16_learns_what_fp32_learns(tiny_runs: Path, tmp_path: Path) -> None:
     fp32 = train_in_process(tiny_runs / "stage2.yaml", tmp_path / "fp32", "optim.max_steps=3")
-    bf16 = train_in_process(tiny_runs / "stage2.yaml", tmp_path / "bf16", "optim.max_steps=3", "optim.precision=bf16")
+    bf16 = train_in_process(tiny_runs / "stage2.yaml", tmp_path / "bf16", "optim.max_steps=3", "compute.precision=bf16")
     assert losses_of(bf16) == pytest.approx(losses_of(fp32), rel=0.05)
     assert {value.dtype for value in weights_of(bf16).values()} == {torch.float32}
 

@@ -22,11 +22,11 @@ from tests.builders.tiny_runs import losses_of, settings_of, train_in_process, w
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "single": {},
-    "tiles": {"fit": "tiles"},
-    "native": {"fit": "native", "max_image_tokens": 9},
+    "tiles": {"image_mode": "anyres"},
+    "native": {"image_mode": "native", "max_image_tokens": 9},
 }
 UNGROUPED = "data.group_by_length=false"
-DIVIDED = (UNGROUPED, "optim.batch_size=2", "optim.accumulate_steps=2")
+DIVIDED = (UNGROUPED, "compute.batch_size=2", "compute.accumulate_steps=2")
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_two_processes_that_pack_are_one_that_does_not(tiny_runs: Path, tmp_path
     shared = [UNGROUPED, "optim.max_steps=3"]
     one = train_in_process(tiny_runs / "stage2.yaml", tmp_path / "one", *shared, "data.packing=never")
     two = tmp_path / "two"
-    divided = ["data.packing=always", "optim.batch_size=1", "optim.accumulate_steps=2"]
+    divided = ["data.packing=always", "compute.batch_size=1", "compute.accumulate_steps=2"]
     arguments = [tiny_runs / "stage2.yaml", f"out={two}", *shared, *divided]
     done = forked(ROOT / "train" / "stage2.py", arguments, 2)
     assert done.returncode == 0, done.stderr[-3000:]

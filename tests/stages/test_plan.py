@@ -16,8 +16,8 @@ from mmllm.cli import app
 from mmllm.config import ConfigError
 from mmllm.errors import _explain, is_out_of_memory
 from mmllm.stages.plan import parse_size
-from mmllm.training.step import Stepper
 from mmllm.training.memory import Memory, Shape, forget_peak, peak_bytes, size_text, suggestions
+from mmllm.training.step import Stepper
 from tests.builders.tiny_runs import settings_of
 
 # as much address space as the libraries take, and little more; the batch needs gigabytes
@@ -89,16 +89,18 @@ def test_a_plan_that_does_not_fit_there_ends_with_1_and_says_what_does(tiny_runs
     assert (code, plan["fits"]) == (1, False)
     found = plan["changes"]
     assert isinstance(found, list)
-    assert found[0]["setting"] == "optim.gradient_checkpointing=true"
-    assert found[1]["setting"] == "optim.batch_size=2 optim.accumulate_steps=2"
+    assert found[0]["setting"] == "compute.gradient_checkpointing=true"
+    assert found[1]["setting"] == "compute.batch_size=2 compute.accumulate_steps=2"
     assert [one["left"] for one in found] == sorted((one["left"] for one in found), reverse=True)
 
 
 def test_smaller_batches_and_checkpointing_save_what_is_estimated_roughly(tiny_runs: Path, tmp_path: Path) -> None:
     out = f"out={tmp_path / 'out'}"
     whole = plan_of(str(tiny_runs / "stage2.yaml"), out)[1]["memory"]
-    half = plan_of(str(tiny_runs / "stage2.yaml"), out, "optim.batch_size=2", "optim.accumulate_steps=2")[1]["memory"]
-    kept = plan_of(str(tiny_runs / "stage2.yaml"), out, "optim.gradient_checkpointing=true")[1]["memory"]
+    half = plan_of(str(tiny_runs / "stage2.yaml"), out, "compute.batch_size=2", "compute.accumulate_steps=2")[1][
+        "memory"
+    ]
+    kept = plan_of(str(tiny_runs / "stage2.yaml"), out, "compute.gradient_checkpointing=true")[1]["memory"]
     assert isinstance(whole, dict)
     assert isinstance(half, dict)
     assert isinstance(kept, dict)
@@ -112,20 +114,22 @@ def test_advice_is_in_the_order_of_least_loss_and_adds_up(tiny_runs: Path, tmp_p
     found = suggestions(config, memory, shape)
     assert memory.total - sum(change.saves or 0 for change in found) == pytest.approx(found[-1].left)
     names = [change.setting.split("=")[0] for change in found]
-    assert names.index("optim.gradient_checkpointing") < names.index("optim.precision") < names.index("lora.rank")
-    done = settings_of(tiny_runs / "stage2.yaml", tmp_path, "optim.gradient_checkpointing=true", "lora={rank: 4}")
-    assert not {"optim.gradient_checkpointing", "lora.rank"} & {one.setting.split("=")[0] for one in suggestions(done)}
+    assert names.index("compute.gradient_checkpointing") < names.index("compute.precision") < names.index("lora.rank")
+    done = settings_of(tiny_runs / "stage2.yaml", tmp_path, "compute.gradient_checkpointing=true", "lora={rank: 4}")
+    assert not {"compute.gradient_checkpointing", "lora.rank"} & {
+        one.setting.split("=")[0] for one in suggestions(done)
+    }
 
 
 def test_a_run_without_memory_says_what_to_change(tiny_runs: Path, tmp_path: Path) -> None:
     train = f"data.train=[{{path: {tiny_runs}/data/train.json, weight: 800}}]"
-    given = [str(tiny_runs / "stage2.yaml"), f"out={tmp_path / 'out'}", train, "optim.batch_size=8192"]
+    given = [str(tiny_runs / "stage2.yaml"), f"out={tmp_path / 'out'}", train, "compute.batch_size=8192"]
     done = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY, *given], capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr[-2000:]
     assert "error: out of memory" in done.stderr
     assert "Traceback" not in done.stderr
-    assert "optim.batch_size=4096 optim.accumulate_steps=2" in done.stderr
-    assert done.stderr.index("optim.gradient_checkpointing=true") < done.stderr.index("lora.rank=")
+    assert "compute.batch_size=4096 compute.accumulate_steps=2" in done.stderr
+    assert done.stderr.index("compute.gradient_checkpointing=true") < done.stderr.index("lora.rank=")
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory.")])
@@ -159,7 +163,7 @@ def test_the_peak_is_that_of_what_follows() -> None:
 def test_a_plan_counts_the_validation_with_its_tasks(tiny_runs: Path, tiny_scenes: Path, tmp_path: Path) -> None:
     data = f"data.val=[{{path: {tiny_runs}/data/val.json}}]"
     code, plan = plan_of(
-        str(tiny_runs / "stage1.yaml"), f"out={tmp_path / 'out'}", data, f"log.tasks=[{tiny_scenes}/val]"
+        str(tiny_runs / "stage1.yaml"), f"out={tmp_path / 'out'}", data, f"validation.tasks=[{tiny_scenes}/val]"
     )
     assert code == 0
     assert "the time of validations is not counted" in plan["notes"]  # type: ignore[operator]

@@ -86,7 +86,7 @@ def test_a_script_without_a_config_says_how_it_is_used(capsys: Any, arguments: l
         ("model.template=alpaca", 2, "model.template: no chat template 'alpaca'; allowed: plain"),
         ("data.train=[{path: gone.json}]", 1, "no data file at gone.json"),
         ("data.max_length_tokens=4", 1, "are more than data.max_length_tokens = 4"),
-        ("optim.batch_size=17", 1, "16 usable examples are fewer than one global batch of 17"),
+        ("compute.batch_size=17", 1, "16 usable examples are fewer than one global batch of 17"),
         ("out=/dev/null/x", 1, "/dev/null/x: Not a directory"),
     ],
 )

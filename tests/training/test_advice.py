@@ -19,14 +19,14 @@ from tests.builders.tiny_runs import settings_of
 TRAIN_ALL = ("train=[vision,projector,language]",
              "optim.learning_rates={vision: 0.01, projector: 0.01, language: 0.01}")  # fmt: skip
 RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "a frozen LLM": ("stage1.yaml", ("optim.batch_size=12",)),
-    "a frozen LLM in bf16": ("stage1.yaml", ("model.language.dtype=bf16", "optim.precision=bf16")),
-    "an LLM trained whole": ("stage2.yaml", ("optim.batch_size=15", "optim.accumulate_steps=2")),
-    "all three parts, the tower recomputed": ("stage2.yaml", (*TRAIN_ALL, "optim.gradient_checkpointing=[vision]")),
+    "a frozen LLM": ("stage1.yaml", ("compute.batch_size=12",)),
+    "a frozen LLM in bf16": ("stage1.yaml", ("model.language.dtype=bf16", "compute.precision=bf16")),
+    "an LLM trained whole": ("stage2.yaml", ("compute.batch_size=15", "compute.accumulate_steps=2")),
+    "all three parts, the tower recomputed": ("stage2.yaml", (*TRAIN_ALL, "compute.gradient_checkpointing=[vision]")),
     "LoRA": ("stage2.yaml", ("lora.rank=4",)),
     "LoRA, replay": ("stage2.yaml", ("lora.rank=4", "data.replay={path: x.json, fraction: 0.1}")),
     "LoRA in 8 bits": ("stage2.yaml", ("lora.rank=4", "lora.quantise=int8")),
-    "a layer's kernels": ("stage2.yaml", ("optim.liger=true", "lora.rank=1")),
+    "a layer's kernels": ("stage2.yaml", ("compute.liger=true", "lora.rank=1")),
     "a checkpoint": ("stage2.yaml", ("model={checkpoint: somewhere}",)),
 }
 
@@ -58,12 +58,12 @@ def test_every_change_for_less_memory_can_be_made_on_top_of_those_above(
         changed = apply(config, told)
         assert changed != config, told
         config = changed
-    size = config.optim.batch_size * config.optim.accumulate_steps
+    size = config.compute.batch_size * config.compute.accumulate_steps
     first = config_of(tiny_runs, tmp_path, run)
-    assert size == first.optim.batch_size * first.optim.accumulate_steps, "the recipe stays"
-    assert config.optim.batch_size == 1
-    assert "language" in config.optim.gradient_checkpointing
-    assert set(config.optim.gradient_checkpointing) >= set(first.optim.gradient_checkpointing)
+    assert size == first.compute.batch_size * first.compute.accumulate_steps, "the recipe stays"
+    assert config.compute.batch_size == 1
+    assert "language" in config.compute.gradient_checkpointing
+    assert set(config.compute.gradient_checkpointing) >= set(first.compute.gradient_checkpointing)
 
 
 def test_qlora_is_advised_where_the_llm_is_trained_and_nowhere_else(tiny_runs: Path, tmp_path: Path) -> None:
@@ -106,8 +106,10 @@ def test_every_setting_that_an_alarm_names_is_one(run: str, tiny_runs: Path, tmp
     rows = [{"step": step, "image_reliance": 0.0, "text_loss": float(step)} for step in range(7)]
     alarms = dict(new_alarms(rows[:2] + rows[-1:], config))
     told = alarms["image_reliance"] + (dict(new_alarms(rows[:2], config))["forgetting"])
-    named = re.findall(r"\b(?:optim|data|log|lora|model|train|freeze)\.[a-z_]+(?:\.[a-z_]+)*", told)
-    assert {"log.min_image_reliance", "log.forgetting_budget"} < set(named)
+    named = re.findall(
+        r"\b(?:compute|optim|validation|alarms|data|log|lora|model|train|freeze)\.[a-z_]+(?:\.[a-z_]+)*", told
+    )
+    assert {"alarms.min_image_reliance", "alarms.forgetting_budget"} < set(named)
     assert [name for name in named if not setting_of(name)] == []
     assert not setting_of("model.language.quantise")
 

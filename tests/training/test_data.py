@@ -133,7 +133,7 @@ def test_one_process_goes_on_where_two_stopped_in_a_stream(tiny_runs: Path, tmp_
     train = train_on(f"path: {parquet}, streaming: true")
     unbroken = train_in_process(config, tmp_path / "unbroken", train)
     (tmp_path / "driver.py").write_text(DRIVER)
-    done = forked(tmp_path / "driver.py", [config, f"out={out}", train, "optim.batch_size=2"], 2)
+    done = forked(tmp_path / "driver.py", [config, f"out={out}", train, "compute.batch_size=2"], 2)
     assert "stopped after step 3 of 6" in done.stderr, done.stderr[-3000:]
     (state,) = saved_steps(out)
     position = torch.load(state / "state.pt", weights_only=True)["position"]
@@ -169,10 +169,10 @@ def test_a_run_leaves_out_what_the_check_found_unless_the_file_has_changed(
     report = check(config, f"out={out}", *overrides)
     assert (report["starts"], report["train"]["usable"], report["train"]["undecodable_images"]) == (True, 7, 1)
     assert [row["because"] for row in report["train"]["bad"]] == ["picture"]
-    assert len(losses_of(train_in_process(config, out, *overrides, "optim.batch_size=7"))) == 6
+    assert len(losses_of(train_in_process(config, out, *overrides, "compute.batch_size=7"))) == 6
     path.write_text(path.read_text() + "\n")
     with pytest.raises(ValueError, match=r"broken\.png is damaged or cut off"):
-        train_in_process(config, tmp_path / "other", *overrides, "optim.batch_size=8")
+        train_in_process(config, tmp_path / "other", *overrides, "compute.batch_size=8")
 
 
 def test_a_run_refuses_what_was_listed_past_the_limit_and_names_it(tiny_runs: Path, tmp_path: Path) -> None:

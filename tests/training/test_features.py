@@ -187,7 +187,11 @@ def test_a_tower_is_known_by_what_it_holds_and_not_by_its_path(tiny_parts: Path,
     shutil.copytree(tiny_parts, moved)
     assert key_of(moved) == key_of(tiny_parts)
     assert key_of(tiny_parts, source=f"local-dir:{tiny_parts}/../{tiny_parts.name}/vision") == key_of(tiny_parts)
-    others = [key_of(tiny_parts, layer=-2), key_of(tiny_parts, image_size_px=16), key_of(tiny_parts, fit="pad")]
+    others = [
+        key_of(tiny_parts, feature_layer=-2),
+        key_of(tiny_parts, image_size_px=16),
+        key_of(tiny_parts, image_mode="pad"),
+    ]
     weights = moved / "vision" / "open_clip_model.safetensors"
     changed = {name: value + 0.5 if name == "visual.proj" else value for name, value in load_file(weights).items()}
     assert len({key_of(tiny_parts), *others}) == 4

@@ -184,10 +184,10 @@ def test_the_best_model_is_kept_and_answers(
 ) -> None:
     config, losses = tiny_runs / "stage2.yaml", {0: 1.0, 2: 3.0, 4: 2.0, 6: 2.5}
     vision = ("train=[vision,projector,language]", "vision_lora.rank=2", "optim.learning_rates.vision=0.01")
-    overrides = (*(vision if override == "vision" else [override]), "log.validate_every_steps=2")
+    overrides = (*(vision if override == "vision" else [override]), "validation.every_steps=2")
     monkeypatch.setattr(ConversationStage, "validate", lambda self, step, writes: {"val_loss": losses[step]})
     out = train_in_process(config, tmp_path / "out", *overrides)
-    plain = train_in_process(config, tmp_path / "plain", *overrides, "log.keep_best=false")
+    plain = train_in_process(config, tmp_path / "plain", *overrides, "validation.keep_best=false")
     assert [row for row in log_of(out) if "val_loss" in row][2] == {"step": 4, "val_loss": 2.0}
     assert read_manifest(out / "best")["figures"]["val_loss"] == 2.0
     assert "4 steps on 16 examples" in (out / "best" / "README.md").read_text()
@@ -202,6 +202,6 @@ def test_the_best_model_goes_where_the_last_one_is_better(
 ) -> None:
     losses = {0: 1.0, 2: 3.0, 4: 4.0, 6: 2.0}
     monkeypatch.setattr(ConversationStage, "validate", lambda self, step, writes: {"val_loss": losses[step]})
-    out = train_in_process(tiny_runs / "stage2.yaml", tmp_path / "out", "log.validate_every_steps=2")
+    out = train_in_process(tiny_runs / "stage2.yaml", tmp_path / "out", "validation.every_steps=2")
     assert not (out / "best").exists()
-    assert settings_of(tiny_runs / "stage2.yaml", out).log.keep_best
+    assert settings_of(tiny_runs / "stage2.yaml", out).validation.keep_best

@@ -45,8 +45,8 @@ def test_the_loss_does_not_depend_on_how_a_batch_is_divided(tiny_runs: Path, tmp
     config = tiny_runs / "stage2.yaml"
     slow = "optim.learning_rates={projector: 0.002, language: 0.001}"  # last bits do not grow in six steps
     whole = train_in_process(config, tmp_path / "whole", slow)
-    halves = train_in_process(config, tmp_path / "halves", slow, "optim.batch_size=2", "optim.accumulate_steps=2")
-    ones = train_in_process(config, tmp_path / "ones", slow, "optim.batch_size=1", "optim.accumulate_steps=4")
+    halves = train_in_process(config, tmp_path / "halves", slow, "compute.batch_size=2", "compute.accumulate_steps=2")
+    ones = train_in_process(config, tmp_path / "ones", slow, "compute.batch_size=1", "compute.accumulate_steps=4")
     assert len(losses_of(whole)) == 6
     for other in (halves, ones):
         assert losses_of(other) == pytest.approx(losses_of(whole), abs=1e-4)

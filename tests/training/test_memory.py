@@ -54,7 +54,7 @@ def test_llm_and_tower_are_recomputed_apart_and_learn_the_same(
 ) -> None:
     kept, gradients = {}, {}
     for parts in ("[]", "[language]", "[vision]", "[language, vision]", "true"):
-        setting = f"optim.gradient_checkpointing={parts}"
+        setting = f"compute.gradient_checkpointing={parts}"
         stage = ConversationStage(settings_of(tiny_runs / "stage2.yaml", tmp_path, *TRAIN_ALL, *adapters, setting))
         for name, parameter in stage.model.named_parameters():
             if "lora_B" in name:
@@ -73,25 +73,25 @@ def test_llm_and_tower_are_recomputed_apart_and_learn_the_same(
 def test_only_what_keeps_something_is_recomputed(tiny_runs: Path, tmp_path: Path) -> None:
     path = tiny_runs / "stage2.yaml"
     with pytest.raises(ConfigError, match=r"gradient_checkpointing lists vision, but train does not"):
-        settings_of(path, tmp_path, "optim.gradient_checkpointing=[vision]")
+        settings_of(path, tmp_path, "compute.gradient_checkpointing=[vision]")
     with pytest.raises(ConfigError, match=r"gradient_checkpointing.*projector"):
-        settings_of(path, tmp_path, "optim.gradient_checkpointing=[projector]")
+        settings_of(path, tmp_path, "compute.gradient_checkpointing=[projector]")
 
 
 def test_a_run_recomputes_both(tiny_runs: Path, tmp_path: Path) -> None:
-    short = (*TRAIN_ALL, "optim.max_steps=2", "optim.precision=bf16")
+    short = (*TRAIN_ALL, "optim.max_steps=2", "compute.precision=bf16")
     train_in_process(
-        tiny_runs / "stage2.yaml", tmp_path / "out", *short, "optim.gradient_checkpointing=[language, vision]"
+        tiny_runs / "stage2.yaml", tmp_path / "out", *short, "compute.gradient_checkpointing=[language, vision]"
     )
 
 
 @pytest.mark.timeout(600)
 def test_compiled_layers_learn_the_same_with_adapters_and_recomputed(tiny_runs: Path, tmp_path: Path) -> None:
-    options = ("lora.rank=2", "optim.gradient_checkpointing=true")
+    options = ("lora.rank=2", "compute.gradient_checkpointing=true")
     found = []
     for compiles in ("false", "true"):
         stage = ConversationStage(
-            settings_of(tiny_runs / "stage2.yaml", tmp_path, *options, f"optim.compile={compiles}")
+            settings_of(tiny_runs / "stage2.yaml", tmp_path, *options, f"compute.compile={compiles}")
         )
         for name, parameter in stage.model.named_parameters():
             if "lora_B" in name:
@@ -120,19 +120,19 @@ def test_without_a_compiler_nothing_is_loaded(tiny_runs: Path, tmp_path: Path, m
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     config = settings_of(
-        tiny_runs / "stage2.yaml", tmp_path, "optim.compile=true", "model.language.source=/nothing/here"
+        tiny_runs / "stage2.yaml", tmp_path, "compute.compile=true", "model.language.source=/nothing/here"
     )
-    with pytest.raises(ConfigError, match=r"optim.compile needs a C\+\+ compiler"):
+    with pytest.raises(ConfigError, match=r"compute.compile needs a C\+\+ compiler"):
         build_stage(config)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run where there is a GPU")
 def test_kernels_without_a_gpu_are_refused_before_anything_loads(tiny_runs: Path, tmp_path: Path) -> None:
     path, nowhere = tiny_runs / "stage2.yaml", "model.language.source=/nothing/here"
-    with pytest.raises(ConfigError, match=r"optim.liger: its kernels run on a CUDA GPU, and this machine shows none"):
-        build_stage(settings_of(path, tmp_path, "optim.liger=true", nowhere))
-    with pytest.raises(ConfigError, match=r"lora.quantise ends on the CPU, where optim.liger has no kernels"):
-        settings_of(path, tmp_path, "optim.liger=true", "lora.quantise=nf4")
+    with pytest.raises(ConfigError, match=r"compute.liger: its kernels run on a CUDA GPU, and this machine shows none"):
+        build_stage(settings_of(path, tmp_path, "compute.liger=true", nowhere))
+    with pytest.raises(ConfigError, match=r"lora.quantise ends on the CPU, where compute.liger has no kernels"):
+        settings_of(path, tmp_path, "compute.liger=true", "lora.quantise=nf4")
 
 
 @pytest.mark.parametrize("trained", ["whole", "adapters", "nothing"])

@@ -71,7 +71,7 @@ def test_every_adapter_is_learnt_saved_and_merged_into_full_precision(
     variant: str, tiny_runs: Path, tmp_path: Path
 ) -> None:
     base = dict(build_model(settings_of(tiny_runs / "stage2.yaml", tmp_path).model)[0].state_dict())
-    val = (f"data.val=[{{path: {tiny_runs}/data/val.json}}]", "log.validate_every_steps=2", "optim.max_steps=4")
+    val = (f"data.val=[{{path: {tiny_runs}/data/val.json}}]", "validation.every_steps=2", "optim.max_steps=4")
     run = train_in_process(tiny_runs / "stage2.yaml", tmp_path / "run", *LORA, variant, *val)
     curve = [row["val_loss"] for row in log_of(run) if "val_loss" in row]
     assert curve[-1] < curve[0]
@@ -94,7 +94,7 @@ def test_four_bits_go_on_from_a_checkpoint_and_learn_what_full_precision_does(
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump({**settings, "model": {"checkpoint": str(tiny_checkpoint)}}))
     few, full = (
-        train_in_process(path, tmp_path / name, *LORA, *more, "optim.max_steps=3", "optim.precision=bf16")
+        train_in_process(path, tmp_path / name, *LORA, *more, "optim.max_steps=3", "compute.precision=bf16")
         for name, more in (("few", ["lora.quantise=nf4"]), ("full", []))
     )
     assert losses_of(few) == pytest.approx(losses_of(full), rel=0.25)

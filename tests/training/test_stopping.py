@@ -58,7 +58,7 @@ def curves(out: Path) -> list[dict[str, Any]]:
 
 def test_a_validation_that_is_broken_off_is_made_when_the_run_goes_on(tiny_runs: Path, tmp_path: Path) -> None:
     config = tiny_runs / "stage2.yaml"
-    val = (f"data.val=[{{path: {tiny_runs}/data/val.json}}]", "log.validate_every_steps=2", "log.num_samples=0",
+    val = (f"data.val=[{{path: {tiny_runs}/data/val.json}}]", "validation.every_steps=2", "validation.num_samples=0",
            "optim.max_steps=4")  # fmt: skip
     whole = train_in_process(config, tmp_path / "whole", *val)
     out = tmp_path / "out"

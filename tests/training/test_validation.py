@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mmllm.batch import Example, message
-from mmllm.config import ConfigError, LogConfig
+from mmllm.config import AlarmsConfig, ConfigError
 from mmllm.evaluation.reliance import exchange_pictures
 from mmllm.evaluation.tasks import CAPTION, TaskError
 from mmllm.evaluation.validation_tasks import some_questions, task_scores
@@ -37,7 +37,7 @@ def sources(data: Path, *names: str) -> str:
 
 
 def stage_of(tiny_runs: Path, out: Path, *overrides: str, config: str = "stage2.yaml") -> ConversationStage:
-    return ConversationStage(settings_of(tiny_runs / config, out, "log.num_samples=0", *overrides))
+    return ConversationStage(settings_of(tiny_runs / config, out, "validation.num_samples=0", *overrides))
 
 
 def about(*images: str) -> Example:
@@ -78,7 +78,7 @@ def test_pictures_with_which_an_example_would_be_too_long_are_not_exchanged() ->
 def test_image_reliance_is_the_loss_with_others_pictures_less_that_with_the_right_ones(
     tiny_runs: Path, pictured: Path, tmp_path: Path
 ) -> None:
-    stage = stage_of(tiny_runs, tmp_path, sources(pictured, "pictured", "text"), "optim.batch_size=2")
+    stage = stage_of(tiny_runs, tmp_path, sources(pictured, "pictured", "text"), "compute.batch_size=2")
     for parameter in stage.model.projector.parameters():
         torch.nn.init.normal_(parameter, std=1.0)  # so that pictures make a difference
     judge = stage.validation
@@ -123,8 +123,8 @@ def reliance_rows(*values: float) -> list[dict[str, Any]]:
 
 
 FLAT, FINE = 0.001, 0.5
-LOG = LogConfig(min_image_reliance=0.02, reliance_after=0.25, reliance_validations=3)
-ALARMED: Any = SimpleNamespace(log=LOG, optim=SimpleNamespace(max_steps=100), train=("projector",))
+ALARMS = AlarmsConfig(min_image_reliance=0.02, reliance_after=0.25, reliance_validations=3)
+ALARMED: Any = SimpleNamespace(alarms=ALARMS, optim=SimpleNamespace(max_steps=100), train=("projector",))
 
 
 @pytest.mark.parametrize(
@@ -151,8 +151,9 @@ def test_a_run_that_does_not_look_has_its_alarm_once_though_it_was_stopped(
     tiny_runs: Path, pictured: Path, tmp_path: Path, capsys: Any
 ) -> None:
     blind = (
-        "log={min_image_reliance: 100, reliance_after: 0, reliance_validations: 2, forgetting_budget: 100, "
-        "num_samples: 0, every_steps: 1, validate_every_steps: 1, save_every_steps: 3}",
+        "alarms={min_image_reliance: 100, reliance_after: 0, reliance_validations: 2, forgetting_budget: 100}",
+        "validation={num_samples: 0, every_steps: 1}",
+        "log={every_steps: 1, save_every_steps: 3}",
         sources(pictured, "pictured"),
     )
     whole = train_in_process(tiny_runs / "stage2.yaml", tmp_path / "whole", *blind)
@@ -189,7 +190,7 @@ def stop_after(calls: int) -> Any:
 def test_a_run_with_alarms_is_saved_and_fails_only_where_that_is_asked(
     tiny_runs: Path, pictured: Path, tmp_path: Path
 ) -> None:
-    blind = ("log.min_image_reliance=100", sources(pictured, "pictured"), "optim.max_steps=1", "log.fail_on_alarm=true")
+    blind = ("alarms.min_image_reliance=100", sources(pictured, "pictured"), "optim.max_steps=1", "alarms.fail=true")
     with pytest.raises(TrainingError, match="the run is saved, but it had alarms"):
         train_in_process(tiny_runs / "stage1.yaml", tmp_path / "out", *blind)
     assert (tmp_path / "out" / "manifest.json").is_file()
@@ -220,7 +221,7 @@ def test_sources_are_named_as_shortly_as_tells_them_apart() -> None:
 
 
 def test_samples_are_taken_over_all_of_the_validation_data(tiny_runs: Path, pictured: Path, tmp_path: Path) -> None:
-    stage = stage_of(tiny_runs, tmp_path, sources(pictured, "pictured", "text"), "log.num_samples=3")
+    stage = stage_of(tiny_runs, tmp_path, sources(pictured, "pictured", "text"), "validation.num_samples=3")
     stage.validate(7)
     samples = json.loads((tmp_path / "samples" / "step_0000007.json").read_text())
     assert [one["id"] for one in samples] == ["one-0", "one-3", "text-green"]
@@ -234,8 +235,8 @@ def test_samples_are_taken_over_all_of_the_validation_data(tiny_runs: Path, pict
 def test_text_alone_is_looked_at_from_the_beginning_and_a_rise_over_the_budget_is_an_alarm(
     tiny_runs: Path, pictured: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    probe = f"log.text_probe={pictured}/text.json"
-    wild = ("optim.learning_rates={projector: 0.01, language: 1.0}", "log.validate_every_steps=2", probe)
+    probe = f"validation.text_probe={pictured}/text.json"
+    wild = ("optim.learning_rates={projector: 0.01, language: 1.0}", "validation.every_steps=2", probe)
     out = train_in_process(tiny_runs / "stage2.yaml", tmp_path / "wild", *wild)
     rows = log_of(out)
     curve = [row["text_loss"] for row in rows if "text_loss" in row]
@@ -250,7 +251,7 @@ def test_text_alone_is_looked_at_from_the_beginning_and_a_rise_over_the_budget_i
 
 def test_forgetting_is_said_when_it_begins_and_not_while_it_lasts() -> None:
     rows = [{"step": step, "text_loss": loss} for step, loss in enumerate([1.0, 1.05, 1.2, 1.3, 1.0, 1.2])]
-    config: Any = SimpleNamespace(log=LogConfig(forgetting_budget=0.1))
+    config: Any = SimpleNamespace(alarms=AlarmsConfig(forgetting_budget=0.1))
     assert [end - 1 for end in range(1, 7) if forgetting_alarm(rows[:end], config)] == [2, 5]
     assert forgetting_alarm([], config) is None
 
@@ -261,10 +262,10 @@ def test_forgetting_is_for_a_trained_llm_and_needs_text(tiny_runs: Path, picture
     assert "text_loss" not in stage_of(tiny_runs, tmp_path, both, config="stage1.yaml").validate(0)
     [note] = stage_of(tiny_runs, tmp_path, sources(pictured, "pictured")).notes
     assert note.startswith("what the LLM forgets is not measured")
-    probe = f"log.text_probe={pictured}/pictured.json"
+    probe = f"validation.text_probe={pictured}/pictured.json"
     with pytest.raises(ConfigError, match="but train does not list language"):
         settings_of(tiny_runs / "stage1.yaml", tmp_path, probe)
-    with pytest.raises(ValueError, match=r"log\.text_probe: every conversation .* has a picture"):
+    with pytest.raises(ValueError, match=r"validation\.text_probe: every conversation .* has a picture"):
         stage_of(tiny_runs, tmp_path, probe)
 
 
@@ -275,7 +276,7 @@ def test_a_few_questions_of_a_task_are_asked_at_each_validation(
     tiny_runs: Path, tiny_scenes: Path, tmp_path: Path
 ) -> None:
     task = str(tiny_scenes / "val")
-    stage = stage_of(tiny_runs, tmp_path, f"log.tasks=['{task}']", "log.task_questions=5")
+    stage = stage_of(tiny_runs, tmp_path, f"validation.tasks=['{task}']", "validation.task_questions=5")
     found = stage.validate(0)
     assert set(found) == {f"task/val/{measure}" for measure in ("exact", "shuffled", "gain", "gain_error")}
     questions = some_questions(task, 5)
@@ -296,7 +297,7 @@ def test_a_few_questions_of_a_task_are_asked_at_each_validation(
 
 
 def test_a_task_that_is_not_there_is_refused_before_anything_loads(tiny_runs: Path, tmp_path: Path) -> None:
-    config = settings_of(tiny_runs / "stage1.yaml", tmp_path / "out", "log.tasks=[nothing]")
+    config = settings_of(tiny_runs / "stage1.yaml", tmp_path / "out", "validation.tasks=[nothing]")
     with pytest.raises(TaskError, match="no task 'nothing'"):
         run(config)
     assert not (tmp_path / "out").exists()
@@ -308,7 +309,7 @@ def test_the_command_refuses_a_task_that_is_not_there(tiny_runs: Path, tmp_path:
     from mmllm.cli import app
 
     result = CliRunner().invoke(
-        app, ["train", str(tiny_runs / "stage1.yaml"), f"out={tmp_path}/out", "log.tasks=[nothing]"]
+        app, ["train", str(tiny_runs / "stage1.yaml"), f"out={tmp_path}/out", "validation.tasks=[nothing]"]
     )
     assert result.exit_code == 1
     assert "no task 'nothing'" in result.output + capsys.readouterr().err

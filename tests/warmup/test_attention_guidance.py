@@ -237,14 +237,15 @@ def small_config(out: Path, **settings: Any) -> WarmupLanguageConfig:
     tree = {
         "stage": "warmup_language", "out": str(out), "vocab_size": 300, "num_descriptions": 30,
         "num_val_descriptions": 10, "num_turns": 3, "language": SMALL,
-        "optim": {"learning_rates": {"language": 1e-3}, "max_steps": 2, "batch_size": 4},
+        "optim": {"learning_rates": {"language": 1e-3}, "max_steps": 2},
+        "compute": {"batch_size": 4},
     }  # fmt: skip
     return WarmupLanguageConfig.model_validate(tree | settings)
 
 
 def test_a_small_warm_up_runs_with_the_guide_and_without(tmp_path: Path) -> None:
     guides = [{"layer": 1, "heads": [0], "reads": "last"}, {"layer": 2, "heads": [0, 1], "reads": "named"}]
-    optim = {"learning_rates": {"language": 1e-3, "read_out": 1e-3}, "max_steps": 2, "batch_size": 4}
+    optim = {"learning_rates": {"language": 1e-3, "read_out": 1e-3}, "max_steps": 2}
     settings = {"guides": guides, "ask_more": {"compare": 4}, "read_out": 1, "optim": optim}
     stage = WarmupLanguage(small_config(tmp_path / "out", **settings))
     batch = stage.batch([0, 1, 2, 3])

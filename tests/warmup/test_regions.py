@@ -114,7 +114,8 @@ def test_a_small_warm_up_sees_words_and_pairs(kind: str, tmp_path: Path) -> None
             },
         },
         "num_scenes": 6, "num_val_scenes": 50,
-        "optim": {"learning_rates": {"vision": 1e-3}, "max_steps": 2, "batch_size": 2},
+        "optim": {"learning_rates": {"vision": 1e-3}, "max_steps": 2},
+        "compute": {"batch_size": 2},
     }  # fmt: skip
     stage = WarmupVision(WarmupVisionConfig.model_validate(tree))
     stage.sampler(2)
@@ -132,7 +133,9 @@ def test_a_small_warm_up_sees_words_and_pairs(kind: str, tmp_path: Path) -> None
     assert 0 <= figures["retrieval_at_1_of_200"] <= 1
     (tmp_path / "out").mkdir(exist_ok=True)
     stage.save(tmp_path / "out", [figures])
-    tower = load_tower(VisionConfig(source=f"local-dir:{tmp_path / 'out'}", layer=-2, fit="stretch")).eval()
+    tower = load_tower(
+        VisionConfig(source=f"local-dir:{tmp_path / 'out'}", feature_layer=-2, image_mode="stretch")
+    ).eval()
     with torch.no_grad():
         seen = tower(batch["pixels"])
         maps = stage.model.eval().forward_intermediates(batch["pixels"], image_indices=2)["image_intermediates"][0]
