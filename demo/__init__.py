@@ -1,1 +1,1 @@
-"""The chat page: `python -m demo MODEL`. It talks to mmllm.inference and runs from the checkout."""
+"""The chat page: `mmllm demo MODEL`, or `python -m demo MODEL`. It talks to mmllm.inference."""

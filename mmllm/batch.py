@@ -34,7 +34,14 @@ Part = str | ImageRef
 
 @dataclass(frozen=True)
 class Message:
-    """One turn: who speaks, and text and images in the order in which they stand."""
+    """One turn: who speaks, and text and images in the order in which they stand.
+
+    Example:
+        import mmllm
+
+        turn = mmllm.Message("user", ("What color is the circle?",))
+        print(turn.text)
+    """
 
     role: Role
     parts: tuple[Part, ...]
@@ -58,7 +65,17 @@ ImageSource = str | bytes | Image.Image | PreparedImage  # a path, a file's byte
 
 @dataclass(frozen=True)
 class Example:
-    """One conversation with its images, which are read when they are needed."""
+    """One conversation with its images, which are read when they are needed.
+
+    An image is a path, the bytes of a file, or a Pillow image. `Conversation.ask` makes an Example of a dialogue.
+
+    Example:
+        import mmllm
+
+        question = mmllm.Message("user", ("Which shapes can you name?",))
+        example = mmllm.Example("question-1", "my questions", (question,))
+        print(mmllm.load("runs/tiny/stage2").reply(example).text)
+    """
 
     id: str
     source: str

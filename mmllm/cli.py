@@ -272,12 +272,13 @@ def demo(
     open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")] = False,
     dtype: Dtype = None,
 ) -> None:
-    """Open the chat page on this machine. Runs from a checkout, where demo/ is."""
+    """Open the chat page on this machine."""
     with report_errors(debug=_debug):
-        root = Path(__file__).resolve().parent.parent
-        if not (root / "demo" / "__main__.py").is_file():
-            _usage("the page is not part of the installed package: clone the repository and run `mmllm demo` there")
-        command = [sys.executable, "-m", "demo", str(model.resolve()), "--port", str(port)]
+        import mmllm
+
+        root = Path(mmllm.__file__).resolve().parent.parent  # the page is installed beside this package
+        # -P: not a `demo` that happens to lie in the working directory
+        command = [sys.executable, "-P", "-m", "demo", str(model.resolve()), "--port", str(port)]
         command += ["--dtype", dtype] if dtype else []
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
         sys.exit(subprocess.call([*command, "--open" if open_browser else "--no-open"], env=environment))

@@ -41,6 +41,14 @@ class MmllmError(ValueError):
     """What was given, what is allowed, and what to do; values that are too long to read are shortened.
 
     A ValueError too, so that pydantic reports it by setting, and so that a program may catch it without importing us.
+
+    Example:
+        import mmllm
+
+        try:
+            mmllm.load("no/such/folder")
+        except mmllm.MmllmError as error:
+            print(error)
     """
 
     exit_status = EXIT_FAILED

@@ -154,6 +154,12 @@ class Ledger:
         self._has_replaced = False
 
 
+def read_captions(path: Path) -> dict[str, str]:
+    """The captions of such a file by picture; of several lines of one picture the last counts."""
+    with path.open("rb") as file:
+        return {record["image"]: record["caption"] for line in file if (record := _record(line))}
+
+
 def _record(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)

@@ -97,7 +97,17 @@ def _config_path(text: str) -> Path:
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
-    """The checked settings of a YAML file with `section.key=value` overrides. Raises ConfigError."""
+    """The checked settings of a YAML file with `section.key=value` overrides.
+
+    Raises ConfigError (a MmllmError) for a wrong key, type, range or combination: it names the setting, what was given
+    and what is allowed.
+
+    Example:
+        import mmllm
+
+        config = mmllm.load_config("configs/tiny/stage1.yaml", ["optim.max_steps=10"])
+        print(config.optim.max_steps, config.out)
+    """
     path = _config_path(str(path))
     tree, renamed = _upgraded(path, _read(path))
     if parent := tree.pop("extends", None):

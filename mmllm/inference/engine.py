@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmllm.batch import Example, ImageSource, PreparedImage
+from mmllm.chat.conversation import Conversation
 from mmllm.chat.renderer import RenderedConversation
 from mmllm.checkpoint.folder import load_checkpoint, stored_dtypes
 from mmllm.checkpoint.generation_settings import end_token_ids
@@ -31,7 +32,17 @@ from mmllm.model.vlm import VisionLanguageModel
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a reply is chosen. `temperature` 0 is greedy; `seed` makes a sampled reply repeatable."""
+    """How a reply is chosen. `temperature` 0 is greedy; `seed` makes a sampled reply repeatable.
+
+    Raises MmllmError for a value that is out of range.
+
+    Example:
+        import mmllm
+
+        model = mmllm.load("runs/tiny/stage2")
+        sampling = mmllm.Sampling(temperature=0.7, top_p=0.9, max_new_tokens=32, seed=1)
+        print(model.ask("Describe the picture.", ["data/scenes/val/images/000003.png"], sampling).text)
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -52,7 +63,19 @@ GREEDY = Sampling()
 
 @dataclass(frozen=True)
 class Reply:
-    """A reply, or what there is of it so far: then `finish` is None."""
+    """A reply, or what there is of it so far: then `finish` is None.
+
+    `finish` is `end` where the model ended its answer, `length` where `max_new_tokens` did, `stopped` where the caller
+    did.
+
+    Example:
+        import mmllm
+
+        model = mmllm.load("runs/tiny/stage2")
+        reply = model.ask("Describe the picture.", ["data/scenes/val/images/000003.png"])
+        if reply.finish == "length":
+            print("cut off after", reply.num_new_tokens, "tokens")
+    """
 
     text: str
     finish: Literal["end", "length", "stopped"] | None
@@ -80,7 +103,20 @@ class _Streamer:
 
 
 class Engine:
-    """A model, its processor and its renderer. One generation at a time; safe to call from several threads."""
+    """A model, its processor and its renderer. One generation at a time; safe to call from several threads.
+
+    `mmllm.load` makes one. `ask` answers one question, `reply` and `reply_batch` answer conversations, `stream` yields
+    the answer as it is written.
+
+    Example:
+        import mmllm
+
+        model = mmllm.load("runs/tiny/stage2")
+        talk = mmllm.Conversation(label=model.picture_label)
+        question = talk.ask("Describe the picture.", ["data/scenes/val/images/000003.png"])
+        for reply in model.stream(question, mmllm.Sampling(max_new_tokens=16)):
+            print(reply.text)
+    """
 
     def __init__(self, model: VisionLanguageModel, processor: VisionLanguageProcessor, *, name: str):
         self.model, self.processor, self.name = model, processor, name
@@ -222,6 +258,14 @@ class Engine:
         if ids and ids[-1] in self.end_token_ids:
             return "end"
         return "stopped" if stop is not None and stop.is_set() else "length"
+
+    def ask(self, question: str, pictures: Sequence[ImageSource | Path] = (), sampling: Sampling = GREEDY) -> Reply:
+        """The reply to one question about pictures: paths, the bytes of files, or Pillow's images.
+
+        Raises MmllmError for a question without words, ImageError for a picture that cannot be read.
+        """
+        images = [str(picture) if isinstance(picture, Path) else picture for picture in pictures]
+        return self.reply(Conversation(label=self.picture_label).ask(question, images), sampling)
 
     def reply(self, example: Example, sampling: Sampling = GREEDY) -> Reply:
         """The whole reply to one conversation."""
