@@ -1,6 +1,7 @@
-"""Compressed data files, and text in UTF-16, as files that can be read from any place: a copy in the cache.
+"""Reads compressed data files and UTF-16 text: from front to back, or through a decoded copy in the cache.
 
-What a file holds decides, never its name. The copy is named after the contents: a file that changes gets a new one.
+The first bytes of a file decide what it is, never its name. A copy is named after a hash of the file's contents, so a
+file that changes gets a new copy.
 """
 
 from __future__ import annotations
@@ -19,22 +20,22 @@ from typing import IO, Any
 
 from mmllm.readers.files import DataError, fingerprint, open_file
 
-_ENDINGS = (".gz", ".bz2", ".xz", ".zst", ".zstd")  # behind the ending that says what is inside
-# A byte order mark, or where the zeros of the first character lie in a file without one.
+_COMPRESSION_ENDINGS = (".gz", ".bz2", ".xz", ".zst", ".zstd")
+# By a byte order mark, or in a file without one by where the zero bytes of its first character are.
 _ENCODING_BY_HEAD = {
     codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16", b"{\0": "utf-16-le", b"[\0": "utf-16-le", b"\0{": "utf-16-be", b"\0[": "utf-16-be",
 }  # fmt: skip
-# What decompressors raise on damaged files.
+# What decompressors raise for damaged files.
 DECOMPRESSION_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)
 
 
 def inner_suffix(path: str) -> str:
-    """What is inside by its name: `.jsonl` of `x.jsonl.gz`, `.tar` of `x.tgz`."""
+    """The suffix without that of a compression: `.jsonl` of `x.jsonl.gz`, `.tar` of `x.tgz`."""
     name = path.lower()
     if name.endswith(".tgz"):
         return ".tar"
-    for ending in _ENDINGS:
+    for ending in _COMPRESSION_ENDINGS:
         name = name.removesuffix(ending)
     return PurePosixPath(name).suffix
 
@@ -45,7 +46,7 @@ def _open_zstd(file: IO[bytes]) -> Any:
     return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(file), "zstd"))
 
 
-# What a compressed file begins with. The header of bzip2 alone could be a text.
+# By the first bytes of a compressed file. "BZh1" alone could begin a text, so bzip2's block header belongs to it.
 _OPENERS: dict[bytes, Callable[[IO[bytes]], Any]] = {
     b"\x1f\x8b": gzip.open,
     **{b"BZh%d1AY&SY" % level: bz2.open for level in range(1, 10)},
@@ -62,7 +63,7 @@ def _opener_of(file: IO[bytes]) -> Callable[[IO[bytes]], Any] | None:
 
 
 def open_decompressed(path: str) -> IO[bytes]:
-    """A data file for reading from front to back, without its compression. Raises DataError as `open_file` does."""
+    """A data file, decompressed while it is read from front to back. Raises DataError as `open_file` does."""
     file = open_file(path)
     opener = _opener_of(file)
     opened: IO[bytes] = opener(file) if opener else file
@@ -75,14 +76,14 @@ def is_compressed(path: str) -> bool:
 
 
 def _encoding_of(head: bytes) -> str | None:
-    """UTF-16 or UTF-32, where the text is in it."""
+    """The encoding of a text that begins with these bytes, if it is UTF-16 or UTF-32."""
     return next((name for mark, name in _ENCODING_BY_HEAD.items() if head.startswith(mark)), None)
 
 
 def decoded_copy(path: str, *, is_text: bool = True) -> str:
-    """The path of the same data without compression, text as UTF-8: the file itself, or a copy in the cache.
+    """The path of the same data, decompressed and with text in UTF-8: the file itself, or a copy in the cache.
 
-    Raises DataError where it cannot be read to its end.
+    Raises DataError where the file cannot be read to its end.
     """
     try:
         with open_decompressed(path) as file:

@@ -93,7 +93,7 @@ def test_one_row_alone_is_a_row_in_every_layout(folder: Path) -> None:
 
 @pytest.mark.parametrize(("name", "data", "words"), [
     ("x.json", PRETTY.replace('"\n      }\n    ]\n  }\n]', '"\n      }\n    ]\n  },\n]').encode(),
-     ["nothing stands before a comma or a bracket in line", "take the comma out"]),
+     ["a value is missing before a comma or a bracket in line", "remove the comma"]),
     ("x.json", PRETTY.replace('"0.png",', '"0.png",,').encode(), ["not JSON at line 4, column", "has no comma before"]),
     ("x.jsonl", LINES.replace('"1.png"', "'1.png'").encode(), ["not JSON at line 2, column", "double quotes"]),
     ("x.jsonl", LINES.encode("cp1252"), ["is not UTF-8 text at byte", "(line 1)", "iconv -f cp1252"]),
@@ -101,11 +101,11 @@ def test_one_row_alone_is_a_row_in_every_layout(folder: Path) -> None:
     ("x.json", PRETTY[:-40].encode(), ["never closed", "cut off"]),
     ("x.jsonl.gz", gzip.compress(LINES.encode() * 50)[:-20], ["x.jsonl.gz", "damaged or cut off"]),
     ("x.json", b'"text"', ["must hold a list of rows", "got a string"]),
-    ("x.parquet", b"PAR1 and no more", ["x.parquet is not parquet that can be read"]),
+    ("x.parquet", b"PAR1 and no more", ["x.parquet cannot be read as parquet"]),
     ("x.csv", "image,caption\n0.png,a\n1.png,gr\xfcn\n".encode("cp1252"), ["x.csv", "line 3", "CSV UTF-8"]),
     ("x.csv", b"image,caption\n", ["x.csv holds no rows"]),
     ("x.csv", b"", ["x.csv holds no rows"]),
-    ("x.csv", b"image,caption\n0.png,a\n1.png,b,c,d\n", ["x.csv is not csv that can be read"]),
+    ("x.csv", b"image,caption\n0.png,a\n1.png,b,c,d\n", ["x.csv cannot be read as csv"]),
 ])  # fmt: skip
 def test_what_cannot_be_read_names_the_place_and_what_to_do(
     folder: Path, name: str, data: bytes, words: list[str]

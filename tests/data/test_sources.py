@@ -291,7 +291,7 @@ UNPARSED: list[tuple[str, bytes, str]] = [
         "the row cannot be read as JSON: maximum recursion",
     ),
     ("data.json", b'["\xe4", %b]', "the row is not UTF-8 text at byte"),
-    ("data.json", b"[, %b]", "nothing stands before a comma or a bracket in line 1"),
+    ("data.json", b"[, %b]", "a value is missing before a comma or a bracket in line 1"),
     ("data.jsonl", b'{"conversations": [\n%b\n', "the row is not JSON at line "),
     ("data.jsonl", b'"\xe4"\n\n%b', "the row is not UTF-8 text at byte 1"),
 ]
@@ -321,7 +321,7 @@ BAD_FILES: list[tuple[str, bytes, str]] = [
     ("data.json", b"[]", "data.json holds no rows; give a file with at least one conversation"),
     ("data.json", b'"text"', "data.json must hold a list of rows, or one row a line, got a string; put the rows in"),
     ("data.json", f"[{GOOD},\n{GOOD[:-4]}".encode(), "the list that it begins with is never closed"),
-    ("data.json", f"[{GOOD}]\n[{GOOD}]".encode(), "data.json is not one JSON list: behind its end stands b'["),
+    ("data.json", f"[{GOOD}]\n[{GOOD}]".encode(), "data.json is not one JSON list: its end is followed by b'["),
     ("data.json", b"[" * 100_000, "the list that it begins with is never closed"),
     ("data.xml", b"<a/>", "data.xml has the suffix '.xml'; allowed: .json, .jsonl, .parquet, .arrow, .feather,"),
     ("data", b"[]", "data has the suffix ''; allowed: .json, .jsonl"),

@@ -43,7 +43,7 @@ def test_image_paths_start_from_the_folder_of_all_files(path: str, folder: str) 
 
 @pytest.mark.parametrize(("path", "text"), [
     ("s3://bucket/a.jsonl", "s3://bucket/a.jsonl needs a package that is not installed: Install s3fs"),
-    ("xyz://a/b.jsonl", "xyz://a/b.jsonl has an address that fsspec does not know: Protocol not known: xyz"),
+    ("xyz://a/b.jsonl", "xyz://a/b.jsonl is a URL that fsspec does not know: Protocol not known: xyz"),
     ("memory://nowhere/a.jsonl", "no data file at memory://nowhere/a.jsonl"),
     ("memory://nowhere/{0..3}.tar", "no data file at memory://nowhere/0.tar, of memory://nowhere/{0..3}.tar"),
 ])  # fmt: skip

@@ -320,8 +320,8 @@ def test_rows_of_several_files_stand_one_behind_the_other(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("name", "data", "text"), [
-    ("a.parquet", b"PAR1 no more", "a.parquet is not parquet that can be read"),
-    ("a.arrow", b"ARROW", "a.arrow is not an Arrow stream that `datasets` wrote"),
+    ("a.parquet", b"PAR1 no more", "a.parquet cannot be read as parquet"),
+    ("a.arrow", b"ARROW", "a.arrow cannot be read as an Arrow stream that `datasets` wrote"),
     ("a.tar", b"no tar.." * 128, "a.tar is not a tar that can be read to its end"),
 ])  # fmt: skip
 def test_a_damaged_file_is_named(tmp_path: Path, name: str, data: bytes, text: str) -> None:

@@ -273,9 +273,7 @@ def test_a_full_disk_is_told_and_what_was_saved_before_is_whole(
         main("stage2", [str(config), f"out={out}", every])
     assert ended.value.code == 1
     error = capsys.readouterr().err
-    assert error.startswith(
-        "error: the disk is full, or a limit on what may be written is reached. What was saved before"
-    )
+    assert error.startswith("error: the disk is full, or a quota or file size limit is reached. What was saved before")
     assert "Traceback" not in error
     assert [path.name for path in saved_steps(out)] == [f"step_000000{2 if full_at == 3 else 5}"]
     assert [path.name for path in (out / "state").iterdir()] == [path.name for path in saved_steps(out)]
@@ -301,7 +299,7 @@ def test_a_disk_that_is_too_full_for_small_things_is_told_as_well(
         before_step(patch, 2, lambda: disk.enter_context(largest_file(100)))
         main("stage2", [str(config), f"out={out}", *overrides])
     assert ended.value.code == 1
-    assert capsys.readouterr().err.startswith("error: the disk is full, or a limit on what may be written is reached.")
+    assert capsys.readouterr().err.startswith("error: the disk is full, or a quota or file size limit is reached.")
     assert [path.name for path in saved_steps(out)] == ["step_0000002"]
     ours = weights_of(train_in_process(config, out, *overrides))
     theirs = weights_of(train_in_process(config, tmp_path / "unbroken", *overrides))
