@@ -22,7 +22,7 @@ from mmllm.data import check
 from mmllm.data.check import Report, inspect_sources, left_out, load_examples
 from mmllm.data.inspection import Part, Rules
 from mmllm.data.sources import BadRow, DataError
-from mmllm.diagnose.check import load_text_side
+from mmllm.diagnose.prompt_setup import load_prompt_setup
 from mmllm.inference.engine import Engine
 
 ROOT = Path(__file__).parent.parent
@@ -176,7 +176,7 @@ def test_an_example_longer_than_the_llm_is_noted(tmp_path: Path, tiny_parts: Pat
 
 
 def test_a_run_refuses_what_the_check_refuses(tiny_parts: Path, bad: Path) -> None:
-    renderer = load_text_side(model_config(tiny_parts)).renderer
+    renderer = load_prompt_setup(model_config(tiny_parts)).renderer
     sources = [SourceConfig(path=str(bad))]
     with pytest.raises(DataError, match="4 of 8 rows cannot be used") as caught:
         load_examples(sources, renderer, DataConfig(train=()))
@@ -189,7 +189,7 @@ def test_a_run_refuses_what_the_check_refuses(tiny_parts: Path, bad: Path) -> No
 
 def test_processes_find_what_one_finds(tiny_parts: Path, tiny_scenes: Path, bad: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(check, "ROWS_A_PART", 3)
-    renderer = load_text_side(model_config(tiny_parts)).renderer
+    renderer = load_prompt_setup(model_config(tiny_parts)).renderer
     sources = [SourceConfig(path=str(path)) for path in (tiny_scenes / "train" / "captions.json", bad)]
     sources.append(SourceConfig(path=str(bad), max_examples=2))
     rules, found, random_before = Rules(renderer, 512, decode=True), [], torch.get_rng_state()
@@ -215,14 +215,14 @@ def test_processes_find_what_one_finds(tiny_parts: Path, tiny_scenes: Path, bad:
 def test_an_example_teaches_each_answer_and_one_end(
     tiny_parts: Path, answer: str, length: int, reason: str | None
 ) -> None:
-    renderer = load_text_side(model_config(tiny_parts)).renderer
+    renderer = load_prompt_setup(model_config(tiny_parts)).renderer
     example = Example("x", "", (message("user", "<image> is it?"), message("assistant", answer)), ("a.png",))
     found = left_out(example, renderer, DataConfig(train=(), max_length_tokens=length))
     assert found is None if reason is None else reason in str(found)
 
 
 def test_a_renderer_travels_to_other_processes(tiny_parts: Path) -> None:
-    renderer = load_text_side(model_config(tiny_parts)).renderer
+    renderer = load_prompt_setup(model_config(tiny_parts)).renderer
     talk = (message("user", "<image> is it?"), message("assistant", "yes"))
     assert pickle.loads(pickle.dumps(renderer)).render(talk) == renderer.render(talk)
 

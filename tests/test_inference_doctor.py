@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from mmllm.checkpoint.folder import load_checkpoint, save_checkpoint
 from mmllm.cli import app
-from mmllm.diagnose.doctor import CORE, EXTRAS, package_finding
+from mmllm.diagnose.machine_findings import CORE, EXTRAS, package_finding
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ("golden prompts", "golden pictures", "golden answers")
