@@ -1,8 +1,8 @@
 """Side-by-side measurements, as ratios within one run: `python -m bench [NAME ...]`.
 
-Those of pairs, on the embedded default, are timed in turn, several rounds, and the median round is told; results also
-go to bench/results/. `training` alone takes `--size`, `--stage` and `--quick`, see bench/training.py. What only a GPU
-shows is another command, which takes arguments of its own: `python -m bench gpu --help`.
+The two sides of a pair, on the embedded default, take turns for several rounds, and the median round is printed.
+Results are also written to bench/results/. Only `training` takes `--size` and `--stage`, see bench/training.py. What
+only a GPU shows is another command with its own arguments: `python -m bench gpu --help`.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ Work = Callable[[], object]
 
 
 def side_by_side(left: Work, right: Work, rounds: int = ROUNDS) -> tuple[float, float]:
-    """Median seconds of both, called in turn after one round that does not count."""
+    """Median seconds of both, called in turn after one warm-up round."""
     left(), right()
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(rounds):
-        for work, taken in zip((left, right), times, strict=True):
+        for work, seconds in zip((left, right), times, strict=True):
             begun = time.perf_counter()
             work()
-            taken.append(time.perf_counter() - begun)
+            seconds.append(time.perf_counter() - begun)
     return statistics.median(times[0]), statistics.median(times[1])
 
 
@@ -71,7 +71,7 @@ def _train_step(stage: Any, batch: Any) -> Work:
 
 
 def supervised_rows() -> dict[str, float]:
-    """One training step with the LLM's head on supervised rows only, against the head on every row."""
+    """One training step with the LLM's head applied to supervised positions only, against all positions."""
     stage, full = _stage(), _stage()
     full.module.plain_head = False
     batch = stage.batch(range(32))
@@ -80,7 +80,7 @@ def supervised_rows() -> dict[str, float]:
 
 
 def feature_cache() -> dict[str, float]:
-    """One training step, data included, with cached patch tokens against decoding and encoding each picture."""
+    """One training step with its data: cached patch features, against decoding and encoding each picture."""
     cached, plain = _stage(), _stage(cache_features=False)
     indices = list(range(32))
     ours, theirs = side_by_side(
@@ -99,7 +99,7 @@ def attention() -> dict[str, float]:
 
 
 def batched_replies() -> dict[str, float]:
-    """Thirty-two answers in one batch against one by one."""
+    """32 answers in one batch, against one by one."""
     from mmllm.evaluation.scenes import find_task
     from mmllm.inference.engine import Engine, Sampling
 
@@ -115,7 +115,7 @@ def batched_replies() -> dict[str, float]:
 
 
 def golden_answers() -> dict[str, float]:
-    """Loading a checkpoint against verifying its golden answers, prompts and pictures after that."""
+    """Loading a checkpoint, against verifying its golden prompts, pictures and answers."""
     from mmllm.checkpoint.folder import load_checkpoint
     from mmllm.checkpoint.golden import read_golden, verify_golden
 
@@ -140,22 +140,22 @@ BENCHES: dict[str, Callable[[], dict[str, float]]] = {
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the named measurements, or all; prints one line each."""
+    """Runs the named measurements, or all, and prints a line for each. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: all of {', '.join(BENCHES)}")
     parser.add_argument("--size", choices=SIZES, action="append", help="training: shapes of the model; may be repeated")
     parser.add_argument("--stage", choices=STAGES, action="append", help="training: default: all")
-    parser.add_argument("--quick", action="store_true", help="training, growth: whether they run at all")
+    parser.add_argument("--quick", action="store_true", help="training, growth: small shapes, to see that they run")
     if arguments[:1] == ["gpu"]:
         return gpu.main(arguments[1:])
-    given = parser.parse_args(arguments)
-    names = given.names
-    sizes = ["quick"] if given.quick else given.size or ["tiny", "large"]
-    options = {
-        "training": functools.partial(training, sizes, given.stage or tuple(STAGES)),
-        "growth": functools.partial(growth, is_quick=given.quick),
+    options = parser.parse_args(arguments)
+    names = options.names
+    sizes = ["quick"] if options.quick else options.size or ["tiny", "large"]
+    configured = {
+        "training": functools.partial(training, sizes, options.stage or tuple(STAGES)),
+        "growth": functools.partial(growth, is_quick=options.quick),
     }
-    benches = {**BENCHES, **options}
+    benches = {**BENCHES, **configured}
     if unknown := [name for name in names if name not in BENCHES]:
         print(f"error: no measurement {unknown[0]!r}; there are {', '.join(BENCHES)}", file=sys.stderr)
         return 2

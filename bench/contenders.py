@@ -1,8 +1,8 @@
-"""Trainers that take the same weights and data through the same number of steps, each in a process of its own.
+"""Trainers that train the same weights on the same data for the same number of steps, each in its own process.
 
-`python -m bench.contenders NAME STAGE FOLDER SIZE BLOCK` prints one JSON line behind each block of steps and waits for
-a line on its stdin, so that several can take turns; the last line is about the whole run. All: AdamW (0.9, 0.999), no
-weight decay, a constant rate, the norm of gradients clipped at 1, bf16 autocast, no worker processes.
+`python -m bench.contenders NAME STAGE FOLDER SIZE BLOCK` prints one JSON line after each block of steps and waits for
+a line on its stdin, so that several can take turns. The last line is about the whole run. All use AdamW (0.9, 0.999)
+without weight decay, a constant learning rate, gradients clipped at norm 1, bf16 autocast, and no worker processes.
 """
 
 from __future__ import annotations
@@ -11,9 +11,7 @@ import functools
 import importlib.util
 import itertools
 import json
-import resource
 import sys
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -21,99 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.workload import QUICK, SIZES, STAGES, Rows, Size, messages_of
+from bench.recorder import Recorder, time_data
+from bench.workload import QUICK, SIZES, STAGES, Rows, messages_of
 from mmllm.batch import IGNORE_INDEX
 
-NUM_PROBED = 8  # conversations whose loss every contender tells, before and after
-MIB = 2**20
-
-
-class Recorder:
-    """What each step took and saw. A contender tells of its batches as they are made, and of its steps as they end."""
-
-    def __init__(self, size: Size, block: int):
-        self.size, self.block = size, block
-        self.losses: list[float] = []
-        self.blocks: list[dict[str, float]] = []
-        self.supervised: list[int] = []  # of each batch
-        self.samples = self.slots = self.tokens = self.steps = 0
-        self.waited = 0.0
-        self.is_counting = False
-
-    def loaded(self) -> None:
-        """Weights and data are there. What memory is taken from now on is training's."""
-        self.before_mib = self._memory()
-
-    def ready(self) -> None:
-        """The next thing is the first step: waits for its turn."""
-        self.is_counting = True
-        self._turn({"ready": True})
-
-    def _memory(self) -> float:
-        """MiB that are resident now, or on the GPU."""
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-            return torch.cuda.memory_allocated() / MIB
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / MIB
-
-    def _peak(self) -> float:
-        if torch.cuda.is_available():
-            return torch.cuda.max_memory_allocated() / MIB
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-    def _turn(self, told: dict[str, Any]) -> None:
-        print(f"@{json.dumps(told)}", flush=True)
-        sys.stdin.readline()
-        self._clock = time.perf_counter(), time.process_time(), self.waited
-
-    def batch(self, attention_mask: Tensor, labels: Tensor, num_samples: int) -> None:
-        if not self.is_counting:
-            return
-        self.samples += num_samples
-        self.slots += attention_mask.numel()
-        self.tokens += int(attention_mask.sum())
-        self.supervised.append(int((labels[:, 1:] != IGNORE_INDEX).sum()))
-
-    def step(self, loss: float | None = None) -> None:
-        """The end of a step; `loss` is per supervised token."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.losses += [] if loss is None else [loss]
-        self.steps += 1
-        if self.steps % self.block:
-            return
-        began, began_cpu, waited = self._clock
-        cpu = 0.0 if torch.cuda.is_available() else time.process_time() - began_cpu
-        block = {"seconds": time.perf_counter() - began, "cpu_seconds": cpu, "waited": self.waited - waited}
-        self.blocks.append(block)
-        if self.steps == self.size.steps:
-            self.is_counting = False
-            self.peak_mib = self._peak() - self.before_mib
-        self._turn({"block": block})
-
-    def end(self, before: float, after: float) -> None:
-        named = ("losses", "blocks", "samples", "slots", "tokens", "supervised", "peak_mib", "before_mib")
-        print("@" + json.dumps({**{name: getattr(self, name) for name in named}, "before": before, "after": after}))
-
-
-def time_data(recorder: Recorder) -> None:
-    """Counts the seconds for which any of torch's data loaders is waited for."""
-    from torch.utils.data.dataloader import _BaseDataLoaderIter
-
-    original = _BaseDataLoaderIter.__next__
-
-    def next_timed(self: Any) -> Any:
-        begun = time.perf_counter()
-        try:
-            return original(self)
-        finally:
-            recorder.waited += time.perf_counter() - begun
-
-    _BaseDataLoaderIter.__next__ = next_timed  # type: ignore[method-assign]
+NUM_PROBED = 8  # conversations whose loss every contender reports, before and after training
 
 
 def ours(recorder: Recorder, folder: Path, stage_name: str) -> tuple[float, float]:
-    """The real stage and the loop's own step, with the settings that a user gets who gives none."""
+    """Our stage and our loop's own step, with default settings."""
     from mmllm.config import StageConfig
     from mmllm.distributed.ranks import build_accelerator
     from mmllm.stages.conversation import ConversationStage
@@ -164,7 +78,10 @@ def ours(recorder: Recorder, folder: Path, stage_name: str) -> tuple[float, floa
 
 
 def warm_up(probe: Callable[[], Tensor], parameters: Iterable[Tensor]) -> float:
-    """One backward whose gradients nobody uses, so that no first step pays for what is made once; gives the loss."""
+    """Runs forward and backward once and drops the gradients, so that no timed step pays for one-time work.
+
+    Returns the loss.
+    """
     loss = probe()
     loss.backward()
     for parameter in parameters:
@@ -173,7 +90,7 @@ def warm_up(probe: Callable[[], Tensor], parameters: Iterable[Tensor]) -> float:
 
 
 def load_llava(folder: Path, train: list[str]) -> tuple[Any, Any]:
-    """(model, processor), of the model what is trained as `train` says."""
+    """(model, processor); the parts named in `train` are trainable."""
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
     model = LlavaForConditionalGeneration.from_pretrained(folder / "llava", dtype=torch.float32)
@@ -188,7 +105,7 @@ def load_llava(folder: Path, train: list[str]) -> tuple[Any, Any]:
 
 
 def load_rows(folder: Path, stage_name: str) -> Any:
-    """The conversations as a `datasets.Dataset` of messages and pictures, with their lengths; or a list without it."""
+    """The conversations with messages, pictures and lengths: a `datasets.Dataset`, or a list without `datasets`."""
     size = json.loads((folder / "size.json").read_text())
     rows = json.loads((folder / f"{STAGES[stage_name][0]}.json").read_text())
     listed = [
@@ -208,7 +125,7 @@ def load_rows(folder: Path, stage_name: str) -> Any:
 
 
 def collator(processor: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-    """Pads to the longest; only what the assistant says, and that it ends there, is taught."""
+    """A collator that pads to the longest row. Labels are the assistant's words and their end tokens."""
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
         chats = []
@@ -230,14 +147,16 @@ def collator(processor: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]
             chats, tokenize=True, return_dict=True, return_tensors="pt", return_assistant_tokens_mask=True,
             processor_kwargs={"padding": True, "padding_side": "right"},
         )  # fmt: skip
-        taught = batch.pop("assistant_masks").bool() & batch["attention_mask"].bool()
-        batch["labels"] = batch["input_ids"].masked_fill(~taught, IGNORE_INDEX)
+        is_supervised = batch.pop("assistant_masks").bool() & batch["attention_mask"].bool()
+        batch["labels"] = batch["input_ids"].masked_fill(~is_supervised, IGNORE_INDEX)
         return dict(batch)
 
     return collate
 
 
 def recorded_collator(recorder: Recorder, collate: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """The collator, which also reports each batch to the recorder."""
+
     def recorded(rows: list[dict[str, Any]]) -> dict[str, Any]:
         batch = collate(rows)
         recorder.batch(batch["attention_mask"], batch["labels"], len(rows))
@@ -247,7 +166,7 @@ def recorded_collator(recorder: Recorder, collate: Callable[..., dict[str, Any]]
 
 
 def probe_llava(model: Any, collate: Callable[..., dict[str, Any]], rows: Any) -> Callable[[], Tensor]:
-    """Loss per supervised token of the first conversations, as transformers itself finds it."""
+    """Loss per supervised token of the first conversations, as transformers computes it."""
 
     def probe() -> Tensor:
         batch = collate([rows[number] for number in range(NUM_PROBED)])
@@ -270,7 +189,7 @@ def _trainer_options(recorder: Recorder, folder: Path, sampling: str) -> dict[st
 
 
 def group_as_if_large() -> None:
-    """Like lengths are looked for in 50 batches, as Trainer does with large data, and not in a quarter of a pass."""
+    """Makes Trainer group by length within 50 batches, as it does for large data, not within a quarter of a pass."""
     from transformers import trainer_pt_utils
 
     original = trainer_pt_utils.get_length_grouped_indices
@@ -281,13 +200,13 @@ def _callback(recorder: Recorder) -> Any:
     from transformers import TrainerCallback
 
     class Turns(TrainerCallback):  # type: ignore[misc]
-        def on_train_begin(self, *given: Any, **named: Any) -> None:
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
             recorder.ready()
 
-        def on_step_end(self, *given: Any, **named: Any) -> None:
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             recorder.step()
 
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **named: Any) -> None:
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             recorder.losses += [float(logs["loss"])] if "loss" in logs else []
 
     return Turns()
@@ -318,12 +237,12 @@ def _train(recorder: Recorder, trainer: Any, collate: Callable[..., dict[str, An
 
 
 def hf_trainer_grouped(recorder: Recorder, folder: Path, stage_name: str) -> tuple[float, float]:
-    """The same with examples of like length beside each other."""
+    """The same, with examples grouped by length."""
     return hf_trainer(recorder, folder, stage_name, "group_by_length")
 
 
 def trl_sft(recorder: Recorder, folder: Path, stage_name: str) -> tuple[float, float]:
-    """TRL's SFTTrainer with its own collator; only the assistant's words are taught; like lengths together."""
+    """TRL's SFTTrainer with its own collator: labels are the assistant's words, and examples are grouped by length."""
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
@@ -342,7 +261,7 @@ def trl_sft(recorder: Recorder, folder: Path, stage_name: str) -> tuple[float, f
 
 
 def plain_loop(recorder: Recorder, folder: Path, stage_name: str) -> tuple[float, float]:
-    """A loop as short as nanoVLM's: shuffled, padded to the longest, the logits of all rows, the whole tower."""
+    """A loop as short as nanoVLM's: shuffled, padded to the longest row, logits at all positions, the whole tower."""
     from torch.nn import functional
     from torch.utils.data import DataLoader
 

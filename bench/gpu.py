@@ -1,9 +1,9 @@
-"""What only a GPU shows: `python -m bench gpu [--smoke] [--minutes N] [--section NAME ...]`, a table in Markdown.
+"""What only a GPU shows: `python -m bench gpu [--smoke] [--minutes N] [--section NAME ...]`, tables in Markdown.
 
-Needs no network; `make gpu-wheels` brings along the packages of bench/gpu_packages.txt. Sections come in order of their
-worth. Each has a process of its own, so that none costs the others their memory or their result; what no longer fits
-into the time is left out, and said. `--smoke`, or a machine without CUDA, runs all of it in small shapes in this
-process, which shows that it runs and nothing about a GPU.
+Needs no network: `make gpu-wheels` downloads the packages of bench/gpu_packages.txt beforehand. The most valuable
+sections run first. Each section has its own process, so that it frees its memory and its failure stays its own. A
+section that does not fit into the remaining time is left out, and the table says so. `--smoke`, or a machine without
+CUDA, runs all sections in small shapes in this process: that shows that they run, and nothing about a GPU.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MINUTES = 8.0
-CLOSING_SECONDS = 10  # kept for what is written at the end
+CLOSING_SECONDS = 10  # reserved for writing the results
 
 
 @dataclass(frozen=True)
 class Section:
-    """`run(is_smoke)` prints its part of the table, row by row; `seconds` is what it needs on one H100 at least."""
+    """One part of the output, which `run(is_smoke)` prints row by row; it takes at least `seconds` on one H100."""
 
     title: str
     seconds: float
@@ -79,8 +79,8 @@ def _machine(is_smoke: bool) -> str:
     return f"On {device}, torch {torch.__version__}, transformers {transformers.__version__}{smoke}."
 
 
-def _in_own_process(name: str, seconds: float) -> str:
-    """What a section printed, to its end or until its time was over."""
+def _run_in_process(name: str, seconds: float) -> str:
+    """The output of a section, which is stopped after `seconds`."""
     with tempfile.TemporaryFile("w+") as printed, tempfile.TemporaryFile("w+") as errors:
         command = [sys.executable, "-m", "bench", "gpu", "--section", name]
         process = subprocess.Popen(command, stdout=printed, stderr=errors)
@@ -99,7 +99,10 @@ def _in_own_process(name: str, seconds: float) -> str:
 
 
 def gpu(*, is_smoke: bool = False, minutes: float = MINUTES, names: Sequence[str] = ()) -> int:
-    """Prints the table and writes it to bench/results/gpu.md; 1 where a section failed. Named sections run here."""
+    """Prints all sections and writes them to bench/results/gpu.md; returns 1 where one failed.
+
+    Sections in `names` run in this process instead, and are only printed.
+    """
     import torch
 
     begun, has_failed = time.monotonic(), False
@@ -108,10 +111,10 @@ def gpu(*, is_smoke: bool = False, minutes: float = MINUTES, names: Sequence[str
             SECTIONS[name].run(is_smoke)
         return 0
     if not torch.cuda.is_available() and not is_smoke:
-        print("There is no CUDA here: this runs the smoke form, in small shapes on the CPU.\n")
+        print("There is no CUDA here: this is the smoke run, in small shapes on the CPU.\n")
         is_smoke = True
-    told = [f"## On a GPU\n\n`python -m bench gpu`. {_machine(is_smoke)}\n"]
-    print(told[-1], flush=True)
+    report = [f"## On a GPU\n\n`python -m bench gpu`. {_machine(is_smoke)}\n"]
+    print(report[-1], flush=True)
     for name, section in SECTIONS.items():
         print(f"### {section.title}\n", flush=True)
         left = minutes * 60 - (time.monotonic() - begun) - CLOSING_SECONDS
@@ -121,22 +124,24 @@ def gpu(*, is_smoke: bool = False, minutes: float = MINUTES, names: Sequence[str
         if left < section.seconds:
             text = f"LEFT OUT: it needs about {section.seconds:.0f} s and {max(0, left):.0f} s are left.\n"
         else:
-            text = _in_own_process(name, left)
+            text = _run_in_process(name, left)
             has_failed |= "\nFAILED" in text
-        told.append(f"### {section.title}\n\n{text}")
+        report.append(f"### {section.title}\n\n{text}")
         print(text, flush=True)
     if not is_smoke:
         folder = Path("bench/results")
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "gpu.md").write_text("\n".join(told))
+        (folder / "gpu.md").write_text("\n".join(report))
     return int(has_failed)
 
 
 def main(arguments: Sequence[str]) -> int:
     """`python -m bench gpu ...`."""
     parser = argparse.ArgumentParser(prog="python -m bench gpu", description=__doc__)
-    parser.add_argument("--smoke", action="store_true", help="small shapes, on whatever there is")
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="all together; default: %(default)s")
-    parser.add_argument("--section", choices=SECTIONS, action="append", help="this one alone; may be repeated")
-    given = parser.parse_args(arguments)
-    return gpu(is_smoke=given.smoke, minutes=given.minutes, names=given.section or ())
+    parser.add_argument("--smoke", action="store_true", help="small shapes, on a GPU or a CPU")
+    parser.add_argument(
+        "--minutes", type=float, default=MINUTES, help="time for all sections together; default: %(default)s"
+    )
+    parser.add_argument("--section", choices=SECTIONS, action="append", help="only this section; may be repeated")
+    options = parser.parse_args(arguments)
+    return gpu(is_smoke=options.smoke, minutes=options.minutes, names=options.section or ())

@@ -1,6 +1,6 @@
-"""Speed and memory at the shapes of LLaVA-1.5-7B, beside what `mmllm plan` says, and of a small model beside others.
+"""Speed and memory at the shapes of LLaVA-1.5-7B, beside the forecast of `mmllm plan`; and a small model beside others.
 
-The LLM of 7B has a config, a tokenizer and no weights on the disk: they are drawn on the device, in seconds.
+The 7B LLM has a config and a tokenizer but no weights on disk: random ones are made on the device, in seconds.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from safetensors.torch import save_file
 
 from bench.gpu_losses import SMOKE, stage_settings
 from bench.gpu_steps import build_run
-from bench.training import OURS, differences, figures, measure, show
+from bench.training import OURS, differences, measure, metrics_of, show
 from bench.workload import QUICK, SIZES, Size, write_language_config, write_parts, write_workload
 
-STEPS = 3  # that are timed, behind one that is not
+STEPS = 3  # timed, after one that is not
 GIB = 2**30
-BYTES_WHOLE = 16  # of a parameter that is trained: itself, its gradient, two averages, in fp32
+BYTES_WHOLE = 16  # of a trained parameter in fp32: the weight, its gradient, AdamW's two moments
 ACTIVATION_SHARE = 0.12  # of the GPU's memory, for recomputed layers and logits
 BESIDE = ("ours", "Trainer", "plain loop")
 LORA = {"lora": {"rank": 64, "alpha": 128}, "dtype": "bf16", "batch_size": 8}
@@ -43,16 +43,16 @@ COLUMNS = ("run", "LLM's layers", "tokens/s", "samples/s", "MFU", "padding", "pe
 
 
 def fitting_layers(size: Size, memory_bytes: float) -> int:
-    """As many of the LLM's layers as can be trained whole, in fp32 with AdamW, on a device of this memory."""
-    of_layer = 4 * size.width**2 + 3 * size.width * size.llm["intermediate_size"]
+    """The number of LLM layers that can be trained whole, in fp32 with AdamW, on a device with this memory."""
+    layer_parameters = 4 * size.width**2 + 3 * size.width * size.llm["intermediate_size"]
     embedding = size.vocab_size * size.width
     left = memory_bytes * (1 - ACTIVATION_SHARE) - BYTES_WHOLE * embedding - 2 * GIB  # the tower, in fp32
-    return max(1, min(size.layers, int(left / (BYTES_WHOLE * of_layer))))
+    return max(1, min(size.layers, int(left / (BYTES_WHOLE * layer_parameters))))
 
 
 @contextlib.contextmanager
-def _drawn_on_device(device: str) -> Iterator[None]:
-    """LLMs of the folder's config get random weights, on the device, in the dtype that is asked for."""
+def _random_weights_on(device: str) -> Iterator[None]:
+    """LlamaForCausalLM.from_pretrained reads the config alone and makes random weights on the device."""
     from transformers import LlamaForCausalLM
 
     def draw(folder: str, *, dtype: torch.dtype, attn_implementation: str | None = None, **named: Any) -> Any:
@@ -76,7 +76,7 @@ def _release() -> None:
 
 
 def _timed(config: Any) -> tuple[dict[str, float], float, float]:
-    """(what the run's own counters say, peak bytes, seconds until the first step had been made)."""
+    """(throughput as the run counts it, peak bytes, seconds until the first step had ended)."""
     begun = time.perf_counter()
     run, data = build_run(config)
     run.stepper.step(0, data)
@@ -86,9 +86,9 @@ def _timed(config: Any) -> tuple[dict[str, float], float, float]:
     for step in range(1, STEPS + 1):
         run.stepper.step(step, data)
     _synchronize()
-    told = run.throughput.figures()
+    throughput = run.throughput.figures()
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    return told, float(peak), built
+    return throughput, float(peak), built
 
 
 def _synchronize() -> None:
@@ -97,7 +97,7 @@ def _synchronize() -> None:
 
 
 def large(name: str, is_smoke: bool) -> None:
-    """One run: what `mmllm plan` says of it, and then what its steps take."""
+    """One run: the forecast of `mmllm plan`, then the measured steps."""
     from mmllm.stages.plan import make_plan
 
     settings = RUNS[name]
@@ -107,25 +107,28 @@ def large(name: str, is_smoke: bool) -> None:
         memory = torch.cuda.get_device_properties(0).total_memory if device == "cuda" else 100 * GIB
         size = dataclasses.replace(size, layers=fitting_layers(size, memory))
     settings = {**settings, "steps": STEPS + 1, **({"batch_size": 2, "precision": "fp32"} if is_smoke else {})}
-    with tempfile.TemporaryDirectory() as place, _drawn_on_device(device):
+    with tempfile.TemporaryDirectory() as place, _random_weights_on(device):
         folder = Path(place)
         torch.manual_seed(0)
         write_parts(folder, size, num_rows=settings["batch_size"] * (STEPS + 2))
         write_language_config(folder / "language", size)
-        save_file({"drawn": torch.zeros(1)}, str(folder / "language" / "model.safetensors"))  # a folder must have some
+        save_file(
+            {"drawn": torch.zeros(1)}, str(folder / "language" / "model.safetensors")
+        )  # the folder must hold a weight file
         config = stage_settings(folder, "out", **settings)
         _release()
         plan = make_plan(config)
         _release()
-        told, peak, built = _timed(config)
+        throughput, peak, built = _timed(config)
         _release()
-    said = f"{plan.memory.total / GIB:.3g}" if plan.memory else "does not fit"
+    forecast = f"{plan.memory.total / GIB:.3g}" if plan.memory else "does not fit"
     measured = f"{peak / GIB:.3g}" if peak else "not measured: no CUDA"
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
     print(
         f"| {name} | {size.layers} of {(SMOKE if is_smoke else SIZES['7b']).layers} "
-        f"| {told['tokens_per_second']:.0f} | {told['samples_per_second']:.2f} | {told.get('mfu', 0):.1%} "
-        f"| {told['padding']:.1%} | {measured} | {said} | {built:.0f} |\n", flush=True,
+        f"| {throughput['tokens_per_second']:.0f} | {throughput['samples_per_second']:.2f} "
+        f"| {throughput.get('mfu', 0):.1%} | {throughput['padding']:.1%} | {measured} | {forecast} "
+        f"| {built:.0f} |\n", flush=True,
     )  # fmt: skip
 
 
@@ -136,8 +139,9 @@ def beside_others(is_smoke: bool) -> None:
         folder = Path(place)
         write_workload(folder, QUICK if is_smoke else SIZES[name])
         names = BESIDE[:1] if is_smoke else BESIDE
-        found = {one: figures(told) for one, told in measure(folder, name, "stage2", names=names).items()}
-    show(f"stage2, {name}", found)
-    if not differences(found) and len(found) > 1:
-        best = max(one["samples/s"] for other, one in found.items() if other != OURS)
-        print(f"\nOurs makes {found[OURS]['samples/s'] / best:.2f} times the samples of the best of the others.\n")
+        results = measure(folder, name, "stage2", names=names)
+    metrics = {contender: metrics_of(result) for contender, result in results.items()}
+    show(f"stage2, {name}", metrics)
+    if not differences(metrics) and len(metrics) > 1:
+        best = max(values["samples/s"] for contender, values in metrics.items() if contender != OURS)
+        print(f"\nOurs makes {metrics[OURS]['samples/s'] / best:.2f} times the samples of the best of the others.\n")

@@ -1,4 +1,4 @@
-"""Whether CUDA, its precisions, attentions, compiled layers and packed rows give the losses of the CPU."""
+"""Whether CUDA gives the losses of the CPU, in each precision, attention, with compiled layers and packed rows."""
 
 from __future__ import annotations
 
@@ -15,11 +15,16 @@ import torch
 from bench.workload import QUICK, write_checkpoint, write_language, write_parts
 
 NUM_EXAMPLES = 8
-BF16_LIMIT, FP32_LIMIT = 0.02, 1e-4  # of the loss and of the norm of its gradient, which fp32 sums in another order
-SHAPES = dataclasses.replace(QUICK, width=256, layers=4, heads=4, vocab_size=2048)  # heads of 64, as kernels want
+BF16_LIMIT, FP32_LIMIT = (
+    0.02,
+    1e-4,
+)  # relative, of the loss and of its gradient norm; in fp32 only the order of additions differs
+SHAPES = dataclasses.replace(
+    QUICK, width=256, layers=4, heads=4, vocab_size=2048
+)  # heads of 64, which the kernels need
 SMOKE = dataclasses.replace(QUICK, width=64, heads=1, tower_width=64, tower_layers=2, side_px=32, vocab_size=1024)
 
-# name: settings, and whether torch's flash kernel alone may compute attention
+# name: (settings, whether only torch's flash kernel may compute attention)
 VARIANTS: dict[str, tuple[dict[str, Any], bool]] = {
     "fp32, eager": ({"attention": "eager", "precision": "fp32"}, False),
     "fp32": ({"precision": "fp32"}, False),
@@ -35,12 +40,12 @@ VARIANTS: dict[str, tuple[dict[str, Any], bool]] = {
     "fp32, flex_attention": ({"attention": "flex_attention", "precision": "fp32"}, False),
     "bf16, flex_attention, packed": ({"attention": "flex_attention", "packing": "always"}, False),
 }
-SLOW_ON_CPU = ("compile", "flex_attention")  # they compile for minutes there
+SLOW_ON_CPU = ("compile", "flex_attention")  # these compile for minutes on a CPU
 IN_SMOKE = ("fp32, packed", "bf16, torch's flash kernel", "bf16, flash_attention_2", "bf16, compiled")
 
 
 def write_small(folder: Path, is_smoke: bool) -> None:
-    """A small tower and LLM, and conversations, of which every run here takes the first."""
+    """Writes a small tower, a small LLM and conversations, of which each run here takes the first."""
     size = SMOKE if is_smoke else SHAPES
     torch.manual_seed(0)
     write_parts(folder, size, num_rows=4 * NUM_EXAMPLES)
@@ -48,7 +53,7 @@ def write_small(folder: Path, is_smoke: bool) -> None:
 
 
 def stage_settings(folder: Path, out: str, **changes: Any) -> Any:
-    """Stage 2 on the workload in this folder, the LLM trained whole unless `lora` is among the changes."""
+    """The config of stage 2 on the workload in this folder. The LLM is trained whole unless `changes` has `lora`."""
     from mmllm.config import StageConfig
 
     train = changes.get("train", ["projector", "language"])
@@ -87,7 +92,7 @@ def _kernel(*, flash_only: bool) -> Iterator[None]:
 
 
 def loss_and_norm(config: Any, device: str, *, flash_only: bool = False) -> tuple[float, float]:
-    """The first examples' loss per supervised token, and the norm of its gradient, without an update."""
+    """(loss per supervised token of the first examples, norm of its gradient), without an update."""
     from mmllm.stages.registry import build_stage
 
     stage: Any = build_stage(config)
@@ -97,11 +102,11 @@ def loss_and_norm(config: Any, device: str, *, flash_only: bool = False) -> tupl
     with torch.autocast(device, torch.bfloat16, enabled=is_bf16), _kernel(flash_only=flash_only):
         loss = stage.module(batch) / batch.num_supervised
         loss.backward()
-    gradients = [one.grad for one in stage.model.parameters() if one.grad is not None]
+    gradients = [parameter.grad for parameter in stage.model.parameters() if parameter.grad is not None]
     return float(loss.detach()), float(torch.nn.utils.get_total_norm(gradients))
 
 
-def why_not(settings: dict[str, Any], device: str) -> str | None:
+def reason_to_skip(settings: dict[str, Any], device: str) -> str | None:
     """Why a variant cannot run on this machine; None where it can."""
     from transformers.utils import is_flash_attn_2_available
 
@@ -113,7 +118,7 @@ def why_not(settings: dict[str, Any], device: str) -> str | None:
 
 
 def losses(is_smoke: bool) -> None:
-    """A row for each variant; then the golden answers, which were given on the CPU."""
+    """Prints a row for each variant; then checks the golden answers, which were given on the CPU."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -125,7 +130,7 @@ def losses(is_smoke: bool) -> None:
         for variant, (settings, flash_only) in VARIANTS.items():
             if is_smoke and variant not in IN_SMOKE:
                 continue
-            if reason := why_not(settings, device):
+            if reason := reason_to_skip(settings, device):
                 print(f"| {variant} | left out: {reason} | | | | | |", flush=True)
                 continue
             begun = time.perf_counter()
@@ -142,7 +147,7 @@ def losses(is_smoke: bool) -> None:
 
 
 def golden(folder: Path, device: str) -> None:
-    """What `mmllm doctor` would say of a checkpoint whose answers were given on the CPU in fp32."""
+    """Checks a checkpoint whose golden answers were given on the CPU in fp32, as `mmllm doctor` does."""
     from mmllm.checkpoint.folder import load_checkpoint
     from mmllm.checkpoint.golden import verify_golden
 

@@ -1,4 +1,4 @@
-"""What one optimizer step does that a table of losses does not show: waits for the GPU, and products in fp32."""
+"""What happens within one optimizer step: waits for the GPU, and matrix products in fp32."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench.gpu_losses import NUM_EXAMPLES, stage_settings, write_small
 
 WAITS_SHOWN = 12
-# aten's matrix products and convolutions, and the attentions that are made of them; backward has the same or its own
+# aten's matrix products, convolutions and attentions; a leading `_` stands for every name that begins like it
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward", "_scaled_dot_product")
 RUNS: dict[str, dict[str, Any]] = {
     "stage 1": {"train": ["projector"], "mix": "captions"},
@@ -32,25 +32,25 @@ class ProductDtypes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.count: Counter[str] = Counter()
-        self.operations: Counter[str] = Counter()  # multiplied and added numbers of plain products
-        self.wide: Counter[str] = Counter()  # those in fp32, by name and shapes
+        self.operations: Counter[str] = Counter()  # FLOPs of plain products
+        self.wide: Counter[str] = Counter()  # products in fp32, by name and shapes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.__name__.split(".")[0]
-        if any(name == one or (one.startswith("_") and name.startswith(one)) for one in PRODUCTS):
-            tensors = [one for one in args if isinstance(one, torch.Tensor)]
+        if any(name == product or (product.startswith("_") and name.startswith(product)) for product in PRODUCTS):
+            tensors = [argument for argument in args if isinstance(argument, torch.Tensor)]
             operands = tensors[1:] if name in ("addmm", "baddbmm") else tensors
             dtype = str(operands[0].dtype).removeprefix("torch.")
             self.count[dtype] += 1
             if len(operands) == 2 and name != "convolution":
                 self.operations[dtype] += 2 * operands[0].numel() * operands[1].shape[-1]
             if dtype == "float32":
-                self.wide[f"{name} {' x '.join(str(list(one.shape)) for one in operands[:2])}"] += 1
+                self.wide[f"{name} {' x '.join(str(list(operand.shape)) for operand in operands[:2])}"] += 1
         return func(*args, **(kwargs or {}))
 
 
 def build_run(config: Any) -> tuple[Any, Iterator[Any]]:
-    """(a Run whose `step` can be called, its batches)."""
+    """(a Run that is ready for `step`, its batches)."""
     from accelerate.state import AcceleratorState
 
     from mmllm.distributed.ranks import build_accelerator
@@ -65,7 +65,7 @@ def build_run(config: Any) -> tuple[Any, Iterator[Any]]:
 
 
 def count_waits(run: Any, step: int, data: Iterator[Any]) -> Counter[str]:
-    """Where a step makes the host wait for the GPU, without having been asked to: file and line of each."""
+    """The implicit synchronisations of a step with the GPU: how often each file and line waits."""
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -74,14 +74,14 @@ def count_waits(run: Any, step: int, data: Iterator[Any]) -> Counter[str]:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return Counter(
-        f"{'/'.join(Path(one.filename).parts[-2:])}:{one.lineno}"
-        for one in caught
-        if "synchroniz" in str(one.message).lower()
+        f"{'/'.join(Path(warning.filename).parts[-2:])}:{warning.lineno}"
+        for warning in caught
+        if "synchroniz" in str(warning.message).lower()
     )
 
 
 def steps(is_smoke: bool) -> None:
-    """A row for each kind of run in bf16, and behind the table where the host waits and what is computed in fp32."""
+    """Prints a row for each kind of run in bf16; then where the host waits, and which products are in fp32."""
     notes = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -95,10 +95,10 @@ def steps(is_smoke: bool) -> None:
             waits = count_waits(run, 1, data) if torch.cuda.is_available() else None
             with ProductDtypes() as products:
                 run.stepper.step(2, data)
-            told = "not measured: no CUDA" if waits is None else str(sum(waits.values()))
+            num_waits = "not measured: no CUDA" if waits is None else str(sum(waits.values()))
             share = products.operations["float32"] / max(1, sum(products.operations.values()))
             print(
-                f"| {title} | {told} | {products.count['bfloat16']} | {products.count['float32']} | {share:.2%} |",
+                f"| {title} | {num_waits} | {products.count['bfloat16']} | {products.count['float32']} | {share:.2%} |",
                 flush=True,
             )
             if waits:

@@ -1,7 +1,7 @@
 """How training's speed and memory grow: `python -m bench growth`, plots in bench/plots/growth.png.
 
-The real stage and the loop's own step on the tiny shapes of bench/workload.py, stage 2, one thread. Samples a second by
-batch size, length, pictures per example and worker processes; peak memory by the number of rows.
+Our stage and our loop's step, on the tiny shapes of bench/workload.py, stage 2, one thread. The curves are samples a
+second by batch size, length, pictures per example and worker processes, and peak memory by the number of rows.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from typing import Any
 from bench.workload import NUM_PICTURES, QUICK, SIZES, WORDS, write_workload
 
 PLOT = Path("bench/plots/growth.png")
-ROUNDS, WARM_UP = 3, 1  # steps that are timed, and before them
+ROUNDS, WARM_UP = 3, 1  # timed steps, and steps before them
 BATCH, NUM_WORDS = 8, 100
 BATCHES, LENGTHS, PICTURES, WORKERS = (1, 2, 4, 8, 16, 32), (64, 128, 256, 512, 1024, 2048), (0, 1, 2, 4, 8), (0, 1, 2)
 ROWS = (1_000, 10_000, 100_000)
 
 
 def _write_rows(path: Path, count: int, *, num_words: int = NUM_WORDS, pictures: int = 1) -> Path:
-    """Conversations of one turn, all of the same length. A word is a token."""
-    said = " ".join(WORDS[number % len(WORDS)] for number in range(num_words))
+    """Writes conversations of one turn, all of the same length. A word is one token."""
+    answer = " ".join(WORDS[number % len(WORDS)] for number in range(num_words))
     rows = []
     for number in range(count):
         names = [f"{(number + other) % NUM_PICTURES}.jpg" for other in range(pictures)]
-        asked = "<image>\n" * pictures + "what is it?"
-        turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": said}]
+        question = "<image>\n" * pictures + "what is it?"
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
         rows.append({"id": str(number), "conversations": turns} | ({"image": names} if pictures else {}))
     path.write_text(json.dumps(rows))
     return path
 
 
 def _run(folder: Path, rows: Path, *, batch: int = BATCH, workers: int = 0, steps: int = WARM_UP + ROUNDS) -> Any:
-    """The loop around a stage on these rows, as `mmllm train` builds it."""
+    """The run on these rows that `mmllm train` would build."""
     from mmllm.config import StageConfig
     from mmllm.distributed.ranks import build_accelerator
     from mmllm.stages.registry import build_stage
@@ -67,20 +67,20 @@ def _speed(
     pictures: int = 1,
     by_clock: bool = False,
 ) -> float:
-    """Samples a second: by the median CPU second, or by the clock where other processes work too."""
+    """Samples a second: of CPU time, or with `by_clock` of wall time, where worker processes take part. Median step."""
     rows = _write_rows(folder / "grown.json", batch * 2, num_words=words, pictures=pictures)
     run = _run(folder, rows, batch=batch, workers=workers)
     clock = time.perf_counter if by_clock else time.process_time
-    data, taken = run.batches.start(0), []
+    data, seconds = run.batches.start(0), []
     for step in range(WARM_UP + ROUNDS):
         begun = clock()
         run.stepper.step(step, data)
-        taken.append(clock() - begun)
-    return batch / statistics.median(taken[WARM_UP:])
+        seconds.append(clock() - begun)
+    return batch / statistics.median(seconds[WARM_UP:])
 
 
 def _peak(folder: Path, rows: Path) -> float:
-    """MiB above what imports take, in a process of its own."""
+    """Peak MiB of a run above that of its imports, measured in a fresh process."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-m", __name__, str(folder), str(rows)], env=environment, check=True,
                           capture_output=True, text=True)  # fmt: skip
@@ -88,16 +88,16 @@ def _peak(folder: Path, rows: Path) -> float:
 
 
 def growth(*, is_quick: bool = False) -> dict[str, float]:
-    """Writes the plots and bench/results/growth.json."""
+    """Measures all curves; writes the plots and bench/results/growth.json."""
     import torch
 
     torch.set_num_threads(1)
-    cut = 2 if is_quick else None
+    num_values = 2 if is_quick else None
     curves: dict[str, dict[int, float]] = {}
 
     def grow(what: str, values: Sequence[int], measure: Callable[[int], float]) -> None:
         curves[what] = {}
-        for value in values[:cut]:
+        for value in values[:num_values]:
             curves[what][value] = measure(value)
             print(f"{what}, {value}: {curves[what][value]:.1f}", flush=True)
 
@@ -139,13 +139,13 @@ def _plot(curves: dict[str, dict[int, float]]) -> None:
 
 
 def _most_resident_kib() -> int:
-    """Of this program: `ru_maxrss` would begin with what the process that started it had."""
+    """The peak of this process. (`ru_maxrss` would include that of the process that started it.)"""
     status = Path("/proc/self/status").read_text()
     return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
 
 
 def _main(folder: str, rows: str) -> None:
-
+    """Prints the peak MiB of a run above that of its imports."""
     before = _most_resident_kib()
     run = _run(Path(folder), Path(rows))
     data = run.batches.start(0)

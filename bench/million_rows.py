@@ -1,6 +1,6 @@
-"""A JSON list of a million rows read whole against read lazily: seconds until the last row is there, peak memory.
+"""A JSON list of a million rows, read whole and read lazily: seconds until the last row is read, and peak memory.
 
-`python -m bench million_rows`; every way runs in a process of its own, since memory once taken is not given back.
+`python -m bench million_rows`. Each way runs in its own process, since a process does not give memory back.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ NUM_ROWS = 1_000_000
 
 
 def _write(path: Path) -> None:
-    """Rows as LLaVA's, about 400 bytes each, without pictures, so that none has to be looked for."""
+    """Writes rows in LLaVA's format, about 400 bytes each, without pictures, so that no picture file is needed."""
     with path.open("w") as file:
         file.write("[")
         for number in range(NUM_ROWS):
@@ -43,7 +43,7 @@ def _lazily(path: Path) -> None:
 
 
 def _checked(path: Path) -> None:
-    """Every row is parsed and made an example, as a run does before it starts, but for its tokens."""
+    """Turns every row into an example, as a run does before it starts, but counts no tokens."""
     from mmllm.config import SourceConfig
     from mmllm.data.check import inspect_sources
     from mmllm.data.inspection import RowRules
@@ -53,7 +53,7 @@ def _checked(path: Path) -> None:
 
 
 def _imported(path: Path) -> None:
-    """What `_checked` imports, torch above all, without any row."""
+    """Imports what `_checked` imports, mostly torch, and reads no row."""
     import mmllm.data.check  # noqa: F401
 
 
@@ -68,23 +68,23 @@ def _measure(way: str, path: Path) -> tuple[float, float]:
 
 
 def million_rows() -> dict[str, float]:
-    """`json.load` against the index, and the pass over all rows that a run makes."""
+    """`json.load` against the index, and the check of all rows that a run makes."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.json"
         _write(path)
         size = path.stat().st_size / 2**20
-        found = {way: _measure(way, path) for way in WAYS}
+        results = {way: _measure(way, path) for way in WAYS}
     return {
         "file MiB": size,
-        **{f"{way} s": seconds for way, (seconds, _) in found.items()},
-        **{f"{way} MiB": mebibytes for way, (_, mebibytes) in found.items()},
-        "ratio of memory": found["whole"][1] / found["lazily"][1],
-        "ratio of time": found["whole"][0] / found["lazily"][0],
+        **{f"{way} s": seconds for way, (seconds, _) in results.items()},
+        **{f"{way} MiB": mebibytes for way, (_, mebibytes) in results.items()},
+        "ratio of memory": results["whole"][1] / results["lazily"][1],
+        "ratio of time": results["whole"][0] / results["lazily"][0],
     }
 
 
 if __name__ == "__main__":
     begun = time.perf_counter()
     WAYS[sys.argv[1]](Path(sys.argv[2]))
-    taken = time.perf_counter() - begun
-    print(taken, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    seconds = time.perf_counter() - begun
+    print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)

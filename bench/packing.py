@@ -1,7 +1,7 @@
-"""Training steps with `data.packing` never, always and auto, with and without batches of like lengths, in turn.
+"""Training steps with `data.packing` never, always and auto, each with and without grouping by length.
 
-`python -m bench packing`: the real stage on drawn data and a fresh LLM (3M parameters, 256 wide) with the embedded
-vision tower (16 image tokens), in seconds of CPU time of one thread. Conversations are those of bench/workload.py.
+`python -m bench packing`: our stage with the embedded vision tower (16 image tokens) and a fresh LLM (3M parameters,
+256 wide), on the conversations of bench/workload.py and pictures of noise. Times are CPU seconds of one thread.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PACKINGS = ("never", "auto", "always")
 
 
 def _write_language(folder: Path, attention: str) -> None:
-    """A Llama of random weights with the embedded tokenizer."""
+    """Writes a Llama with random weights and the embedded tokenizer."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -51,7 +51,7 @@ def _write_data(folder: Path) -> None:
 
 
 def _stage(folder: Path, mix: str, attention: str) -> Any:
-    """Instructions train projector and LLM, captions the projector."""
+    """A stage that trains projector and LLM on instructions, or the projector on captions."""
     from mmllm.config import StageConfig
     from mmllm.stages.conversation import ConversationStage
 
@@ -80,7 +80,7 @@ def _stage(folder: Path, mix: str, attention: str) -> Any:
 
 
 class _Way:
-    """One setting of packing and grouping: its micro-batches, and a step of training on them."""
+    """One setting of packing and grouping, and what was measured with it."""
 
     def __init__(self, stage: Any, packing: str, *, is_grouped: bool):
         from mmllm.batching.packed_rows import Packer
@@ -97,7 +97,7 @@ class _Way:
         return self.stage.sampler(self.examples)
 
     def run(self, first: int) -> None:
-        """Some steps, data and backward included."""
+        """Times STEPS steps with their data, forward and backward, but without updates."""
         import torch
 
         order = self._order()
@@ -114,7 +114,7 @@ class _Way:
             self.stage.model.zero_grad()
         self.seconds.append(time.process_time() - begun)
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         steps = STEPS * len(self.seconds)
         return {
             "samples a second": self.examples * STEPS / statistics.median(self.seconds),
@@ -124,11 +124,11 @@ class _Way:
 
 
 def packing() -> dict[str, float]:
-    """Samples a second of each way as ratios to `never` with batches of like lengths, which is the default without."""
+    """Samples a second of each setting, as a ratio to `never` with grouping by length, the default without packing."""
     import torch
 
     torch.set_num_threads(1)
-    found: dict[str, float] = {}
+    ratios: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _write_data(folder)
@@ -148,11 +148,11 @@ def packing() -> dict[str, float]:
                 for number in range(ROUNDS):
                     for way in ways.values():
                         way.run(number * STEPS)
-                base = ways["never", True].figures()["samples a second"]
+                base = ways["never", True].metrics()["samples a second"]
                 for (packing, grouped), way in ways.items():
-                    figures = way.figures()
+                    metrics = way.metrics()
                     what = f"{attention} {mix} {'grouped' if grouped else 'shuffled'} {packing}"
-                    found[f"{what} ratio"] = figures["samples a second"] / base
-                    shown = "  ".join(f"{key} {value:.2f}" for key, value in figures.items())
-                    print(f"{what}: {shown}  ratio {found[f'{what} ratio']:.2f}", flush=True)
-    return found
+                    ratios[f"{what} ratio"] = metrics["samples a second"] / base
+                    shown = "  ".join(f"{key} {value:.2f}" for key, value in metrics.items())
+                    print(f"{what}: {shown}  ratio {ratios[f'{what} ratio']:.2f}", flush=True)
+    return ratios

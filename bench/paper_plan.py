@@ -1,8 +1,8 @@
-"""The plan on paper of docs/scale.md: `python -m bench.paper_plan` prints its tables from what is counted and measured.
+"""The tables of docs/scale.md, a plan on paper: `python -m bench.paper_plan` prints them.
 
-Counted from LLaVA-1.5-7B's config, on no memory: FLOPs of a pair (mmllm/runs/flops.py) and bytes of its features.
-Measured here: reading and transforming a JPEG, and reading a cached row. Assumed, and said so: the share of a GPU's
-peak that training reaches, and prices.
+Counted from LLaVA-1.5-7B's config, without its weights: FLOPs of a pair (mmllm/runs/flops.py) and bytes of its
+features. Measured here: reading and transforming a JPEG, and reading a cached row. Assumed: the share of a GPU's peak
+that training reaches, and prices.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-PEAK, MFU = 989e12, 0.40  # H100/H200, dense bf16; the best published of such models: 40% (lmms-engine), 29% LLaVA's own
-PRICE = 2.5  # dollars for an hour of one GPU
-STORE_PRICE = 0.02  # dollars for a GB and month of object storage
+PEAK, MFU = 989e12, 0.40  # H100/H200, dense bf16; published MFU of such models: 40% (lmms-engine), 29% (LLaVA)
+PRICE = 2.5  # dollars per hour of one GPU
+STORE_PRICE = 0.02  # dollars per GB and month of object storage
 JPEG_BYTES = 100e3  # of a picture, 640x480 at quality 90
 GPUS = (1, 8, 64, 512)
 PAIRS = {"1M": 1e6, "100M": 1e8, "1B": 1e9}
 CAPTION_TOKENS, ANSWER_TOKENS, PROMPT_TOKENS = 24, 160, 90  # of a pair in stage 1; of a conversation in stage 2
-STATE_BYTES = 12  # of a trained parameter: fp32 weight and AdamW's two numbers
+STATE_BYTES = 12  # of a trained parameter: fp32 weight and AdamW's two moments
 
 
 def build_model(trained: tuple[str, ...]) -> Any:
-    """LLaVA-1.5-7B without memory: CLIP ViT-L/14-336, two-layer MLP, Llama of 7B."""
+    """LLaVA-1.5-7B on the meta device: CLIP ViT-L/14-336, two-layer MLP, Llama of 7B."""
     import open_clip
     import torch
     from transformers import LlamaConfig
@@ -50,7 +50,7 @@ def build_model(trained: tuple[str, ...]) -> Any:
 
 
 def flops_of(trained: tuple[str, ...], prompt: int, answer: int, *, cached: bool) -> float:
-    """Forward and backward of one pair with its 576 image tokens."""
+    """FLOPs of forward and backward for one pair with its 576 image tokens."""
     import torch
 
     from mmllm.batch import IGNORE_INDEX, Batch
@@ -67,7 +67,7 @@ def flops_of(trained: tuple[str, ...], prompt: int, answer: int, *, cached: bool
 
 
 def seconds_per_picture() -> float:
-    """Of one core: a JPEG of 640x480 read, decoded and transformed as CLIP does. The median of 30."""
+    """Seconds of one core to read, decode and transform a JPEG of 640x480 as CLIP does; the median of 30."""
     import numpy as np
     from PIL import Image
 
@@ -81,19 +81,19 @@ def seconds_per_picture() -> float:
     processor.image_processor.size = {"height": 336, "width": 336}
     noise = np.random.default_rng(0).integers(0, 255, (60, 80, 3), np.uint8)
     picture = Image.fromarray(noise).resize((640, 480), Image.Resampling.BICUBIC)
-    taken = []
+    seconds = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.jpg"
         picture.save(path, quality=90)
         for _ in range(33):
             begun = time.perf_counter()
             processor.load_pixels([str(path)])
-            taken.append(time.perf_counter() - begun)
-    return statistics.median(taken[3:])
+            seconds.append(time.perf_counter() - begun)
+    return statistics.median(seconds[3:])
 
 
 def megabytes_per_second() -> float:
-    """Of one core: rows of cached features (1.2 MB each) out of the page cache, as a step takes them."""
+    """MB a second of one core that reads rows of cached features (1.2 MB each) from the page cache, as a step does."""
     import numpy as np
 
     rows = np.zeros((256, 576, 1024), np.int16)
@@ -123,6 +123,7 @@ def _bytes(count: float) -> str:
 
 
 def time_table(title: str, flops: float) -> None:
+    """Prints training times and costs for a pair of this many FLOPs."""
     print(f"\n{title}: {flops / 1e12:.1f} TFLOP a pair, {PEAK * MFU / flops:.0f} pairs/s a GPU\n")
     print("| pairs | " + " | ".join(f"{gpus} GPU{'s' if gpus > 1 else ''}" for gpus in GPUS) + " | cost |")
     print("|---|" + "---|" * (len(GPUS) + 1))
@@ -132,6 +133,7 @@ def time_table(title: str, flops: float) -> None:
 
 
 def main() -> None:
+    """Prints all tables."""
     stage1 = flops_of(("projector",), 4, CAPTION_TOKENS, cached=False)
     warm = flops_of(("projector",), 4, CAPTION_TOKENS, cached=True)
     stage2 = flops_of(("projector", "language_model"), PROMPT_TOKENS, ANSWER_TOKENS, cached=False)

@@ -1,11 +1,12 @@
-"""Our trainer beside what people would use instead: `python -m bench training [--size tiny|large|7b] [--quick]`.
+"""Our trainer beside its alternatives: `python -m bench training [--size tiny|large|7b] [--quick]`.
 
-Same weights, conversations, optimizer and precision, one thread; every contender sees each conversation once. Each has
-a process of its own. They take turns after every few steps where the machine has memory for all of them, or else one
-after the other. bench/contenders.py has the contenders, bench/workload.py what they are given.
+All contenders have the same weights, conversations, optimizer and precision, one thread, and see each conversation
+once. Each has its own process. Small ones take turns after every few steps; large ones, for which memory is too small
+together, run one after the other. The contenders are in bench/contenders.py, their weights and data in
+bench/workload.py.
 
-A result counts only if all contenders have the same loss before training (SAME_LOSS), the same number of supervised
-tokens, and about the same mean loss over the run (SAME_CURVE; orders of examples differ).
+A result is valid only if all contenders have the same loss before training (SAME_LOSS), the same number of supervised
+tokens, and about the same mean loss over the run (SAME_CURVE: their orders of examples differ).
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from typing import Any
 from bench.contenders import CONTENDERS
 from bench.workload import QUICK, SIZES, STAGES, write_workload
 
-SAME_LOSS, SAME_CURVE = 0.002, 0.05  # of the loss
+SAME_LOSS, SAME_CURVE = 0.002, 0.05  # relative differences of losses
 OURS = "ours"
-SPEED = "samples per CPU second"  # with one thread that of an idle machine, on a busy one too; on a GPU by the clock
+SPEED = "samples per CPU second"  # does not depend on other load of the machine; on a GPU wall time
 NUM_BLOCKS = 3
 COLUMNS = (
     "samples/s", "of a CPU second", "ratio", "memory", "peak MiB", "padding", "data wait", "mean loss", "last loss",
@@ -32,16 +33,16 @@ COLUMNS = (
 
 
 class _Worker:
-    """One contender's process, which runs while it is asked to and sleeps between."""
+    """The process of one contender, which runs in its turns and waits between them."""
 
     def __init__(self, name: str, stage: str, folder: Path, size: str, *, block: int, threads: int):
         self.name, self.errors = name, folder / f"{name.replace(' ', '-')}.txt"
-        given = [name, stage, str(folder), size, str(block)]
+        arguments = [name, stage, str(folder), size, str(block)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1",
                        "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
         with self.errors.open("w") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "bench.contenders", *given],
+                [sys.executable, "-m", "bench.contenders", *arguments],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment,
             )  # fmt: skip
         self.read()
@@ -55,6 +56,7 @@ class _Worker:
         raise RuntimeError(f"{self.name} died:\n{self.errors.read_text()[-2000:]}")
 
     def turn(self) -> dict[str, Any]:
+        """Lets the contender run its next block of steps; returns its message."""
         assert self.process.stdin
         self.process.stdin.write("\n")
         self.process.stdin.flush()
@@ -64,56 +66,56 @@ class _Worker:
 def measure(
     folder: Path, size_name: str, stage: str, *, threads: int = 1, names: Sequence[str] = tuple(CONTENDERS)
 ) -> dict[str, dict[str, Any]]:
-    """What each contender's last line says. `folder` holds the workload."""
+    """The last message of each contender. `folder` holds the workload."""
     size = QUICK if size_name == "quick" else SIZES[size_name]
     block = size.steps // NUM_BLOCKS if size.is_small else size.steps
     options: dict[str, Any] = {"block": block, "threads": threads}
-    found: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
     workers: list[_Worker] = []
     for name in names:
         workers.append(_Worker(name, stage, folder, size_name, **options))
         if not size.is_small:
-            found[name] = _run(workers, size.steps // block)[name]
+            results[name] = _run(workers, size.steps // block)[name]
             workers.clear()
-    return {**found, **_run(workers, size.steps // block)}
+    return {**results, **_run(workers, size.steps // block)}
 
 
 def _run(workers: list[_Worker], num_blocks: int) -> dict[str, dict[str, Any]]:
-    """All to their end, taking turns."""
+    """Runs all workers to their end, in turns; returns the last message of each."""
     for _ in range(num_blocks):
         for worker in workers:
             worker.turn()
-    found = {}
+    results = {}
     for worker in workers:
-        found[worker.name] = worker.turn()
+        results[worker.name] = worker.turn()
         worker.process.wait()
-    return found
+    return results
 
 
-def figures(told: dict[str, Any]) -> dict[str, Any]:
-    """What is compared, of one contender."""
-    seconds = sum(block["seconds"] for block in told["blocks"])
-    losses = told["losses"]
+def metrics_of(result: dict[str, Any]) -> dict[str, Any]:
+    """The metrics of one contender, from its last message."""
+    seconds = sum(block["seconds"] for block in result["blocks"])
+    losses = result["losses"]
     return {
-        "samples/s": told["samples"] / seconds,
-        SPEED: told["samples"] / (sum(block["cpu_seconds"] for block in told["blocks"]) or seconds),
-        "peak MiB": told["peak_mib"],
-        "padding": 1 - told["tokens"] / told["slots"],
-        "data wait": sum(block["waited"] for block in told["blocks"]) / seconds,
+        "samples/s": result["samples"] / seconds,
+        SPEED: result["samples"] / (sum(block["cpu_seconds"] for block in result["blocks"]) or seconds),
+        "peak MiB": result["peak_mib"],
+        "padding": 1 - result["tokens"] / result["slots"],
+        "data wait": sum(block["waited"] for block in result["blocks"]) / seconds,
         "mean loss": sum(losses) / len(losses),
-        "first loss": told["before"],
-        "last loss": told["after"],
-        "samples": told["samples"],
-        "supervised": sum(told["supervised"]),
+        "first loss": result["before"],
+        "last loss": result["after"],
+        "samples": result["samples"],
+        "supervised": sum(result["supervised"]),
         "losses": losses,
-        "blocks": told["blocks"],
+        "blocks": result["blocks"],
     }
 
 
-def differences(found: dict[str, dict[str, Any]]) -> list[str]:
-    """Why the contenders have not done the same; none: they have."""
-    ours, wrong = found[OURS], []
-    for name, other in found.items():
+def differences(metrics: dict[str, dict[str, Any]]) -> list[str]:
+    """Why the contenders' work differs; empty where it is the same. `metrics` is by contender."""
+    ours, wrong = metrics[OURS], []
+    for name, other in metrics.items():
         wrong += [
             f"{name}: {what} {other[what]} against {ours[what]}"
             for what in ("samples", "supervised")
@@ -127,39 +129,42 @@ def differences(found: dict[str, dict[str, Any]]) -> list[str]:
     return wrong
 
 
-def show(title: str, found: dict[str, dict[str, Any]]) -> None:
-    """A table as bench/RESULTS.md has it; `ratio` is ours to theirs in SPEED, `memory` in peak memory."""
-    ours = found[OURS]
+def show(title: str, metrics: dict[str, dict[str, Any]]) -> None:
+    """Prints a table for bench/RESULTS.md; `ratio` is ours to theirs in SPEED, `memory` in peak memory."""
+    ours = metrics[OURS]
     print(f"\n{title}\n\n| contender | {' | '.join(COLUMNS)} |\n|{'---|' * (len(COLUMNS) + 1)}")
-    for name, own in found.items():
-        ratios = ours[SPEED] / own[SPEED], ours["peak MiB"] / own["peak MiB"]
-        values = (own["samples/s"], own[SPEED], *ratios, own["peak MiB"], *(own[what] for what in COLUMNS[5:]))
+    for name, row in metrics.items():
+        ratios = ours[SPEED] / row[SPEED], ours["peak MiB"] / row["peak MiB"]
+        values = (row["samples/s"], row[SPEED], *ratios, row["peak MiB"], *(row[what] for what in COLUMNS[5:]))
         print(f"| {name} | " + " | ".join(f"{value:.{0 if value > 99 else 2}f}" for value in values) + " |")
-    wrong = differences(found)
+    wrong = differences(metrics)
     print("\nsame work: " + ("; ".join(["NO, invalid", *wrong]) if wrong else "yes"), flush=True)
 
 
 def training(sizes: Sequence[str] = ("tiny", "large"), stages: Sequence[str] = tuple(STAGES)) -> dict[str, float]:
     """Ratios of ours to the best of the others, in samples a second and peak memory.
 
-    On a GPU the processes are on it together, or one after the other, as on the CPU; `7b` needs one.
+    The size `7b` needs a GPU.
     """
     ratios: dict[str, float] = {}
-    results = Path("bench/results")
-    results.mkdir(parents=True, exist_ok=True)
+    folder_of_results = Path("bench/results")
+    folder_of_results.mkdir(parents=True, exist_ok=True)
     for size in sizes:
         shapes = QUICK if size == "quick" else SIZES[size]
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             write_workload(folder, shapes)
             for stage in stages:
-                found = {one: figures(told) for one, told in measure(folder, size, stage).items()}
-                show(f"{stage}, {size}", found)
-                record = {"size": vars(shapes), "invalid": differences(found), "contenders": found}
-                (results / f"training-{size}-{stage.replace(' ', '-')}.json").write_text(json.dumps(record, indent=1))
-                others = [own for one, own in found.items() if one != OURS]
-                best = max(own[SPEED] for own in others)
-                least = min(own["peak MiB"] for own in others)
-                ratios[f"{size} {stage} ratio of samples/s"] = found[OURS][SPEED] / best
-                ratios[f"{size} {stage} ratio of memory"] = found[OURS]["peak MiB"] / least
+                results = measure(folder, size, stage)
+                metrics = {contender: metrics_of(result) for contender, result in results.items()}
+                show(f"{stage}, {size}", metrics)
+                record = {"size": vars(shapes), "invalid": differences(metrics), "contenders": metrics}
+                (folder_of_results / f"training-{size}-{stage.replace(' ', '-')}.json").write_text(
+                    json.dumps(record, indent=1)
+                )
+                others = [row for contender, row in metrics.items() if contender != OURS]
+                best = max(row[SPEED] for row in others)
+                least = min(row["peak MiB"] for row in others)
+                ratios[f"{size} {stage} ratio of samples/s"] = metrics[OURS][SPEED] / best
+                ratios[f"{size} {stage} ratio of memory"] = metrics[OURS]["peak MiB"] / least
     return ratios

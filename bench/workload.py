@@ -1,10 +1,10 @@
-"""Models, pictures and conversations that several trainers are measured on, seeded, in a folder of their own.
+"""The models, pictures and conversations on which trainers are measured, seeded, in one folder.
 
 vision/ language/    random weights: open_clip's CLIP, transformers' Llama with the embedded tokenizer
-checkpoint/          both behind a fresh projector, as `mmllm train` starts from
-llava/               the same weights as transformers' Llava, as `mmllm export hf` writes them, with the layer of the
-                     encoder that nobody reads, as published Llava checkpoints have it
-MIX.json, NN.jpg     conversations as LLaVA's
+checkpoint/          both with a fresh projector, from which `mmllm train` starts
+llava/               the same weights as transformers' Llava, written by `mmllm export hf`; added is the encoder's last
+                     layer, which is not read but which published Llava checkpoints have
+MIX.json, NN.jpg     conversations in LLaVA's format, and their pictures
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-VOCAB_SIZE = 16384  # the tokenizer uses few of them; the head and its logits have all
+VOCAB_SIZE = 16384  # the tokenizer uses few of these ids; the head and its logits have all
 SIDE_PX, PATCH_PX = 112, 8  # 196 image tokens: a third of LLaVA-1.5's 576, as LENGTH_SCALE is of its text
 LENGTH_SCALE = 1 / 3
 NUM_PICTURES = 48
-PICTURE_WIDTH_PX = 640  # COCO's, of which most of LLaVA's pictures are
+PICTURE_WIDTH_PX = 640  # as in COCO, from which most of LLaVA's pictures are
 WORDS = ("red", "circle", "above", "small", "square", "left", "of", "the", "large", "blue", "ring", "below", "green")
 
 
 @dataclass(frozen=True)
 class Size:
-    """Shapes of LLM and tower, and how much of it is trained on in one measurement."""
+    """Shapes of LLM and tower, and the amount of training in one measurement."""
 
     width: int
     layers: int
@@ -39,9 +39,9 @@ class Size:
     patch_px: int = PATCH_PX
     vocab_size: int = VOCAB_SIZE
     length_scale: float = LENGTH_SCALE
-    rate: float = 3e-4  # orders differ, and where the loss falls steeply so do curves
-    is_small: bool = True  # all contenders fit into memory beside each other
-    kv_heads: int | None = None  # of keys and values, where there are fewer than heads
+    rate: float = 3e-4  # learning rate; at higher ones the order of examples changes the curve more
+    is_small: bool = True  # all contenders fit into memory together
+    kv_heads: int | None = None  # heads of keys and values; None: as many as `heads`
 
     @property
     def llm(self) -> dict[str, Any]:
@@ -66,15 +66,15 @@ SIZES = {
                   rate=3e-5, is_small=False),
     "7b": Size(width=4096, layers=32, heads=32, tower_width=1024, tower_layers=24, batch_size=16, steps=24,
                side_px=336, patch_px=14, vocab_size=32064, length_scale=1, rate=2e-5, is_small=False),
-    # SmolLM2-135M behind CLIP-L: https://huggingface.co/HuggingFaceTB/SmolLM2-135M/blob/main/config.json
+    # SmolLM2-135M with CLIP-L: https://huggingface.co/HuggingFaceTB/SmolLM2-135M/blob/main/config.json
     "smollm": Size(width=576, layers=30, heads=9, kv_heads=3, tower_width=1024, tower_layers=24, batch_size=16,
                    steps=12, side_px=336, patch_px=14, vocab_size=49152, length_scale=1, rate=2e-5, is_small=False),
 }  # fmt: skip
 QUICK = Size(width=128, layers=2, heads=2, tower_width=128, tower_layers=3, batch_size=4, steps=6, side_px=64)
 
-# What LLaVA-1.5's 665k rows are made of: rows in thousands (https://arxiv.org/abs/2310.03744, table 7), fewest and most
-# turns, and tokens of a question and of an answer. Counts are published; turns and tokens are our estimates from the
-# kinds of question, and nobody's count.
+# The sources of LLaVA-1.5's 665k rows: rows in thousands (https://arxiv.org/abs/2310.03744, table 7), then ranges of
+# turns, of tokens of a question, and of tokens of an answer. The numbers of rows are published; the ranges are our
+# estimates from the kinds of question.
 SOURCES = (
     (58, (3, 5), (8, 16), (15, 60)),  # LLaVA-Instruct, conversation
     (23, (1, 1), (8, 14), (80, 150)),  # detail
@@ -87,7 +87,7 @@ SOURCES = (
 TEXT_ALONE = ((2, 4), (20, 100), (100, 380))  # ShareGPT, cut to 2048 tokens
 TEXT_SHARE = 1 / 6  # of rows; it is 1/16 in LLaVA-1.5's own
 
-# What is trained on which lengths, and whether the tower's features are on the disk already (for ours alone).
+# (mix of conversations, trained parts, whether our trainer finds the tower's features cached on disk)
 STAGES = {
     "stage2": ("instructions", ["projector", "language"], False),
     "stage1": ("captions", ["projector"], False),
@@ -96,7 +96,7 @@ STAGES = {
 
 
 def write_workload(folder: Path, size: Size) -> None:
-    """Everything but the feature cache. Some seconds, most of them imports."""
+    """Writes everything but the feature cache. Takes some seconds, mostly for imports."""
     import torch
 
     torch.manual_seed(0)
@@ -107,7 +107,7 @@ def write_workload(folder: Path, size: Size) -> None:
 
 
 def write_parts(folder: Path, size: Size, *, num_rows: int) -> None:
-    """All but the LLM and what is made of it: the tower, pictures, and this many conversations of each mix."""
+    """Writes the tower, the pictures, and `num_rows` conversations of each mix; no LLM, and no model that has one."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "size.json").write_text(json.dumps({"image_tokens": (size.side_px // size.patch_px) ** 2}))
     _write_clip(folder / "vision", size)
@@ -118,7 +118,7 @@ def write_parts(folder: Path, size: Size, *, num_rows: int) -> None:
 
 
 def _write_clip(folder: Path, size: Size) -> None:
-    """A folder that open_clip's `local-dir:` reads."""
+    """Writes a folder that open_clip's `local-dir:` reads."""
     from open_clip import model
     from safetensors.torch import save_file
 
@@ -131,7 +131,7 @@ def _write_clip(folder: Path, size: Size) -> None:
 
 
 def write_language_config(folder: Path, size: Size) -> Any:
-    """The LLM's config and tokenizer without weights; gives the config."""
+    """Writes the LLM's config and tokenizer without weights; returns the config."""
     from transformers import AutoTokenizer, LlamaConfig
 
     tokenizer = AutoTokenizer.from_pretrained("weights/tiny-language")
@@ -143,14 +143,14 @@ def write_language_config(folder: Path, size: Size) -> Any:
 
 
 def write_language(folder: Path, size: Size) -> None:
-    """An LLM of random weights, as AutoModelForCausalLM reads one."""
+    """Writes an LLM with random weights, as AutoModelForCausalLM reads it."""
     from transformers import LlamaForCausalLM
 
     LlamaForCausalLM(write_language_config(folder, size)).save_pretrained(folder)
 
 
 def write_checkpoint(folder: Path) -> None:
-    """`checkpoint/` out of this folder's parts, with golden answers."""
+    """Writes `checkpoint/`, made of this folder's parts, with golden answers."""
     from mmllm.checkpoint.folder import save_checkpoint
     from mmllm.checkpoint.golden import make_golden
     from mmllm.config import ModelConfig
@@ -169,7 +169,7 @@ def write_checkpoint(folder: Path) -> None:
 
 
 def _write_llava(folder: Path, size: Size) -> None:
-    """The exported folder, with the encoder's last layer, and a template that marks what the assistant says."""
+    """Writes `llava/`, with the encoder's last layer, and a template that marks the assistant's words."""
     from safetensors.torch import load_file, save_file
 
     from mmllm.interop.hf_llava import export_hf
@@ -177,18 +177,18 @@ def _write_llava(folder: Path, size: Size) -> None:
     out = folder / "llava"
     export_hf(folder / "checkpoint", out)
     config = json.loads((out / "config.json").read_text())
-    left = config["vision_config"]["num_hidden_layers"]
+    num_layers = config["vision_config"]["num_hidden_layers"]
     for path in out.glob("*.safetensors"):
         weights = load_file(path)
-        marks = f".encoder.layers.{left - 1}.", f".encoder.layers.{left}."
+        marks = f".encoder.layers.{num_layers - 1}.", f".encoder.layers.{num_layers}."
         weights |= {name.replace(*marks): value.clone() for name, value in weights.items() if marks[0] in name}
         save_file(weights, path, metadata={"format": "pt"})
     config["vision_config"]["num_hidden_layers"] = size.tower_layers
     config["vision_feature_layer"] = -2
     (out / "config.json").write_text(json.dumps(config))
     template = out / "chat_template.jinja"
-    head, said, tail = template.read_text().partition("{{ open[m.role] }}{{ content }}{{ close[m.role] }}")
-    assert said, "the exported template is written otherwise now"
+    head, separator, tail = template.read_text().partition("{{ open[m.role] }}{{ content }}{{ close[m.role] }}")
+    assert separator, "the exported template has changed"
     marked = (
         "{{ open[m.role] }}{% if m.role == 'assistant' %}{% generation %}{{ content }}{{ close[m.role] }}"
         "{% endgeneration %}{% else %}{{ content }}{{ close[m.role] }}{% endif %}"
@@ -208,14 +208,17 @@ def _write_pictures(folder: Path) -> None:
 
 
 def write_rows(mix: str, count: int, *, scale: float = LENGTH_SCALE) -> Iterator[dict[str, Any]]:
-    """Conversations as LLaVA's, their lengths times `scale`: SOURCES, or `captions` of one turn. A word is a token."""
+    """Conversations in LLaVA's format: one-turn `captions`, or a mix of SOURCES. A word is one token.
+
+    `scale` multiplies the lengths of texts.
+    """
     rng = random.Random(mix)
 
     def words(lengths: tuple[int, int]) -> str:
         return " ".join(rng.choices(WORDS, k=max(1, round(scale * rng.uniform(*lengths)))))
 
-    def turns(number: int, asked: tuple[int, int], said: tuple[int, int]) -> list[dict[str, str]]:
-        spoken = [(words(asked), words(said)) for _ in range(number)]
+    def turns(number: int, question: tuple[int, int], answer: tuple[int, int]) -> list[dict[str, str]]:
+        spoken = [(words(question), words(answer)) for _ in range(number)]
         return [
             {"from": who, "value": text} for pair in spoken for who, text in zip(("human", "gpt"), pair, strict=True)
         ]
@@ -227,8 +230,8 @@ def write_rows(mix: str, count: int, *, scale: float = LENGTH_SCALE) -> Iterator
         elif is_text:
             spoken = turns(rng.randint(*TEXT_ALONE[0]), *TEXT_ALONE[1:])
         else:
-            (_, num_turns, asked, said) = rng.choices(SOURCES, weights=[source[0] for source in SOURCES])[0]
-            spoken = turns(rng.randint(*num_turns), asked, said)
+            (_, num_turns, question, answer) = rng.choices(SOURCES, weights=[source[0] for source in SOURCES])[0]
+            spoken = turns(rng.randint(*num_turns), question, answer)
         row: dict[str, Any] = {"id": str(number), "conversations": spoken}
         if not is_text:
             row["image"] = f"{number % NUM_PICTURES}.jpg"
@@ -237,20 +240,20 @@ def write_rows(mix: str, count: int, *, scale: float = LENGTH_SCALE) -> Iterator
 
 
 def messages_of(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row's conversation as transformers' processors take it, each content a list of parts."""
+    """A row's conversation in the form that transformers' processors take: each content is a list of parts."""
     roles = {"human": "user", "gpt": "assistant"}
-    found = []
+    messages = []
     for turn in row["conversations"]:
         head, tag, text = turn["value"].rpartition("<image>")
         parts = [{"type": "image", "text": None}] if tag else []
         parts.append({"type": "text", "text": text})
-        assert not head, "pictures stand in front"
-        found.append({"role": roles[turn["from"]], "content": parts})
-    return found
+        assert not head, "pictures come before the text"
+        messages.append({"role": roles[turn["from"]], "content": parts})
+    return messages
 
 
 class Rows(list[dict[str, Any]]):
-    """Rows whose pictures are decoded when a row is taken, as `datasets` does it."""
+    """Rows whose pictures are decoded when a row is read, as `datasets` does."""
 
     def __getitem__(self, index: Any) -> Any:
         from PIL import Image

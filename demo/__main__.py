@@ -16,9 +16,11 @@ def main() -> int:
         prog="demo", description="Chat about pictures with a trained model, in the browser."
     )
     parser.add_argument("model", metavar="MODEL", help="folder of a trained model, such as runs/tiny/stage2")
-    parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="where the page is; the next free one if taken")
+    parser.add_argument(
+        "--port", type=int, default=DEFAULT_PORT, help="port of the page; if it is taken, the next free one"
+    )
     parser.add_argument("--open", action=argparse.BooleanOptionalAction, default=False, help="open the browser")
-    parser.add_argument("--dtype", choices=("stored", "fp32", "bf16", "fp16"), help="what the weights are held in")
+    parser.add_argument("--dtype", choices=("stored", "fp32", "bf16", "fp16"), help="the dtype of the weights")
     arguments = parser.parse_args()
     if not 1 <= arguments.port <= 65_535:
         parser.error(f"--port must be 1 to 65535, got {arguments.port}")

@@ -1,4 +1,4 @@
-"""Serves the page of one model: on this computer only, from a private folder that is deleted at the end."""
+"""Serves the page of one model to this computer only. Its files are in a private folder that is deleted at the end."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ HOST = "127.0.0.1"
 DEFAULT_PORT = 7860
 NUM_PORTS_TRIED = 100
 TEMP_DIR = "GRADIO_TEMP_DIR"
-# The browser itself refuses to ask any other computer for anything.
+# With this policy the browser refuses every request to another computer.
 CONTENT_POLICY = (
     "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; connect-src 'self' data: blob:; "
     "frame-ancestors 'none'; form-action 'self'"
 )
 
 
-def free_port(wanted: int) -> int:
-    """This port, or the next one that nothing listens on. Raises OSError where none of the next ones is free."""
-    for port in range(wanted, min(wanted + NUM_PORTS_TRIED, 65_536)):
+def free_port(first: int) -> int:
+    """The first free port from `first` on. Raises OSError where the next NUM_PORTS_TRIED are all taken."""
+    for port in range(first, min(first + NUM_PORTS_TRIED, 65_536)):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -43,12 +43,12 @@ def free_port(wanted: int) -> int:
             except OSError:
                 continue
             return port
-    raise OSError(f"no free port between {wanted} and {wanted + NUM_PORTS_TRIED - 1}; choose another with --port")
+    raise OSError(f"no free port between {first} and {first + NUM_PORTS_TRIED - 1}; choose another with --port")
 
 
 @contextmanager
 def private_folder() -> Iterator[Path]:
-    """A folder that only this user can read, told to Gradio, and deleted with all that was put into it."""
+    """A folder for Gradio's files that only this user can read. It is deleted when the block ends."""
     folder = Path(tempfile.mkdtemp(prefix="mmllm-demo-")).resolve()
     before = os.environ.get(TEMP_DIR)
     os.environ[TEMP_DIR] = str(folder)
@@ -63,7 +63,7 @@ def private_folder() -> Iterator[Path]:
 
 
 class ContentPolicy:
-    """ASGI middleware that sends CONTENT_POLICY with every answer."""
+    """ASGI middleware that adds CONTENT_POLICY to every response."""
 
     def __init__(self, app: Any):
         self.app = app
@@ -78,8 +78,8 @@ class ContentPolicy:
 
 
 @dataclass(frozen=True)
-class Served:
-    """A page that is being served."""
+class ServedPage:
+    """A page that is being served, and what it uses."""
 
     address: str
     engine: Engine
@@ -89,25 +89,23 @@ class Served:
 
 @contextmanager
 def _without_garbage_collection() -> Iterator[None]:
-    """Loading libraries makes millions of objects that stay; looking for garbage among them takes a tenth of it."""
+    """Imports make millions of objects that stay; garbage collection among them takes a tenth of the loading time."""
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()  # nor is it looked for among them later
+        gc.freeze()  # later collections leave these objects out too
         gc.enable()
 
 
 @contextmanager
-def serving(model: str | Path, *, port: int = DEFAULT_PORT, dtype: str | None = None) -> Iterator[Served]:
-    """Loads the model and serves its page until the block ends. Raises ValueError where there is no usable model."""
+def serving(model: str | Path, *, port: int = DEFAULT_PORT, dtype: str | None = None) -> Iterator[ServedPage]:
+    """Loads the model and serves its page until the block ends. Raises MmllmError where the model cannot be used."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
     with private_folder() as folder:
         from mmllm.inference.engine import Engine
 
-        engine = Engine.load(
-            model, dtype=dtype
-        )  # before gradio is imported: what is wrong with the model is said at once
+        engine = Engine.load(model, dtype=dtype)  # before Gradio is imported: a wrong model is reported sooner
 
         from starlette.middleware import Middleware
         from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -135,7 +133,7 @@ def serving(model: str | Path, *, port: int = DEFAULT_PORT, dtype: str | None = 
             enable_monitoring=False,
             pwa=False,
             mcp_server=False,
-            # a page of another name that leads here (DNS rebinding) is refused
+            # requests under another host name are refused, against DNS rebinding
             app_kwargs={
                 "middleware": [
                     Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"]),
@@ -144,7 +142,7 @@ def serving(model: str | Path, *, port: int = DEFAULT_PORT, dtype: str | None = 
             },
         )
         try:
-            yield Served(address, engine, sessions, folder)
+            yield ServedPage(address, engine, sessions, folder)
         finally:
             sessions.close_all()
             page.close(verbose=False)
@@ -159,7 +157,7 @@ def launch(
 ) -> None:
     """Serves the page of a model until Ctrl-C or SIGTERM."""
     print(f"loading {model}", flush=True)
-    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a script's background job starts with it ignored
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell script starts background jobs with it ignored
         signal.signal(number, _interrupt)
     with contextlib.ExitStack() as stack:
         with _without_garbage_collection():

@@ -1,7 +1,7 @@
-"""One tab's conversation: what the model is asked about it, and what the page shows of it.
+"""One tab's conversation: the prompt that the model gets of it, and what the page shows of it.
 
-A turn's pictures stand before its text, and stay where they stand in every later prompt. A turn that failed is shown
-and left out of the prompt; of a turn stopped before its first word, the pictures go over to the next one.
+A turn's pictures come before its text, in this and in every later prompt. A turn that failed is shown but left out of
+later prompts. A turn that was stopped before its first word is left out too, and its pictures go to the next turn.
 """
 
 from __future__ import annotations
@@ -19,47 +19,47 @@ from mmllm.batch import PICTURE_LABEL, Example, ImageSource, Message
 from mmllm.chat.conversation import user_message
 from mmllm.images import ImageError
 
-MAX_PICTURES = 4  # of one turn; a longer conversation is limited by what the model can read
-MAX_FILE_SIZE = "64mb"  # a photo of 108 megapixels; how many pixels are too many, `load_image` says
-SHOWN_PX = 1280  # the longer side of a picture in the chat
-# shown by page.css after a second, for most turns wait for nothing
+MAX_PICTURES = 4  # of one turn; a whole conversation is limited by the model's context length
+MAX_FILE_SIZE = "64mb"  # enough for a photo of 108 megapixels; `load_image` limits the number of pixels
+SHOWN_PX = 1280  # longer side of a picture in the chat
+# page.css shows it after a second: most turns do not have to wait
 QUEUED = '<div class="thinking queued">waiting for another tab’s answer to end</div>'
-# a line that begins or ends a block of code: what stands before it (a list's indent, a quote's mark), fence, the rest
+# A line that begins or ends a block of code: (indent, list or quote marks), (fence), (rest of the line)
 FENCE = re.compile(r"([ \t>]*(?:(?:[-*+]|\d+[.)])[ \t]+)*)(`{3,}|~{3,})(.*)")
-TYPED = '<div class="typed">{}</div>'  # page.js knows it too
+TYPED = '<div class="typed">{}</div>'  # page.js uses this class too
 THINKING = '<div class="thinking"><span>thinking</span></div>'
 
 
 @dataclass(frozen=True)
 class ChatPicture:
-    """A picture of a turn: its file, a file that every browser shows, and what the model takes of it."""
+    """A picture of a turn."""
 
-    file: Path
-    shown: Path
-    image: ImageSource
+    file: Path  # as the user sent it
+    shown: Path  # a PNG or JPEG, which every browser shows
+    image: ImageSource  # as the model takes it
 
 
 @dataclass(eq=False)
 class ChatTurn:
-    """A question and what came of it. `finish` is that of the reply and None until there is one."""
+    """A question and its answer. `finish_reason` is the reply's; None until the reply has ended."""
 
     text: str
     pictures: tuple[ChatPicture, ...] = ()
     answer: str = ""
-    finish: str | None = None
+    finish_reason: str | None = None
     problem: str = ""  # why there is no answer
-    is_queued: bool = True  # until the model turns to it
+    is_queued: bool = True  # until the model starts on it
 
     @property
     def is_open(self) -> bool:
-        return self.finish is None and not self.problem
+        return self.finish_reason is None and not self.problem
 
 
 def example_of(turns: Sequence[ChatTurn], *, label: str = PICTURE_LABEL) -> Example:
-    """The conversation that ends with the last turn's question; `label` is what the model reads before a picture."""
+    """The prompt that ends with the last turn's question. `label` is the text before each of several pictures."""
     messages: list[Message] = []
     images: list[ImageSource] = []
-    waiting: list[ImageSource] = []  # pictures of turns that were stopped before the first word
+    waiting: list[ImageSource] = []  # pictures of turns that were stopped before their first word
     for turn in turns:
         is_last = turn is turns[-1]
         if turn.problem and not is_last:
@@ -76,7 +76,7 @@ def example_of(turns: Sequence[ChatTurn], *, label: str = PICTURE_LABEL) -> Exam
 
 
 def numbered_messages(turns: Sequence[ChatTurn]) -> list[tuple[int, dict[str, Any]]]:
-    """What gr.Chatbot shows, each message with the number of its turn."""
+    """The messages of gr.Chatbot, each with the number of its turn."""
     messages: list[tuple[int, dict[str, Any]]] = []
     for number, turn in enumerate(turns):
         if turn.pictures:
@@ -87,22 +87,25 @@ def numbered_messages(turns: Sequence[ChatTurn]) -> list[tuple[int, dict[str, An
     return messages
 
 
-def shown(turns: Sequence[ChatTurn]) -> list[dict[str, Any]]:
+def chatbot_messages(turns: Sequence[ChatTurn]) -> list[dict[str, Any]]:
+    """The messages of gr.Chatbot."""
     return [message for _, message in numbered_messages(turns)]
 
 
 def turn_of_message(turns: Sequence[ChatTurn], index: int) -> int:
-    """The number of the turn that the message at this place of the chat belongs to."""
+    """The number of the turn to which the chat's message at `index` belongs."""
     return numbered_messages(turns)[index][0]
 
 
 def typed_html(text: str) -> str:
-    """A question as it was typed: one line of HTML, in which Markdown finds nothing to make its own of."""
-    return TYPED.format(html.escape(text).replace("\n", "<br>").replace("\t", "&#9;"))  # Markdown makes tabs spaces
+    """A question as it was typed, as one line of HTML in which Markdown changes nothing."""
+    return TYPED.format(
+        html.escape(text).replace("\n", "<br>").replace("\t", "&#9;")
+    )  # Markdown would turn tabs into spaces
 
 
 def typed_text(shown: str) -> str:
-    """What was typed, of what `typed_html` made; any other text as it is."""
+    """The inverse of `typed_html`; any other text is returned as it is."""
     begin, end = TYPED.split("{}")
     if not (shown.startswith(begin) and shown.endswith(end)):
         return shown
@@ -120,7 +123,7 @@ def pictures_html(pictures: Iterable[ChatPicture]) -> str:
 
 
 def answer_markdown(turn: ChatTurn) -> str:
-    """The answer, or why there is none; a sign of life while there is none yet."""
+    """The answer; or why there is none; or a sign that it is still to come."""
     if turn.is_open and not turn.answer:
         return QUEUED if turn.is_queued else THINKING
     if turn.problem:
@@ -128,12 +131,12 @@ def answer_markdown(turn: ChatTurn) -> str:
         lines = html.escape(text).replace("\n", "<br>")
         return f'<div class="problem"><strong>No answer.</strong> {lines}</div>'
     notes = {"stopped": "stopped", "length": "cut off: raise “Longest answer” for more"}
-    note = f'<div class="note">{notes[turn.finish]}</div>' if turn.finish in notes else ""
+    note = f'<div class="note">{notes[turn.finish_reason]}</div>' if turn.finish_reason in notes else ""
     return f"{close_code(turn.answer)}\n\n{note}".strip() if note else turn.answer
 
 
 def close_code(markdown: str) -> str:
-    """The text with an end to a block of code that it is cut off in, so that what follows is no code."""
+    """The text; a block of code that it leaves open is closed, so that text after it is not shown as code."""
     opened: re.Match[str] | None = None
     for line in markdown.splitlines():
         fence = FENCE.fullmatch(line)
@@ -147,7 +150,7 @@ def close_code(markdown: str) -> str:
 def read_pictures(
     files: Sequence[str], read: Callable[[Path], ChatPicture]
 ) -> tuple[list[ChatPicture], list[Path], list[str]]:
-    """(pictures of a message, files that may stay attached, what is wrong with the others, one sentence each)."""
+    """(pictures of a message, files that may stay attached, a sentence on each file that cannot be used)."""
     paths = [Path(file) for file in files]
     if len(paths) > MAX_PICTURES:
         return [], paths, [f"{len(files)} pictures are attached, one message takes up to {MAX_PICTURES}; remove some"]
@@ -163,19 +166,19 @@ def read_pictures(
 
 @dataclass
 class Session:
-    """The conversation of one tab. `stop` ends the answer that is being written."""
+    """The conversation of one tab. Setting `stop` ends the answer that is being written."""
 
     turns: list[ChatTurn] = field(default_factory=list)
     stop: threading.Event = field(default_factory=threading.Event)
     files: set[Path] = field(default_factory=set)
 
     def interrupt(self) -> None:
-        """Ends what is being written; a turn that still waits counts as stopped."""
+        """Stops the answer that is being written; a turn that is still queued counts as stopped."""
         self.stop.set()
         self.stop = threading.Event()
         for turn in self.turns:
             if turn.is_open:
-                turn.finish = "stopped"
+                turn.finish_reason = "stopped"
 
     def ask(self, text: str, pictures: Iterable[ChatPicture]) -> None:
         self.interrupt()
@@ -184,7 +187,7 @@ class Session:
             self.files |= {picture.file, picture.shown}
 
     def ask_again(self, number: int, text: str | None = None) -> None:
-        """Asks a turn anew, with other words if given; what came after it is forgotten."""
+        """Asks a turn again, with other words where `text` is given, and deletes the turns after it."""
         self.interrupt()
         old = self.turns[number]
         self.turns[number:] = [ChatTurn(old.text if text is None else text.strip(), old.pictures)]
@@ -204,7 +207,7 @@ class Session:
 
 
 class Sessions:
-    """The sessions of all open tabs, by the secret that each tab's requests carry; no tab sees another's."""
+    """The sessions of all open tabs, by the secret key in each tab's requests. No tab sees another's session."""
 
     def __init__(self, shared: Path):
         self.shared = shared  # pictures in this folder belong to all tabs
@@ -219,7 +222,7 @@ class Sessions:
             return self._sessions.setdefault(key, Session())
 
     def close(self, key: str) -> None:
-        """Ends a tab's answer and deletes its pictures, save those of the same content that another tab uses."""
+        """Stops a tab's answer and deletes its files, except those that another tab uses too."""
         with self._lock:
             session = self._sessions.pop(key, None)
             if session is None:

@@ -1,4 +1,4 @@
-"""What the page's buttons do. Each method is one event: it gets what the page sends and returns what the page shows."""
+"""What the page's buttons do. Each method is one event: it takes what the page sends and gives what it shows."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from demo.chat import (
     ChatPicture,
     Session,
     Sessions,
+    chatbot_messages,
     example_of,
     read_pictures,
-    shown,
     turn_of_message,
     typed_text,
 )
 from demo.examples import ExampleQuestion
-from demo.seen import NOTHING_YET, counts_html, seen_html
+from demo.preview import EMPTY_PREVIEW, counts_html, preview_html
 from mmllm.batch import Example
 from mmllm.chat.conversation import user_message
 from mmllm.errors import MmllmError
@@ -42,13 +42,13 @@ MAX_DRAWING_LENGTH = 8_000_000
 
 
 def notice_html(problems: list[str]) -> str:
-    """Why a message was not sent. Nothing where there is nothing to say."""
+    """The problems of a message that was not sent; empty without problems."""
     items = "".join(f"<p>{html.escape(problem)}.</p>" for problem in problems)
     return f'<div class="notice" role="alert">{items}</div>' if problems else ""
 
 
 class Events:
-    """The handlers of one page; the state of each tab is in `sessions`."""
+    """The event handlers of one page. The state of each tab is in `sessions`."""
 
     def __init__(self, engine: Engine, sessions: Sessions, examples: list[ExampleQuestion], folder: Path):
         self.engine = engine
@@ -60,18 +60,18 @@ class Events:
         return self.sessions.of(str(request.session_hash))
 
     def send(self, message: dict[str, Any] | None, request: gr.Request) -> tuple[Any, Any, str]:
-        """(composer, chat, notice): takes the message, or says what is wrong with it and leaves it to be changed."""
+        """(composer, chat, notice): asks the message, or says what is wrong with it and leaves it in the composer."""
         text, files = (message or {}).get("text") or "", (message or {}).get("files") or []
         session = self._session(request)
         pictures, paths, problems = read_pictures(files, functools.partial(self._read, session))
-        problems += self._wrong_words(text)
+        problems += self._text_problems(text)
         if problems:
             return {"text": text, "files": [str(path) for path in paths]}, gr.skip(), notice_html(problems)
         session.ask(text, pictures)
-        return {"text": "", "files": []}, shown(session.turns), ""
+        return {"text": "", "files": []}, chatbot_messages(session.turns), ""
 
-    def _wrong_words(self, text: str) -> list[str]:
-        """Why a question cannot be asked, whatever its pictures: it would stay in the chat, and be asked every time."""
+    def _text_problems(self, text: str) -> list[str]:
+        """Why a question's words cannot be asked. They are refused before they break every later prompt of the chat."""
         if not text.strip():
             return ["There is no question yet; type one, then send"]
         try:
@@ -81,7 +81,7 @@ class Events:
         return []
 
     def _read(self, session: Session, path: Path) -> ChatPicture:
-        """Reads a picture once: for the model, and for the chat, which shows what no browser would, such as HEIC."""
+        """Decodes a picture once, for the model and for the chat, which gets a PNG or JPEG: no browser shows HEIC."""
         image, picture = self.engine.prepare_shown(path, SHOWN_PX)
         shown = self.folder / uuid.uuid4().hex / f"{path.stem}.{'png' if max(picture.size) < SHOWN_PX else 'jpg'}"
         shown.parent.mkdir(parents=True)
@@ -92,75 +92,77 @@ class Events:
     def answer(
         self, temperature: float, top_p: float, max_new_tokens: int, seed: int, request: gr.Request
     ) -> Iterator[tuple[Any, Any, Any, Any]]:
-        """(composer, chat, seen, counts) while the open turn is answered; nothing where no turn is open."""
+        """(composer, chat, preview, counts), again and again while the open turn is answered; no change without one."""
         session = self._session(request)
-        stop = session.stop  # read before the turn: whoever closes the turn sets this one
+        stop = session.stop  # read before the turn, so that whatever closes this turn sets this event
         turn = session.open_turn
         if turn is None:
             yield gr.skip(), gr.skip(), gr.skip(), gr.skip()
             return
         turn.is_queued = False
-        yield composer_while(writing=True), shown(session.turns), gr.skip(), counts_html(None)
+        yield composer_while(writing=True), chatbot_messages(session.turns), gr.skip(), counts_html(None)
         try:
             sampling = Sampling(temperature, top_p, int(max_new_tokens), None if seed == ANY_SEED else seed)
             example = example_of(session.turns[: session.turns.index(turn) + 1], label=self.engine.picture_label)
-            yield gr.skip(), gr.skip(), seen_html(self.engine, example), gr.skip()
+            yield gr.skip(), gr.skip(), preview_html(self.engine, example), gr.skip()
             last_update = 0.0
             for reply in self.engine.stream(example, sampling, stop=stop):
                 turn.answer = reply.text
-                if reply.finish is None and time.monotonic() - last_update < SECONDS_BETWEEN_UPDATES:
+                if reply.finish_reason is None and time.monotonic() - last_update < SECONDS_BETWEEN_UPDATES:
                     continue
-                turn.finish = turn.finish or reply.finish
-                yield gr.skip(), shown(session.turns), gr.skip(), counts_html(reply)
+                turn.finish_reason = turn.finish_reason or reply.finish_reason
+                yield gr.skip(), chatbot_messages(session.turns), gr.skip(), counts_html(reply)
                 last_update = time.monotonic()
-        except (MmllmError, RuntimeError) as error:  # the second is how torch says that memory ran out
+        except (MmllmError, RuntimeError) as error:  # torch raises RuntimeError where memory runs out
             logger.warning("no answer: %s", error, exc_info=not isinstance(error, MmllmError))
             turn.problem = str(error)
-            yield gr.skip(), shown(session.turns), gr.skip(), gr.skip()
+            yield gr.skip(), chatbot_messages(session.turns), gr.skip(), gr.skip()
         finally:
-            stop.set()  # also where the tab was closed in the middle
+            stop.set()  # the tab may have been closed meanwhile
             if turn.is_open:
-                turn.finish = "stopped"
+                turn.finish_reason = "stopped"
 
-    def settle(self, request: gr.Request) -> Any:
-        """The composer once an answer has ended: ready to send, unless another one is being written already."""
+    def reset_composer(self, request: gr.Request) -> Any:
+        """The composer after an answer: ready to send, unless the next answer is being written already."""
         return composer_while(writing=self._session(request).open_turn is not None)
 
     def stop(self, request: gr.Request) -> tuple[Any, list[dict[str, Any]]]:
-        """(composer, chat): ends the computation."""
+        """(composer, chat): stops the answer that is being written."""
         session = self._session(request)
         session.interrupt()
-        return composer_while(writing=False), shown(session.turns)
+        return composer_while(writing=False), chatbot_messages(session.turns)
 
     def retry(self, request: gr.Request) -> tuple[list[dict[str, Any]], str]:
         """(chat, notice): asks the last question again."""
         session = self._session(request)
         if session.turns:
             session.ask_again(len(session.turns) - 1)
-        return shown(session.turns), ""
+        return chatbot_messages(session.turns), ""
 
     def undo(self, request: gr.Request) -> tuple[Any, list[dict[str, Any]], str]:
-        """(composer, chat, notice): the last turn goes back to where it was typed."""
+        """(composer, chat, notice): moves the last question from the chat back to the composer."""
         session = self._session(request)
         turn = session.take_back()
-        back = {"text": turn.text, "files": [str(one.file) for one in turn.pictures]} if turn else gr.skip()
-        return back, shown(session.turns), ""
+        draft = {"text": turn.text, "files": [str(picture.file) for picture in turn.pictures]} if turn else gr.skip()
+        return draft, chatbot_messages(session.turns), ""
 
     def edit(self, edited: gr.EditData, request: gr.Request) -> tuple[list[dict[str, Any]], str]:
-        """(chat, notice): asks a turn with other words and forgets what came after it."""
+        """(chat, notice): asks a turn again with other words, and deletes the turns after it."""
         session = self._session(request)
         index = edited.index if isinstance(edited.index, int) else edited.index[0]
         text = typed_text(str(edited.value))
-        if problems := self._wrong_words(text):
-            return shown(session.turns), notice_html([f"{problem}. The old question stays" for problem in problems])
-        if index < len(shown(session.turns)):
+        if problems := self._text_problems(text):
+            return chatbot_messages(session.turns), notice_html(
+                [f"{problem}. The old question stays" for problem in problems]
+            )
+        if index < len(chatbot_messages(session.turns)):
             session.ask_again(turn_of_message(session.turns, index), text)
-        return shown(session.turns), ""
+        return chatbot_messages(session.turns), ""
 
     def clear(self, request: gr.Request) -> tuple[list[dict[str, Any]], str, str, str]:
-        """(chat, seen, counts, notice) of a new conversation."""
+        """(chat, preview, counts, notice) of a new conversation."""
         self._session(request).clear()
-        return [], NOTHING_YET, counts_html(None), ""
+        return [], EMPTY_PREVIEW, counts_html(None), ""
 
     def ask_example(self, chosen: gr.SelectData, request: gr.Request) -> tuple[list[dict[str, Any]], str]:
         """(chat, notice): asks one of the examples."""
@@ -168,12 +170,12 @@ class Events:
         example = self.examples[int(chosen.index)]
         pictures = [ChatPicture(path, path, self.engine.prepare(path)) for path in example.pictures]
         session.ask(example.question, pictures)
-        return shown(session.turns), ""
+        return chatbot_messages(session.turns), ""
 
     def attach_drawing(
         self, drawn: gr.EventData, message: dict[str, Any] | None, request: gr.Request
     ) -> tuple[Any, str]:
-        """(composer, notice): the drawing becomes a picture of the message that is being typed."""
+        """(composer, notice): adds the drawing to the pictures of the message that is being typed."""
         try:
             path = self._save_drawing(getattr(drawn, "picture", None), self._session(request))
         except ImageError as error:
@@ -197,10 +199,10 @@ class Events:
         return path
 
     def leave(self, request: gr.Request) -> None:
-        """The tab was closed: what it computes ends, and its pictures are deleted."""
+        """The tab was closed: stops its answer and deletes its pictures."""
         self.sessions.close(str(request.session_hash))
 
 
 def composer_while(*, writing: bool) -> Any:
-    """The composer's button: Stop while an answer is written, else Send. What is typed stays."""
+    """The composer with the button Stop while an answer is written, else Send. Its text and pictures stay."""
     return gr.update(submit_btn=False if writing else "Send", stop_btn="Stop" if writing else False)

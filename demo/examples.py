@@ -1,4 +1,4 @@
-"""Pictures with a question to start from, drawn when the page starts; the same every time."""
+"""Pictures with a question to start a chat from, drawn when the page starts; the same every time."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from mmllm.scenes.pair_questions import TWO_PICTURES, ask_about_two
 from mmllm.scenes.questions import QUESTION_TYPES, QuestionTurn
 from mmllm.scenes.world import Kind, Scene, near_miss, sample_scene
 
-# (kind of scene, question type, seed): chosen for variety, from the split that training never shows
-WANTED: tuple[tuple[Kind, str, int], ...] = (
+# (kind of scene, question type, seed), chosen for variety; scenes are of the val split, which training never shows
+EXAMPLES: tuple[tuple[Kind, str, int], ...] = (
     ("objects", "caption", 12),
     ("objects", "color", 5),
     ("objects", "count", 4),
@@ -25,12 +25,12 @@ WANTED: tuple[tuple[Kind, str, int], ...] = (
     ("objects", TWO_PICTURES, 8),
 )
 MIN_OBJECTS = 3
-MIN_SIDE_PX = 96  # of a drawn picture, which people look at here
+MIN_SIDE_PX = 96  # smaller drawn pictures are hard to look at
 
 
 @dataclass(frozen=True)
 class ExampleQuestion:
-    """Pictures on disk, a question about them, and its one right answer (a caption has several)."""
+    """Pictures on disk, a question about them, and a right answer (for a caption, one of several)."""
 
     question: str
     answer: str
@@ -38,7 +38,7 @@ class ExampleQuestion:
 
 
 def _scene(kind: Kind, rng: random.Random) -> Scene:
-    """A scene of the val split in which there is something to see."""
+    """A scene of the val split; one of objects has at least MIN_OBJECTS."""
     while True:
         scene = sample_scene(rng, "val", kind)
         if scene.kind != "objects" or len(scene.things) >= MIN_OBJECTS:
@@ -53,7 +53,7 @@ def _picture(scene: Scene, rng: random.Random) -> Image.Image:
 
 
 def _example(kind: Kind, question_type: str, seed: int) -> tuple[QuestionTurn, list[Image.Image]]:
-    """A turn and its pictures; scenes are sampled until one can be asked that question."""
+    """A turn and its pictures; scenes are sampled until one allows a question of this type."""
     rng = random.Random(seed)
     while True:
         scenes = [_scene(kind, rng)]
@@ -67,10 +67,10 @@ def _example(kind: Kind, question_type: str, seed: int) -> tuple[QuestionTurn, l
 
 
 def draw_examples(folder: Path) -> list[ExampleQuestion]:
-    """Draws every example into this folder, as PNG files."""
+    """Draws the pictures of every example into `folder`, as PNG files."""
     folder.mkdir(parents=True, exist_ok=True)
     examples = []
-    for number, (kind, question_type, seed) in enumerate(WANTED, 1):
+    for number, (kind, question_type, seed) in enumerate(EXAMPLES, 1):
         turn, pictures = _example(kind, question_type, seed)
         paths = []
         for letter, picture in zip("ab", pictures, strict=False):

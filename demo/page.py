@@ -1,4 +1,4 @@
-"""The page: where things stand, and which event each button starts."""
+"""The layout of the page, and the event that each button starts."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import gradio as gr
 from demo.chat import MAX_PICTURES, Sessions
 from demo.events import ANY_SEED, Events
 from demo.examples import draw_examples
-from demo.seen import NOTHING_YET, counts_html
+from demo.preview import EMPTY_PREVIEW, counts_html
 from demo.theme import asset
 from mmllm.inference.engine import Engine
 
-# (column, row, opacity): a picture's patches, some of them tokens by now
+# (column, row, opacity) of each square of the logo: the patches of a picture
 PATCHES = ((0, 0, 1), (1, 0, 0.55), (2, 0, 0.25), (0, 1, 0.55), (1, 1, 1), (0, 2, 0.25), (2, 2, 1))
 WELCOME = (
     "<h2>Show it something</h2><p>Attach, paste or draw a picture and ask about it, or start with one of these.</p>"
@@ -80,7 +80,7 @@ def _chat_column(events: Events) -> tuple[gr.Chatbot, gr.HTML, gr.MultimodalText
 
 
 def _side_column() -> tuple[gr.HTML, list[gr.components.Component], gr.HTML, gr.HTML]:
-    """(drawing pad, sampling settings, counts, what was seen)."""
+    """(drawing pad, sampling settings, counts, preview)."""
     with gr.Accordion("Draw a picture", open=False, elem_classes="side"):
         pad = gr.HTML(html_template=asset("pad.html"), js_on_load=asset("pad.js"), elem_id="pad")
     with gr.Accordion("How it answers", open=False, elem_classes="side"):
@@ -94,12 +94,12 @@ def _side_column() -> tuple[gr.HTML, list[gr.components.Component], gr.HTML, gr.
         ]
     with gr.Accordion("What the model saw", open=True, elem_classes="side"):
         counts = gr.HTML(counts_html(None))
-        seen = gr.HTML(NOTHING_YET)
-    return pad, settings, counts, seen
+        preview = gr.HTML(EMPTY_PREVIEW)
+    return pad, settings, counts, preview
 
 
 def build_page(engine: Engine, sessions: Sessions, folder: Path) -> gr.Blocks:
-    """The page of one model. Drawings and example pictures go to `folder`, which the page serves from."""
+    """The page of one model. Drawings and example pictures are written to `folder`, which Gradio serves."""
     events = Events(engine, sessions, draw_examples(folder / "examples"), folder)
     with gr.Blocks(
         analytics_enabled=False,
@@ -112,8 +112,8 @@ def build_page(engine: Engine, sessions: Sessions, folder: Path) -> gr.Blocks:
             with gr.Column(scale=7, min_width=320, elem_id="main"):
                 chat, notice, composer = _chat_column(events)
             with gr.Column(scale=3, min_width=320, elem_id="side"):
-                pad, settings, counts, seen = _side_column()
-        _connect(events, chat, notice, composer, seen, counts, pad, settings)
+                pad, settings, counts, preview = _side_column()
+        _connect(events, chat, notice, composer, preview, counts, pad, settings)
         page.unload(events.leave)
     return page
 
@@ -123,31 +123,31 @@ def _connect(
     chat: gr.Chatbot,
     notice: gr.HTML,
     composer: gr.MultimodalTextbox,
-    seen: gr.HTML,
+    preview: gr.HTML,
     counts: gr.HTML,
     pad: gr.HTML,
     settings: list[gr.components.Component],
 ) -> None:
     quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-    asking = [
+    questions = [
         composer.submit(events.send, composer, [composer, chat, notice], **quick),
         chat.retry(events.retry, None, [chat, notice], **quick),
         chat.edit(events.edit, None, [chat, notice], **quick),
         chat.example_select(events.ask_example, None, [chat, notice], **quick),
     ]
-    for asked in asking:
-        answered = asked.then(
+    for question in questions:
+        answer = question.then(
             events.answer,
             settings,
-            [composer, chat, seen, counts],
+            [composer, chat, preview, counts],
             concurrency_id=MODEL_QUEUE,
             concurrency_limit=1,
             show_progress="hidden",
             api_visibility="private",
             trigger_mode="multiple",
         )
-        answered.then(events.settle, None, composer, **quick)
+        answer.then(events.reset_composer, None, composer, **quick)
     composer.stop(events.stop, None, [composer, chat], **quick)
     chat.undo(events.undo, None, [composer, chat, notice], **quick)
-    chat.clear(events.clear, None, [chat, seen, counts, notice], **quick)
+    chat.clear(events.clear, None, [chat, preview, counts, notice], **quick)
     pad.submit(events.attach_drawing, composer, [composer, notice], **quick)

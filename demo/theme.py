@@ -1,4 +1,4 @@
-"""Colours, type and spacing of the page, light and dark: warm paper, ink, and one green. System fonts only."""
+"""Colors, fonts and borders of the page, light and dark: paper, ink, and one green. System fonts only."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PAPER = colors.Color("#faf8f4", "#f3f0e9", "#e6e1d6", "#d3ccbe", "#a8a193", "#7d
 
 
 def asset(name: str) -> str:
-    """The text of a file beside this one."""
+    """The text of a file in this folder."""
     return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 

@@ -71,7 +71,9 @@ def caption(
         for path, text in captions.items():
             print(path, text)
     """
-    from mmllm.captioning.caption import caption_pictures, find_pictures, read_captions
+    from mmllm.captioning.command import caption_pictures
+    from mmllm.captioning.inputs import find_pictures
+    from mmllm.captioning.ledger import read_captions
     from mmllm.paths import expand_path
 
     given = [inputs] if isinstance(inputs, str | Path) else inputs

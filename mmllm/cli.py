@@ -208,7 +208,7 @@ def caption(
 ) -> None:
     """Caption pictures in batches, one JSON line each; what cannot be read is reported and skipped."""
     with report_errors(debug=_debug):
-        from mmllm.captioning.caption import caption_pictures
+        from mmllm.captioning.command import caption_pictures
 
         num_failed = caption_pictures(
             model, inputs, out, prompt=prompt, batch_size=batch_size, max_new_tokens=max_new_tokens, device=device,

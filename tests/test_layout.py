@@ -22,7 +22,7 @@ ABOVE_LIBRARY = ("train", "demo", "bench", "tests")
 FLOORS = (
     ("errors",),
     ("paths", "locks", "batch"),
-    ("images",),
+    ("images", "web_page"),
     ("config",),
     ("chat", "scenes", "kernels", "readers"),
     ("data", "model"),
@@ -39,7 +39,16 @@ FLOORS = (
     ("cli",),
 )
 LEVELS = {room: level for level, row in enumerate(FLOORS) for room in row}
-DEMO_USES = {"paths", "batch", "images", "scenes", "errors", "chat", "inference"}  # nothing of models and training
+DEMO_USES = {
+    "paths",
+    "batch",
+    "images",
+    "web_page",
+    "scenes",
+    "errors",
+    "chat",
+    "inference",
+}  # nothing of models and training
 HEAVY = {"torch", "torchvision", "transformers", "open_clip", "accelerate", "datasets", "gradio", "matplotlib", "peft"}
 
 MAX_FILE_LINES = 400

@@ -1,7 +1,7 @@
-"""Checkpoint directories: written whole or not at all, and read strictly.
+"""Checkpoint folders: written whole or not at all, and read strictly.
 
-`manifest.json` is written last: a directory that has one is complete. It says what the checkpoint is, so nothing is
-ever guessed from a folder's name. One with a `base` is a LoRA checkpoint, see mmllm/checkpoint/adapter.py.
+`manifest.json` is written last, so a folder that has one is complete. It says what the checkpoint is: nothing is
+guessed from a folder's name. A manifest with a `base` belongs to a LoRA checkpoint, see mmllm/checkpoint/adapter.py.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  
 
 
 def library_versions() -> dict[str, str]:
-    """The versions of what a checkpoint's numbers depend on."""
-    found = {}
+    """The versions of the packages that a checkpoint's numbers depend on."""
+    versions = {}
     for name in ("mmllm", "torch", "transformers", "open_clip_torch", "tokenizers", "peft", "pillow"):
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def _files(folder: Path) -> Iterator[str]:
@@ -61,7 +61,7 @@ def _files(folder: Path) -> Iterator[str]:
 
 
 def write_manifest(folder: Path, **facts: Any) -> None:
-    """The manifest of all files now in the folder and below, written as the last of them."""
+    """Writes the manifest of all files in the folder and below it, as the last file."""
     files = {name: file_hash(folder / name) for name in _files(folder) if name != MANIFEST}
     manifest = {"kind": KIND, "format_version": FORMAT_VERSION, **facts, "versions": library_versions(), "files": files}
     partial = folder / (MANIFEST + ".part")
@@ -70,14 +70,14 @@ def write_manifest(folder: Path, **facts: Any) -> None:
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The manifest of a complete checkpoint. Raises CheckpointError that says what is wrong and what to do."""
+    """The manifest of a complete checkpoint. Raises CheckpointError."""
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"no model at {folder}: there is no such folder; `make demo` trains runs/tiny/stage2")
     path = folder / MANIFEST
     if not path.is_file():
         state = (
-            " A run was begun there and not finished; start it again and it goes on."
+            " A run was begun there and not finished; start it again to continue it."
             if (folder / "state").is_dir()
             else ""
         )
@@ -100,22 +100,22 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
 
 def verify_files(folder: str | Path) -> list[str]:
-    """Names of files whose content is not what the manifest says."""
+    """Names of files that do not match their checksums in the manifest."""
     manifest = read_manifest(folder)
     return [name for name, digest in manifest["files"].items() if file_hash(Path(folder) / name) != digest]
 
 
 def check_new(folder: Path) -> None:
-    """Raises CheckpointError where something stands in a folder that is to be written."""
+    """Raises CheckpointError where the path of a new folder is taken; an empty folder is allowed."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder} is there already; give a new folder")
+        raise CheckpointError(f"{folder} exists already; give a new folder")
 
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder beside this new one, to write into; it takes its place when the block ends well, and goes when not.
+    """A temporary folder to write into. It is renamed to `folder` when the block ends, and removed if the block raises.
 
-    Raises CheckpointError where something stands there, before the block begins.
+    Raises CheckpointError before the block where the path is taken.
     """
     check_new(folder)
     partial = folder.with_name(folder.name + ".part")
@@ -132,9 +132,9 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _one_save(path: Path) -> Iterator[None]:
-    """Holds the lock of a folder, where its file system has locks; where not, a run has said so at its start."""
-    lock = FileLock(path, fallback_to_soft=False)  # a mark of a killed process would stay there
+def _save_lock(path: Path) -> Iterator[None]:
+    """Holds the lock of a folder. A file system without locks is passed over: a run has warned of it at its start."""
+    lock = FileLock(path, fallback_to_soft=False)  # a soft lock would outlive a killed process
     try:
         lock.acquire()
     except OSError as error:
@@ -158,19 +158,21 @@ def save_checkpoint(
     base: dict[str, Any] | None = None,
     **facts: Any,
 ) -> None:
-    """Writes a checkpoint beside its place first and moves it there entry by entry, the manifest last.
+    """Writes a checkpoint to a temporary folder, then moves its entries into place, the manifest last.
 
-    Killed at any point, the folder holds the old checkpoint, the new one, or none that has a manifest. Of two
-    processes that save into one folder the second waits for the first.
+    If the process is killed, the folder holds the old checkpoint, the new one, or an incomplete one without a manifest.
+    Of two processes that save into one folder, the second waits for the first.
 
     Args:
-        files: more files to keep in it, by their paths inside the folder.
-        base: of a model with adapters, what `describe_base` said; its weights are not saved again.
+        card: the text of README.md.
+        files: more files to save, by their paths inside the folder.
+        base: of a model with an adapter, the result of `describe_base`; the base's weights are not saved again.
+        facts: more entries of the manifest.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     partial, lock = folder / "checkpoint.part", folder / "checkpoint.lock"
-    with _one_save(lock):
+    with _save_lock(lock):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         try:
@@ -182,10 +184,10 @@ def save_checkpoint(
                 facts["base"] = {**base, "relative": os.path.relpath(base["path"], folder.resolve())}
             write_manifest(partial, **facts)
         except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)  # what cannot be used shall not fill the disk
+            shutil.rmtree(partial, ignore_errors=True)  # an incomplete checkpoint must not fill the disk
             raise
         _move_in(partial, folder)
-        lock.unlink(missing_ok=True)  # while it is held: who waits for it sees that it is gone and takes a new one
+        lock.unlink(missing_ok=True)  # removed while held: a process that waits for it then takes a new lock
 
 
 def _write(folder: Path, model: VisionLanguageModel, processor: VisionLanguageProcessor, base: Any) -> None:
@@ -199,7 +201,7 @@ def _write(folder: Path, model: VisionLanguageModel, processor: VisionLanguagePr
 
 
 def _move_in(partial: Path, folder: Path) -> None:
-    """Puts a whole checkpoint in the place of the one that was in the folder, of which nothing stays behind."""
+    """Replaces the checkpoint in the folder by the one in `partial`; removes all files of the old one."""
     try:
         old = {folder / Path(name).parts[0] for name in read_manifest(folder)["files"]}
     except CheckpointError:
@@ -218,10 +220,11 @@ def _move_in(partial: Path, folder: Path) -> None:
 def load_checkpoint(
     folder: str | Path, *, dtype: torch.dtype | Mapping[str, torch.dtype] | None = None
 ) -> tuple[VisionLanguageModel, VisionLanguageProcessor, dict[str, Any]]:
-    """(model in evaluation mode, processor, manifest). A tensor missing, unexpected or misshapen is an error.
+    """(model in evaluation mode, processor, manifest).
 
-    Each part is read in the dtype that it is stored in, see `stored_dtypes`; `dtype` is another one for all of them, or
-    for some by name. A LoRA checkpoint comes with its adapter unmerged, on the base that its manifest names.
+    Each part is loaded in its stored dtype, see `stored_dtypes`; `dtype` overrides that for all parts, or for some by
+    name. The adapter of a LoRA checkpoint is attached unmerged to the base that the manifest names. Raises
+    CheckpointError, also for a tensor that is missing, unexpected or of another shape.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
@@ -240,9 +243,9 @@ def load_checkpoint(
 
 
 def stored_dtypes(folder: str | Path) -> dict[str, torch.dtype]:
-    """The dtype of most numbers of each part of PARTS, from the headers of the files.
+    """The dtype of most numbers of each part of PARTS, from the headers of the weight files.
 
-    The LLM of a LoRA checkpoint lies elsewhere: its dtype is the one in which it was held for the training. Raises
+    For the LLM of a LoRA checkpoint, whose weights are elsewhere, it is the dtype in which it was trained. Raises
     CheckpointError.
     """
     folder = Path(folder)
@@ -262,18 +265,18 @@ def _stored_dtypes(folder: Path) -> dict[str, torch.dtype]:
             for key in file.keys():  # noqa: SIM118
                 if (name := key.partition(".")[0]) in sizes and (values := file.get_slice(key)).get_dtype() in _DTYPES:
                     sizes[name][values.get_dtype()] += math.prod(values.get_shape())
-    found = {part: sizes[name].most_common(1) for part, name in PARTS.items()}
-    return {part: _DTYPES[most[0][0]] if most else named[part] for part, most in found.items()}
+    largest = {part: sizes[name].most_common(1) for part, name in PARTS.items()}
+    return {part: _DTYPES[counts[0][0]] if counts else named[part] for part, counts in largest.items()}
 
 
 def _named_dtype(name: Any) -> torch.dtype:
-    found = getattr(torch, str(name).removeprefix("torch."), None)
-    return found if isinstance(found, torch.dtype) else torch.float32
+    dtype = getattr(torch, str(name).removeprefix("torch."), None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 @contextlib.contextmanager
 def _readers_errors(folder: Path) -> Iterator[None]:
-    """Readers of other packages fail with whatever they like on a damaged file: said as a CheckpointError."""
+    """Turns the errors that other packages raise for a damaged file into a CheckpointError."""
     try:
         yield
     except CheckpointError:
@@ -281,7 +284,8 @@ def _readers_errors(folder: Path) -> Iterator[None]:
     except Exception as error:
         if damaged := verify_files(folder):
             raise CheckpointError(
-                f"{folder} is damaged: {', '.join(damaged)} is not what its manifest says; copy the folder again"
+                f"{folder} is damaged: {', '.join(damaged)} does not match its checksum in the manifest; "
+                "copy the folder again"
             ) from error
         if isinstance(error, OSError | RuntimeError | ValueError | KeyError):
             raise CheckpointError(f"{folder} cannot be loaded: {error}") from error
@@ -291,7 +295,7 @@ def _readers_errors(folder: Path) -> Iterator[None]:
 def _build(
     folder: Path, base_tensors: dict[str, Tensor] | None, dtypes: Mapping[str, torch.dtype]
 ) -> tuple[VisionLanguageModel, dict[str, Any]]:
-    """(model, transformers' report of the tensors) of a whole checkpoint, or of a base's tensors and the folder's."""
+    """(model, transformers' loading report) of a whole checkpoint, or of a LoRA checkpoint and its base's tensors."""
     config = VisionLanguageConfig.from_pretrained(folder)
     config.part_dtypes = {part: str(dtype).removeprefix("torch.") for part, dtype in dtypes.items()}
     options = {"config": config, "dtype": dtypes["language"], "output_loading_info": True}
@@ -301,17 +305,17 @@ def _build(
     from safetensors.torch import load_file
     from transformers import GenerationConfig
 
-    own = {name: value for path in sorted(folder.glob("*.safetensors")) for name, value in load_file(path).items()}
-    # a tied tensor has two names: where the checkpoint holds one of them, the base's other one is old as well
-    replaced = {base_tensors[name].data_ptr() for name in own if name in base_tensors}
-    tensors = {name: value for name, value in base_tensors.items() if value.data_ptr() not in replaced} | own
+    saved = {name: value for path in sorted(folder.glob("*.safetensors")) for name, value in load_file(path).items()}
+    # a tied tensor has two names: where the folder replaces one, the base's other one is outdated too
+    replaced = {base_tensors[name].data_ptr() for name in saved if name in base_tensors}
+    tensors = {name: value for name, value in base_tensors.items() if value.data_ptr() not in replaced} | saved
     model, report = VisionLanguageModel.from_pretrained(None, state_dict=tensors, **options)
     model.generation_config = GenerationConfig.from_pretrained(folder)
     return model, report
 
 
 def _base_tensors(place: Path, base: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The LLM of a base, by the names that its tensors have in the whole model."""
+    """The tensors of a base's LLM, under their names in the whole model."""
     if base["kind"] == CHECKPOINT:
         is_adapted = "base" in read_manifest(place)
         model, _, _ = load_checkpoint(place, dtype={"language": torch.float32 if is_adapted else dtype})
@@ -328,7 +332,7 @@ def _base_tensors(place: Path, base: dict[str, Any], dtype: torch.dtype) -> dict
 
 
 def _check_report(folder: Path, report: dict[str, Any]) -> None:
-    sizes = [f"{name} {list(saved)} for {list(own)}" for name, saved, own in report["mismatched_keys"]]
+    sizes = [f"{name} {list(saved)} for {list(built)}" for name, saved, built in report["mismatched_keys"]]
     for what, keys in {**report, "mismatched_keys": sizes}.items():
         if names := sorted(map(str, keys)):
             shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

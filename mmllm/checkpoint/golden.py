@@ -1,12 +1,12 @@
 """Golden answers: what a model said when it was saved, kept in its checkpoint, so that any drift is seen.
 
-`golden.json` and a few small drawn pictures in `golden/` stand beside the manifest, which has their hashes. Drawn,
-and not taken from a run's data: they fit every model, and no one else's picture is published with a checkpoint.
-Checked are, each for itself: the prompts (tokenizer, chat template), the pictures as the tower takes them (image
-transform), and the answers (weights, code, precision) by one teacher-forced forward pass each, without generation.
+`golden.json` and a few small drawn pictures in `golden/` are beside the manifest, which has their checksums. They are
+drawn and not taken from a run's data: so they fit every model, and publish nobody's picture with a checkpoint.
+Three things are checked separately: the prompts (tokenizer, chat template), the pictures as the tower receives them
+(image transform), and the answers (weights, code, precision), by one teacher-forced forward pass for each.
 
-Tolerances are measured, see bench/RESULTS.md; they are several times what other threads, attention, batching and
-hardware did to an unchanged model, and a small part of what a changed one shows.
+Tolerances are measured, see bench/RESULTS.md: several times what other threads, attention, batching and hardware did
+to an unchanged model, and a small part of what a changed model shows.
 """
 
 from __future__ import annotations
@@ -37,23 +37,22 @@ from mmllm.model.vlm import VisionLanguageModel
 
 GOLDEN = "golden.json"
 NUM_TOKENS = 16  # of an answer
-NUM_VALUES = 256  # of a picture's pixel values that are kept
+NUM_VALUES = 256  # of a picture's pixel values are kept
 PIXEL_TOLERANCE = 0.03  # of one normalised value: two to four grey levels
-PIXEL_MEAN_TOLERANCE = 0.002  # of their mean, which rounding leaves alone
-# In nats, by precision: (how far a token's log-probability may move, and how far it may stand behind the most likely
-# token's; how far that of the token that came second may move). The second one tells most: an answer given with
-# certainty hardly moves, whatever is done to the weights. Quantisation moves it by more than could be told from damage.
+PIXEL_MEAN_TOLERANCE = 0.002  # of their mean, which rounding does not move
+# In nats, by precision: (how far a token's log-probability may move, and be below the most likely token's; how far that
+# of the second choice may move). The second choice shows most: an answer given with certainty hardly moves, whatever
+# happens to the weights. Quantisation moves the second choice as far as damage would.
 TOLERANCES: dict[str, tuple[float, float]] = {
     "float32": (0.001, 0.001),
     "float16": (0.1, 0.3),
     "bfloat16": (0.5, 1.0),
     "quantised": (1.0, math.inf),
 }
-# A load computes the answers of models up to this size, and on a GPU of all. One of 7B needs a minute of a CPU for
-# the three, more than loading it takes; `mmllm doctor` does it, and prompts and pictures are checked always.
+# Loading checks the answers of models up to this size, on a GPU of all models. A 7B model needs a minute of a CPU for
+# the three answers, more than for loading; there only `mmllm doctor` checks them. Prompts and pictures always are.
 CHEAP_PARAMETERS = 500_000_000
-TIMES_ROUNDING = 2  # some models are moved by more than TOLERANCES: this often as far as when they were saved
-
+TIMES_ROUNDING = 2  # some models move by more than TOLERANCES; allowed is this multiple of `Golden.rounding`
 NUM_PICTURES = 2
 # name, question, indices of its pictures
 PROMPTS: tuple[tuple[str, str, tuple[int, ...]], ...] = (
@@ -67,7 +66,7 @@ Part = Literal["prompts", "pictures", "answers"]
 
 @dataclass(frozen=True)
 class Check:
-    """What one of the three comparisons found, in a sentence with numbers."""
+    """The result of one of the three comparisons, in a sentence with numbers."""
 
     part: Part
     holds: bool
@@ -76,7 +75,7 @@ class Check:
 
 @dataclass(frozen=True)
 class GoldenPicture:
-    """A picture file, and values of what the image transform makes of it, taken evenly over all of them."""
+    """A picture file, and evenly spaced values of the pixels that the image transform makes of it."""
 
     file: str
     shape: tuple[int, ...]
@@ -90,12 +89,14 @@ class GoldenAnswer:
     name: str
     question: str
     pictures: tuple[int, ...]
-    prompt: str | None  # what the chat template makes of it for other programs; none where it takes no pictures
+    prompt: (
+        str | None
+    )  # as the saved chat template renders it for other programs; None where the template takes no pictures
     prompt_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
     text: str
-    logprobs: tuple[float, ...] = ()  # of each token of the answer, behind those before it
-    second_ids: tuple[int, ...] = ()  # the tokens that came second
+    logprobs: tuple[float, ...] = ()  # of each token of the answer, given the tokens before it
+    second_ids: tuple[int, ...] = ()  # the second choice at each token
     second_logprobs: tuple[float, ...] = ()
 
     def example(self, folder: Path, files: Sequence[str], label: str) -> Example:
@@ -107,13 +108,13 @@ class Golden:
     """What `golden.json` holds."""
 
     vocabulary: str  # a hash over every token and its id
-    precision: str  # a key of TOLERANCES: that of the model that gave the answers
+    precision: str  # a key of TOLERANCES: the precision in which the answers were given
     pictures: tuple[GoldenPicture, ...]
     answers: tuple[GoldenAnswer, ...]
-    rounding: float = 0.0  # nats by which rounding moved the answers, where 16 bits gave them
+    rounding: float = 0.0  # nats by which rounding moved the answers, where they were given in 16 bits
 
 
-def _draw_picture(index: int) -> Image.Image:
+def draw_golden_picture(index: int) -> Image.Image:
     """Shapes on a gradient; not square, so that cropping, padding and stretching differ; the same on every machine."""
     picture = Image.linear_gradient("L").resize((96 + 16 * index, 80)).convert("RGB")
     canvas = ImageDraw.Draw(picture)
@@ -139,7 +140,7 @@ def _chat_text(processor: VisionLanguageProcessor, example: Example) -> str | No
     ]
     try:
         text: str = processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
-    except (TemplateError, TypeError, ValueError):  # a template for texts alone
+    except (TemplateError, TypeError, ValueError):  # a template for text alone
         return None
     return text
 
@@ -153,20 +154,20 @@ def _values(pixels: Tensor) -> Tensor:
 def answer_logits(
     model: VisionLanguageModel, prompt_ids: Sequence[int], token_ids: Sequence[int], pictures: Mapping[str, Tensor]
 ) -> Tensor:
-    """The logits from which each token of an answer is chosen, [tokens, V] in float32, by one forward pass."""
+    """The logits from which each token of an answer is chosen, [T, V] in float32, by one forward pass."""
     device = model.get_input_embeddings().weight.device
     ids = torch.tensor([[*prompt_ids, *token_ids[:-1]]], device=device)
     tensors = {name: value.to(device) for name, value in pictures.items()}
     tensors["attention_mask"] = torch.ones_like(ids)
     logits: Tensor = model(input_ids=ids, use_cache=False, logits_to_keep=len(token_ids), **tensors).logits[0].float()
-    logits[:, model.config.image_token_id] = -math.inf  # as the engine does: an answer never holds a picture
+    logits[:, model.config.image_token_id] = -math.inf  # as the engine does: an answer never holds an image token
     return logits
 
 
 def _greedy(
     model: VisionLanguageModel, prompt_ids: Sequence[int], pictures: Mapping[str, Tensor], end: int
 ) -> list[int]:
-    """Token by token without a cache: what the checks compute, and nothing that a kind of LLM may lack."""
+    """Greedy decoding without a KV cache: each token as the checks compute it, on any LLM."""
     ids: list[int] = []
     while len(ids) < NUM_TOKENS and end not in ids:
         ids.append(int(answer_logits(model, prompt_ids, [*ids, end], pictures)[-1].argmax()))
@@ -174,17 +175,17 @@ def _greedy(
 
 
 def _logprobs(logits: Tensor, token_ids: Sequence[int]) -> Tensor:
-    """Log-probabilities of these tokens, [tokens]."""
+    """Log-probabilities of these tokens, [T]."""
     return logits.log_softmax(-1).gather(1, torch.tensor(token_ids, device=logits.device)[:, None])[:, 0]
 
 
 def make_golden(model: VisionLanguageModel, processor: VisionLanguageProcessor) -> dict[str, bytes]:
-    """The files to keep in the checkpoint, by their paths inside it, for a model as it is in memory.
+    """The files to save in the checkpoint, by their paths inside it, from the answers of the model in memory.
 
-    A prompt is left out where the template makes nothing of it, or the LLM has no room for it.
+    A prompt is left out where the template renders it empty or where it exceeds the LLM's context length.
     """
-    assert not model.training, "in training mode, dropout and batch norms make every answer another one"
-    drawn = [_draw_picture(index) for index in range(NUM_PICTURES)]
+    assert not model.training, "in training mode, dropout and batch norms change every answer"
+    drawn = [draw_golden_picture(index) for index in range(NUM_PICTURES)]
     renderer = processor.build_renderer()
     answers = []
     for name, question, indices in PROMPTS:
@@ -210,11 +211,11 @@ def make_golden(model: VisionLanguageModel, processor: VisionLanguageProcessor) 
 
 
 def _rounding(model: VisionLanguageModel, processor: VisionLanguageProcessor, golden: Golden, pictures: Any) -> float:
-    """How far, in nats, a small model's answers in 16 bits are from those in fp32; SmolLM2's in bf16 a quarter."""
+    """How far in nats 16 bits move a small model's answers from fp32; 0.25 for SmolLM2 in bf16, 0 for large ones."""
 
     def logprobs() -> list[Tensor]:
         logits = all_logits(model, processor, golden, pictures)
-        return [_logprobs(one, answer.token_ids) for one, answer in zip(logits, golden.answers, strict=True)]
+        return [_logprobs(row, answer.token_ids) for row, answer in zip(logits, golden.answers, strict=True)]
 
     return moved_by_rounding(model, logprobs) if _is_cheap(model) else 0.0
 
@@ -226,7 +227,7 @@ def _is_cheap(model: VisionLanguageModel) -> bool:
 def all_logits(
     model: VisionLanguageModel, processor: VisionLanguageProcessor, golden: Golden, pictures: Sequence[Any]
 ) -> list[Tensor]:
-    """`answer_logits` of every golden answer, given the golden pictures or their paths."""
+    """`answer_logits` of every golden answer; `pictures` are the golden pictures or their paths."""
     logits = []
     for answer in golden.answers:
         tensors = processor.load_pixels([pictures[index] for index in answer.pictures]) if answer.pictures else {}
@@ -235,11 +236,11 @@ def all_logits(
 
 
 def with_logits(golden: Golden, pictures: Mapping[str, bytes], logits: Sequence[Tensor]) -> dict[str, bytes]:
-    """The files of a checkpoint whose model gives the same answers, with these logits."""
+    """The golden files of a model that gives the same answers with these logits."""
     answers = []
     for answer, values in zip(golden.answers, logits, strict=True):
-        without = values.scatter(1, torch.tensor(answer.token_ids, device=values.device)[:, None], -math.inf)
-        second_ids = tuple(without.argmax(-1).tolist())
+        others = values.scatter(1, torch.tensor(answer.token_ids, device=values.device)[:, None], -math.inf)
+        second_ids = tuple(others.argmax(-1).tolist())
         logprobs, second_logprobs = (
             tuple(round(value, 5) for value in _logprobs(values, ids).tolist())
             for ids in (answer.token_ids, second_ids)
@@ -250,7 +251,7 @@ def with_logits(golden: Golden, pictures: Mapping[str, bytes], logits: Sequence[
 
 
 def read_golden(folder: str | Path) -> Golden | None:
-    """The golden answers of a checkpoint; none where it was saved without. Raises CheckpointError."""
+    """The golden answers of a checkpoint; None where it was saved without them. Raises CheckpointError."""
     path = Path(folder) / GOLDEN
     if not path.is_file():
         return None
@@ -266,7 +267,7 @@ def read_golden(folder: str | Path) -> Golden | None:
 def verify_golden(
     model: VisionLanguageModel, processor: VisionLanguageProcessor, folder: str | Path, *, answers: bool = True
 ) -> list[Check]:
-    """Whether a loaded model still is the one that was saved in `folder`; no checks where it was saved without.
+    """Checks that a loaded model is still the one saved in `folder`; no checks where it has no golden answers.
 
     Works in any precision, on any device. Without `answers` the model is not run. Raises CheckpointError.
     """
@@ -285,25 +286,24 @@ def _check_prompts(processor: VisionLanguageProcessor, golden: Golden, folder: P
     except ChatError as error:
         return Check("prompts", False, f"the chat template cannot be rendered any more: {error}")
     if _vocabulary_hash(processor.tokenizer) != golden.vocabulary:
-        wrong.append("the tokenizer has other tokens, or other numbers for them")
+        wrong.append("the tokenizer has other tokens, or other ids for them")
     for answer in golden.answers:
         example = answer.example(folder, [picture.file for picture in golden.pictures], processor.picture_label)
         ids = renderer.render_example(example).input_ids
         if tuple(ids) != answer.prompt_ids:
             first = next((i for i, (a, b) in enumerate(zip(ids, answer.prompt_ids, strict=False)) if a != b), len(ids))
-            wrong.append(
-                f"{answer.name}: {len(ids)} tokens where {len(answer.prompt_ids)} were, first other one at {first}"
-            )
+            was = f"{len(answer.prompt_ids)} when saved"
+            wrong.append(f"{answer.name}: {len(ids)} tokens, {was}; other from position {first} on")
         elif answer.prompt is not None and (text := _chat_text(processor, example)) != answer.prompt:
-            wrong.append(f"{answer.name}: chat_template.jinja gives other programs {text!r} and not {answer.prompt!r}")
+            wrong.append(f"{answer.name}: chat_template.jinja renders {text!r} and not {answer.prompt!r}")
     if wrong:
-        meaning = "the model would be asked otherwise than it was trained: tokenizer or chat template changed"
+        meaning = "the model would get other prompts than in training: tokenizer or chat template changed"
         return Check("prompts", False, f"{'; '.join(wrong)}: {meaning}")
     return Check("prompts", True, f"{len(golden.answers)} prompts are the same, token by token")
 
 
 def _check_pictures(processor: VisionLanguageProcessor, golden: Golden, folder: Path) -> Check:
-    wrong, most = [], 0.0
+    wrong, worst = [], 0.0
     for picture in golden.pictures:
         try:
             pixels = processor.load_pixels([folder / picture.file])["pixel_values"]
@@ -315,16 +315,16 @@ def _check_pictures(processor: VisionLanguageProcessor, golden: Golden, folder: 
             continue
         gap = _values(pixels) - torch.tensor(picture.values, dtype=torch.float64)
         mean, largest = abs(float(gap.mean())), float(gap.abs().max())
-        most = max(most, largest)
+        worst = max(worst, largest)
         if mean > PIXEL_MEAN_TOLERANCE or largest > PIXEL_TOLERANCE:
             wrong.append(
                 f"{picture.file} is off by {mean:.3g} in the mean and {largest:.3g} at most "
                 f"(allowed: {PIXEL_MEAN_TOLERANCE}, {PIXEL_TOLERANCE})"
             )
     if wrong:
-        meaning = "the tower would see otherwise than in training: the image transform (size, crop, mean, std) changed"
+        meaning = "the tower would get other pixels than in training: image transform (size, crop, mean, std) changed"
         return Check("pictures", False, f"{'; '.join(wrong)}: {meaning}")
-    return Check("pictures", True, f"{len(golden.pictures)} pictures are seen the same, to {most:.2g} of a value")
+    return Check("pictures", True, f"{len(golden.pictures)} pictures give the same pixels, within {worst:.2g}")
 
 
 def precision_of(model: VisionLanguageModel) -> str:
@@ -335,11 +335,11 @@ def precision_of(model: VisionLanguageModel) -> str:
 
 
 def _check_answers(
-    model: VisionLanguageModel, processor: VisionLanguageProcessor, golden: Golden, folder: Path, *, judges: bool = True
+    model: VisionLanguageModel, processor: VisionLanguageProcessor, golden: Golden, folder: Path, *, retry: bool = True
 ) -> Check:
     precision = max(precision_of(model), golden.precision, key=TOLERANCES.__getitem__)  # the coarser one of the two
-    allowed, allowed_second = (max(one, TIMES_ROUNDING * golden.rounding) for one in TOLERANCES[precision])
-    wrong, most, count = [], 0.0, 0
+    allowed, allowed_second = (max(nats, TIMES_ROUNDING * golden.rounding) for nats in TOLERANCES[precision])
+    wrong, worst, count = [], 0.0, 0
     for answer in golden.answers:
         files = [folder / golden.pictures[index].file for index in answer.pictures]
         try:
@@ -348,38 +348,38 @@ def _check_answers(
         except (ValueError, RuntimeError, IndexError) as error:
             wrong.append(f"{answer.name} cannot be computed: {error}")
             continue
-        found = _logprobs(logits, answer.token_ids)
-        moved = (found - torch.tensor(answer.logprobs)).abs()
-        behind = logits.log_softmax(-1).amax(-1) - found
+        logprobs = _logprobs(logits, answer.token_ids)
+        moved = (logprobs - torch.tensor(answer.logprobs)).abs()
+        below_best = logits.log_softmax(-1).amax(-1) - logprobs
         second = (_logprobs(logits, answer.second_ids) - torch.tensor(answer.second_logprobs)).abs()
-        bad = ~((moved <= allowed) & (behind <= allowed) & (second <= allowed_second))  # so that NaN is bad
-        count += len(found)
-        most = max(most, float(moved.max()))
+        bad = ~((moved <= allowed) & (below_best <= allowed) & (second <= allowed_second))  # so that NaN counts as bad
+        count += len(logprobs)
+        worst = max(worst, float(moved.max()))
         if bad.any():
             first = int(bad.nonzero()[0])
-            says, said = (
+            now, saved = (
                 processor.tokenizer.decode([int(i)]) for i in (logits[first].argmax(), answer.token_ids[first])
             )
             wrong.append(
-                f"{answer.name}: {int(bad.sum())} of {len(found)} tokens differ, log-probabilities by "
+                f"{answer.name}: {int(bad.sum())} of {len(logprobs)} tokens differ, log-probabilities by "
                 f"{float(moved.max()):.2g} (allowed in {precision}: {allowed:.2g}), those of the second choice by "
-                f"{float(second.max()):.2g} ({allowed_second:.2g}); token {first} is now {says!r} and was {said!r}"
+                f"{float(second.max()):.2g} ({allowed_second:.2g}); token {first} is now {now!r} and was {saved!r}"
             )
-    if wrong and judges and count == sum(len(answer.token_ids) for answer in golden.answers):
-        now = _rounding(model, processor, golden, [folder / picture.file for picture in golden.pictures])
-        golden = replace(golden, rounding=max(now, golden.rounding))
-        return _check_answers(model, processor, golden, folder, judges=False)
+    if wrong and retry and count == sum(len(answer.token_ids) for answer in golden.answers):
+        rounding = _rounding(model, processor, golden, [folder / picture.file for picture in golden.pictures])
+        golden = replace(golden, rounding=max(rounding, golden.rounding))
+        return _check_answers(model, processor, golden, folder, retry=False)
     if wrong:
         meaning = "this is not the model that was saved: weights, precision, or the code that runs them changed"
         return Check("answers", False, f"{'; '.join(wrong)}: {meaning}")
-    text = f"{count} tokens of {len(golden.answers)} answers in {precision_of(model)}, to {most:.2g} nats"
-    return Check("answers", True, text + (f"; allowed are {allowed:.2g}" if allowed < math.inf else ""))
+    text = f"{count} tokens of {len(golden.answers)} answers in {precision_of(model)}, within {worst:.2g} nats"
+    return Check("answers", True, text + (f"; allowed: {allowed:.2g}" if allowed < math.inf else ""))
 
 
 def require_golden(
     model: VisionLanguageModel, processor: VisionLanguageProcessor, folder: str | Path, *, answers: bool | None = None
 ) -> None:
-    """`verify_golden`, with answers where they are cheap (CHEAP_PARAMETERS). Raises CheckpointError."""
+    """Raises CheckpointError where `verify_golden` fails. Answers are checked where cheap (CHEAP_PARAMETERS)."""
     if answers is None:
         answers = _is_cheap(model) or model.get_input_embeddings().weight.device.type != "cpu"
     wrong = [check for check in verify_golden(model, processor, folder, answers=answers) if not check.holds]
@@ -394,7 +394,7 @@ def require_golden(
 def load_verified(
     folder: str | Path, *, dtype: Mapping[str, torch.dtype] | None = None
 ) -> tuple[VisionLanguageModel, VisionLanguageProcessor, dict[str, Any]]:
-    """`load_checkpoint`, refused where the golden answers tell that the model has changed."""
+    """`load_checkpoint`, which raises CheckpointError also where golden answers show that the model has changed."""
     model, processor, manifest = load_checkpoint(folder, dtype=dtype)
     require_golden(model, processor, folder)
     return model, processor, manifest

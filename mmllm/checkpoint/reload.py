@@ -1,7 +1,7 @@
-"""Whether a model will come back from a checkpoint as it is: part by part it is run beside one built anew.
+"""Whether a model loads from a checkpoint unchanged: each part runs beside the same part of a rebuilt model.
 
-The other one is built in memory, from the config as a file holds it and the same weights, which are shared and not
-copied. What it does otherwise would be lost at saving: tables that no file holds, or settings that no config keeps.
+The rebuilt model is made in memory, from the saved form of the config, and shares the weights. Where the two differ,
+saving would lose something: a table that is not among the weights, or a setting that is not in the config.
 """
 
 from __future__ import annotations
@@ -20,49 +20,49 @@ from mmllm.model.model_config import VisionLanguageConfig
 from mmllm.model.processor import VisionLanguageProcessor
 from mmllm.model.vlm import VisionLanguageModel
 
-# How far what a part gives may differ, as a share of the largest: the same sums, in another order at most.
+# How far the outputs of a part may differ, relative to the largest: only the order of additions may change.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
-NUM_WORDS = 8
+NUM_TOKENS = 8
 
 
 @torch.no_grad()
 def check_reload(model: VisionLanguageModel, processor: VisionLanguageProcessor) -> None:
-    """Raises CheckpointError, naming the part, where a model loaded from a checkpoint of this one would differ."""
+    """Raises CheckpointError, which names the part, where a model loaded from a checkpoint of this one would differ."""
     tower, language = model.vision_tower.spec.source, type(model.language_model).__name__
     was_training = model.training
-    again = _built_anew(model)
-    models = (model.eval(), again.eval())
+    rebuilt = _rebuild(model)
+    models = (model.eval(), rebuilt.eval())
     pixels = processor.load_pixels([Image.linear_gradient("L").resize((96, 80)).convert("RGB")])
     sizes = pixels.get("image_sizes")
-    features = _compare(f"vision tower {tower}", models, lambda one: one.encode_images(pixels["pixel_values"], sizes))
-    _compare(f"projector {model.config.projector['kind']}", models, lambda one: one.project_images(features, sizes))
-    words = [index for index in range(1, NUM_WORDS + 2) if index != model.config.image_token_id][:NUM_WORDS]
-    _compare(f"LLM {language}", models, lambda one: one(input_ids=torch.tensor([words]), use_cache=False).logits)
+    features = _compare(f"vision tower {tower}", models, lambda m: m.encode_images(pixels["pixel_values"], sizes))
+    _compare(f"projector {model.config.projector['kind']}", models, lambda m: m.project_images(features, sizes))
+    token_ids = [index for index in range(1, NUM_TOKENS + 2) if index != model.config.image_token_id][:NUM_TOKENS]
+    _compare(f"LLM {language}", models, lambda m: m(input_ids=torch.tensor([token_ids]), use_cache=False).logits)
     model.train(was_training)
 
 
-def _built_anew(model: VisionLanguageModel) -> Any:
-    """The model as `from_pretrained` builds it, on the same weights."""
+def _rebuild(model: VisionLanguageModel) -> Any:
+    """A second model as `from_pretrained` builds it, with the same weights."""
     weights = model.state_dict()
     with tempfile.TemporaryDirectory() as folder:
         model.config.save_pretrained(folder)
         config = VisionLanguageConfig.from_pretrained(folder)
     dtype = model.get_input_embeddings().weight.dtype
-    with quiet_transformers(), torch.random.fork_rng(devices=[]):  # what is random afterwards stays as it was
-        again = VisionLanguageModel.from_pretrained(None, config=config, state_dict=dict(weights), dtype=dtype)
-    again.load_state_dict(weights, assign=True)
-    return again
+    with quiet_transformers(), torch.random.fork_rng(devices=[]):  # later random numbers stay the same
+        rebuilt = VisionLanguageModel.from_pretrained(None, config=config, state_dict=dict(weights), dtype=dtype)
+    rebuilt.load_state_dict(weights, assign=True)
+    return rebuilt
 
 
 def _compare(part: str, models: tuple[Any, Any], run: Callable[[Any], Tensor]) -> Tensor:
-    """What the first model gives; the second has to give the same."""
-    own, other = run(models[0]), run(models[1])
+    """The output of the first model. Raises CheckpointError where the second one's differs."""
+    output, rebuilt_output = run(models[0]), run(models[1])
     dtypes = {parameter.dtype for parameter in models[0].parameters()}
     allowed = max(tolerance for dtype, tolerance in TOLERANCES.items() if dtype in dtypes)
-    spread = float((own.float() - other.float()).abs().max() / own.float().abs().max())
-    if not spread <= allowed:  # NaN is no agreement
+    difference = float((output.float() - rebuilt_output.float()).abs().max() / output.float().abs().max())
+    if not difference <= allowed:  # also for NaN
         raise CheckpointError(
-            f"{part}: saved and loaded again it would be another one: what it gives differs by {spread:.2g} of the "
-            "largest value; something in it is neither in its weights nor computed from its config. Choose another one"
+            f"{part}: saved and loaded again it would differ: its outputs move by {difference:.2g} of the largest "
+            "value, since a part of it is neither in its weights nor computed from its config. Choose another one"
         )
-    return own
+    return output

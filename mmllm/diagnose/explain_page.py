@@ -1,55 +1,48 @@
-"""An explained example as one page: a file that needs nothing else, light and dark, wide and narrow."""
+"""An explained example as one self-contained HTML page."""
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
 from PIL import Image
 
-from mmllm.diagnose.explain import Asked, ExplainedPicture, Explanation, Token, runs
+from mmllm.diagnose.explain import ExplainedPicture, Explanation, PromptComparison, Token, runs
+from mmllm.web_page import png_data_uri, self_contained_page
 
-MAX_SIDE_PX = 1024  # of a picture in the page; a larger one is shown smaller
+MAX_SIDE_PX = 1024  # of a picture in the page; a larger one is shrunk
 KINDS = {
-    "image": "what the projector puts in for the picture",
+    "image": "what the projector makes of the picture",
     "prompt": "read, not taught",
     "answer": "taught",
     "end": "taught: here the answer stops",
 }
-# No script, and nothing is loaded from anywhere.
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
-def page(found: Explanation) -> str:
+def page(explanation: Explanation) -> str:
     """The whole page as HTML."""
     style = Path(__file__).with_name("explain.css").read_text(encoding="utf-8")
-    title = _plain(found.example.id)
-    body = [_head(found), _pictures(found.pictures), _counts(found), _tokens(found), _prompts(found)]
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title} - mmllm explain</title>\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<meta name="color-scheme" content="light dark">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n<style>\n{style}</style>\n</head>\n'
-        f"<body>\n<main>\n{''.join(body)}</main>\n</body>\n</html>\n"
+    title = _plain(explanation.example.id)
+    body = [
+        _head(explanation),
+        _pictures(explanation.pictures),
+        _counts(explanation),
+        _tokens(explanation),
+        _prompts(explanation),
+    ]
+    return self_contained_page(f"{title} - mmllm explain", style, "".join(body))
+
+
+def _head(explanation: Explanation) -> str:
+    also = "".join(
+        f"<p class=note>{escape(path)} holds an example with this id too.</p>" for path in explanation.also_in
     )
-
-
-def _head(found: Explanation) -> str:
-    also = "".join(f"<p class=note>{escape(path)} has an example of this id too.</p>" for path in found.also_in)
     return (
-        f"<header><p class=over>What the model sees and is taught</p><h1>{_plain(found.example.id)}</h1>"
-        f"<p class=where>{escape(found.split)}, {escape(found.example.source)}<br>"
-        f"settings {escape(found.config)}, template {escape(found.template)}</p>{also}</header>\n"
+        f"<header><p class=over>What the model sees and is taught</p><h1>{_plain(explanation.example.id)}</h1>"
+        f"<p class=where>{escape(explanation.split)}, {escape(explanation.example.source)}<br>"
+        f"settings {escape(explanation.config)}, template {escape(explanation.template)}</p>{also}</header>\n"
     )
-
-
-def _data_uri(picture: Image.Image) -> str:
-    file = io.BytesIO()
-    picture.save(file, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def _pictures(pictures: Sequence[ExplainedPicture]) -> str:
@@ -62,42 +55,43 @@ def _pictures(pictures: Sequence[ExplainedPicture]) -> str:
 
 
 def _figure(picture: Image.Image, size_px: tuple[int, int], caption: str) -> str:
-    shown = picture.copy()
-    shown.thumbnail((MAX_SIDE_PX, MAX_SIDE_PX))
     size = f"{size_px[0]} × {size_px[1]} pixels"
     return (
-        f'<figure><img src="{_data_uri(shown)}" alt="The picture {caption}">'
+        f'<figure><img src="{png_data_uri(picture, max_side_px=MAX_SIDE_PX)}" alt="The picture {caption}">'
         f"<figcaption><b>{caption}</b> {size}</figcaption></figure>"
     )
 
 
-def _counts(found: Explanation) -> str:
-    counts = found.counts
-    full = max(found.max_length_tokens, counts["total"])
+def _counts(explanation: Explanation) -> str:
+    counts = explanation.counts
+    full = max(explanation.max_length_tokens, counts["total"])
     bar = "".join(f'<i class="{kind}" style="width:{100 * counts[kind] / full:.2f}%"></i>' for kind in KINDS)
     legend = "".join(
         f'<li><span class="key {kind}"></span><b>{counts[kind]}</b> {kind} <small>{text}</small></li>'
         for kind, text in KINDS.items()
     )
     return (
-        f"<section><h2>{counts['total']} tokens <small>of at most {found.max_length_tokens}; "
+        f"<section><h2>{counts['total']} tokens <small>of at most {explanation.max_length_tokens}; "
         f"{counts['supervised']} are supervised</small></h2><div class=bar>{bar}</div><ul class=legend>{legend}</ul>"
         "</section>\n"
     )
 
 
 def _plain(text: str) -> str:
-    """A text from the data on one line, with nothing in it that the page would take for its own."""
+    """A text from the data, escaped and on one line; line ends and tabs are visible, other controls are replaced."""
     return escape("".join(c if c.isprintable() else "�" for c in text.replace("\n", "⏎").replace("\t", "⇥")))
 
 
 def _visible(text: str) -> str:
-    """A token's text; a line end is shown, and breaks the line."""
+    """A token's text, escaped; a line end is visible and also breaks the line."""
     return "\n".join(_plain(line) for line in text.split("\n")).replace("\n", "<s>⏎</s>\n") or "·"
 
 
 def _spans(tokens: Sequence[Token], *, mark: int | None = None) -> str:
-    """Tokens as they read, each with its id and position on hover; image tokens as one with their number."""
+    """Tokens in order, each with its id and position on hover. Consecutive image tokens are one span with their number.
+
+    `mark` is the position of the token to highlight.
+    """
     spans = []
     for start, run in runs(tokens):
         if run[0].kind == "image":
@@ -113,36 +107,36 @@ def _spans(tokens: Sequence[Token], *, mark: int | None = None) -> str:
     return f"<p class=tokens>{''.join(spans)}</p>"
 
 
-def _tokens(found: Explanation) -> str:
-    return f"<section><h2>Training</h2>{_spans(found.tokens)}</section>\n"
+def _tokens(explanation: Explanation) -> str:
+    return f"<section><h2>Training</h2>{_spans(explanation.tokens)}</section>\n"
 
 
-def _prompt(number: int, asked: Asked) -> str:
-    place = asked.differs_at
+def _prompt(number: int, prompt: PromptComparison) -> str:
+    place = prompt.differs_at
     if place is None:
-        verdict = f"<em class=equal>equal</em> {len(asked.training)} tokens"
-    elif asked.inference is None:
+        verdict = f"<em class=equal>equal</em> {len(prompt.training)} tokens"
+    elif prompt.inference is None:
         verdict = "<em class=wrong>cannot be asked</em> a question needs words"
     else:
         verdict = (
-            f"<em class=wrong>differs</em> from position {place} on: {len(asked.training)} tokens in training, "
-            f"{len(asked.inference)} at inference"
+            f"<em class=wrong>differs</em> from position {place} on: {len(prompt.training)} tokens in training, "
+            f"{len(prompt.inference)} at inference"
         )
-    columns = f"<div><h3>Training</h3>{_spans(asked.training, mark=place)}</div>"
-    if asked.inference is not None:
-        columns += f"<div><h3>Inference</h3>{_spans(asked.inference, mark=place)}</div>"
+    columns = f"<div><h3>Training</h3>{_spans(prompt.training, mark=place)}</div>"
+    if prompt.inference is not None:
+        columns += f"<div><h3>Inference</h3>{_spans(prompt.inference, mark=place)}</div>"
     is_open = " open" if place is not None else ""
     return (
-        f"<details{is_open}><summary><b>Answer {number}</b> <q>{_plain(asked.answer)}</q> "
+        f"<details{is_open}><summary><b>Answer {number}</b> <q>{_plain(prompt.answer)}</q> "
         f"<span class=verdict>{verdict}</span></summary><div class=pair>{columns}</div></details>"
     )
 
 
-def _prompts(found: Explanation) -> str:
-    is_equal = all(asked.differs_at is None for asked in found.prompts)
-    reasons = "".join(f"<p class=reason>Because {escape(reason)}.</p>" for reason in found.reasons)
-    verdict = found.verdict
-    details = "".join(_prompt(number, asked) for number, asked in enumerate(found.prompts, start=1))
+def _prompts(explanation: Explanation) -> str:
+    is_equal = all(prompt.differs_at is None for prompt in explanation.prompts)
+    reasons = "".join(f"<p class=reason>Because {escape(reason)}.</p>" for reason in explanation.reasons)
+    verdict = explanation.verdict
+    details = "".join(_prompt(number, prompt) for number, prompt in enumerate(explanation.prompts, start=1))
     return (
         f'<section><h2>Inference</h2><p class="banner {"equal" if is_equal else "wrong"}">'
         f"{escape(verdict[:1].upper() + verdict[1:])}.</p>{reasons}{details}</section>\n"

@@ -1,4 +1,4 @@
-"""An explained example in the terminal: its pictures in half blocks, its tokens in the colors of their kinds."""
+"""An explained example in the terminal: its pictures as half-block characters, its tokens colored by kind."""
 
 from __future__ import annotations
 
@@ -10,47 +10,52 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mmllm.diagnose.explain import Asked, Explanation, Token, runs
+from mmllm.diagnose.explain import Explanation, PromptComparison, Token, runs
 from mmllm.inference.terminal_chat import printable
 
 STYLES = {"image": "white on blue", "prompt": "", "answer": "black on green", "end": "black on yellow"}
-PICTURE_COLUMNS = 32  # and as many pixels, two of them in each character's height
-FILE_WIDTH = 120  # of tables where no terminal gives one
-CONTEXT_UNITS = 6  # tokens shown before the first one that differs; image tokens that stand together count as one
-NUM_UNITS_AFTER = 12  # and from it on
+PICTURE_COLUMNS = 32  # characters, each one pixel wide and two pixels high
+TABLE_WIDTH = 120  # in characters, where the output is not a terminal
+# A unit is a token, or a group of consecutive image tokens.
+NUM_UNITS_BEFORE = 6  # shown before the first token that differs
+NUM_UNITS_AFTER = 12  # shown from that token on
 
 
 def shown_text(text: str) -> str:
-    """A token's text with what cannot be seen made visible, and nothing in it that commands a terminal."""
+    """A token's text with line ends and tabs made visible, and without the control characters of a terminal."""
     return printable(text.replace("\n", "⏎").replace("\t", "⇥")) or "·"
 
 
-def show(found: Explanation, html: Path | None) -> None:
-    """Prints the explanation; pictures only where there is a terminal with colors."""
+def show(explanation: Explanation, html: Path | None) -> None:
+    """Prints the explanation; pictures only on a terminal with colors."""
     console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
-        console.width = FILE_WIDTH
-    example = found.example
-    console.print(Text(printable(example.id), style="bold"), f"in {example.source} ({found.split})", soft_wrap=True)
-    if found.also_in:
-        console.print(f"note: other files have an example of this id: {', '.join(found.also_in)}", soft_wrap=True)
-    _show_pictures(console, found)
-    console.print(_counts(found))
+        console.width = TABLE_WIDTH
+    example = explanation.example
+    console.print(
+        Text(printable(example.id), style="bold"), f"in {example.source} ({explanation.split})", soft_wrap=True
+    )
+    if explanation.also_in:
+        console.print(
+            f"note: other files hold an example with this id: {', '.join(explanation.also_in)}", soft_wrap=True
+        )
+    _show_pictures(console, explanation)
+    console.print(_counts(explanation))
     console.print()
-    console.print(_tokens_table(found.tokens))
+    console.print(_tokens_table(explanation.tokens))
     console.print()
-    style = "bold green" if all(asked.differs_at is None for asked in found.prompts) else "bold red"
-    console.print(Text("inference prompt", style="bold"), Text(found.verdict, style=style), soft_wrap=True)
-    for reason in found.reasons:
+    style = "bold green" if all(prompt.differs_at is None for prompt in explanation.prompts) else "bold red"
+    console.print(Text("inference prompt", style="bold"), Text(explanation.verdict, style=style), soft_wrap=True)
+    for reason in explanation.reasons:
         console.print(f"because {reason}", soft_wrap=True)
-    for number, asked in enumerate(found.prompts, start=1):
-        _show_prompt(console, number, asked)
+    for number, prompt in enumerate(explanation.prompts, start=1):
+        _show_prompt(console, number, prompt)
     if html is not None:
         console.print(f"page: {html}", soft_wrap=True)
 
 
 def half_blocks(picture: Image.Image, columns: int) -> Text:
-    """The picture with one pixel a column, two a line."""
+    """The picture drawn with the character ▀: one pixel for each column, two for each line."""
     columns = min(columns, picture.width)
     rows = max(2, round(picture.height * columns / picture.width / 2) * 2)
     small = picture.resize((columns, rows), Image.Resampling.BOX)
@@ -65,8 +70,8 @@ def half_blocks(picture: Image.Image, columns: int) -> Text:
     return text
 
 
-def _show_pictures(console: Console, found: Explanation) -> None:
-    for picture in found.pictures:
+def _show_pictures(console: Console, explanation: Explanation) -> None:
+    for picture in explanation.pictures:
         sizes = [f"{width} x {height}" for width, height in (picture.stored_px, picture.seen.size)]
         if not console.is_terminal or not console.color_system:
             console.print(f"{printable(picture.name)}: {sizes[0]}, {sizes[1]} as the tower sees it", soft_wrap=True)
@@ -79,16 +84,16 @@ def _show_pictures(console: Console, found: Explanation) -> None:
         console.print(grid)
 
 
-def _counts(found: Explanation) -> Text:
-    counts = found.counts
-    text = Text(f"{counts['total']} tokens of at most {found.max_length_tokens}: ")
+def _counts(explanation: Explanation) -> Text:
+    counts = explanation.counts
+    text = Text(f"{counts['total']} tokens of at most {explanation.max_length_tokens}: ")
     for kind, style in STYLES.items():
         text.append(f" {counts[kind]} {kind} ", style=style).append(" ")
-    return text.append(f" {counts['supervised']} are supervised; template {found.template}")
+    return text.append(f" {counts['supervised']} are supervised; template {explanation.template}")
 
 
 def _joined(tokens: Sequence[Token]) -> Text:
-    """Tokens of any kinds behind each other, with a line between two; image tokens as their number."""
+    """Tokens one after the other, a bar between two; consecutive image tokens as their number."""
     text = Text()
     for _, run in runs(tokens):
         if text:
@@ -117,22 +122,22 @@ def _tokens_table(tokens: Sequence[Token]) -> Table:
     return table
 
 
-def _show_prompt(console: Console, number: int, asked: Asked) -> None:
-    place = asked.differs_at
+def _show_prompt(console: Console, number: int, prompt: PromptComparison) -> None:
+    place = prompt.differs_at
     name = f"  answer {number}"
     if place is None:
-        console.print(Text(f"{name}: equal, {len(asked.training)} tokens", style="green"), soft_wrap=True)
+        console.print(Text(f"{name}: equal, {len(prompt.training)} tokens", style="green"), soft_wrap=True)
         return
-    if asked.inference is None:
+    if prompt.inference is None:
         console.print(Text(f"{name}: cannot be asked, a question needs words", style="red"), soft_wrap=True)
         return
     console.print(Text(f"{name}: differs from position {place} on", style="red"), soft_wrap=True)
     grid = Table.grid(padding=(0, 2))
-    for label, tokens in (("training", asked.training), ("inference", asked.inference)):
+    for label, tokens in (("training", prompt.training), ("inference", prompt.inference)):
         before, after = _units(tokens[:place]), _units(tokens[place:])
         shown = Text.assemble(
-            ("… " if len(before) > CONTEXT_UNITS else "", "dim"),
-            _joined([token for unit in before[-CONTEXT_UNITS:] for token in unit]),
+            ("… " if len(before) > NUM_UNITS_BEFORE else "", "dim"),
+            _joined([token for unit in before[-NUM_UNITS_BEFORE:] for token in unit]),
             (" ▶ ", "bold red"),
             _joined([token for unit in after[:NUM_UNITS_AFTER] for token in unit]),
             (" …" if len(after) > NUM_UNITS_AFTER else "", "dim"),
@@ -142,7 +147,7 @@ def _show_prompt(console: Console, number: int, asked: Asked) -> None:
 
 
 def _units(tokens: Sequence[Token]) -> list[list[Token]]:
-    """Tokens one by one, but neighbouring image tokens together."""
+    """Each token alone, but consecutive image tokens together."""
     return [
         unit for _, run in runs(tokens) for unit in ([run] if run[0].kind == "image" else [[token] for token in run])
     ]

@@ -1,7 +1,7 @@
-"""Whether a model looks at the picture: its loss with another example's picture, less that with its own.
+"""Whether a model uses the picture: its loss with another example's picture minus its loss with the right one.
 
-`image_reliance` is in nats per supervised token. At 0 the pictures might as well be missing: the model answers from
-the text alone, however well its loss falls.
+`image_reliance` is in nats per supervised token. At 0 the pictures make no difference: the model answers from the text
+alone, however low its loss is.
 """
 
 from __future__ import annotations
@@ -16,46 +16,54 @@ from typing import Any
 from mmllm.batch import Example
 
 RELIANCE, RELIANCE_ERROR = "image_reliance", "image_reliance_error"
-MIN_EXAMPLES = 8  # with fewer a standard error says little, and none is given
+MIN_EXAMPLES = 8  # with fewer no standard error is given: it would say little
 
 
 def exchange_pictures(
     examples: Sequence[Example], seed: int, fits: Callable[[Example], bool] = lambda example: True
 ) -> dict[int, Example]:
-    """`{index: the example with the pictures of another}`: a derangement, the same for the same seed.
+    """`{index: the example with another example's pictures}`: a derangement, the same for the same seed.
 
-    Pictures go round among examples with as many of them, so that no example gets its own, nor the same pictures that
-    another example has too. One without pictures, one that nobody can exchange with, and one that would not fit with
-    the other's pictures (whose tokens may be more) is left out.
+    Pictures are exchanged among examples with the same number of them, and never for equal pictures. Left out are
+    examples without pictures, those that have no partner, and those that do not fit with the other pictures, which may
+    take more tokens.
     """
     groups: dict[int, list[tuple[Any, ...]]] = defaultdict(list)
     for example in examples:
         if example.images and example.images not in groups[len(example.images)]:
             groups[len(example.images)].append(example.images)
     rng = random.Random(seed)
-    others: list[tuple[tuple[Any, ...], tuple[Any, ...]]] = []
+    exchanges: list[tuple[tuple[Any, ...], tuple[Any, ...]]] = []  # (right pictures, other pictures)
     for _, pictures in sorted(groups.items()):
         rng.shuffle(pictures)
         if len(pictures) > 1:
-            others += zip(pictures, pictures[1:] + pictures[:1], strict=True)
+            exchanges += zip(pictures, pictures[1:] + pictures[:1], strict=True)
     exchanged = {}
     for index, example in enumerate(examples):
-        other = next((other for own, other in others if own == example.images), None)
-        if other is not None and fits(shown := replace(example, images=other)):
-            exchanged[index] = shown
+        other = next((other for right, other in exchanges if right == example.images), None)
+        if other is not None and fits(candidate := replace(example, images=other)):
+            exchanged[index] = candidate
     return exchanged
 
 
-def reliance_of(own: Sequence[float], others: Sequence[float], counts: Sequence[int]) -> dict[str, float]:
-    """Image reliance and its standard error, from the losses of each example summed over its `counts` tokens.
+def reliance_of(
+    right_losses: Sequence[float], other_losses: Sequence[float], num_tokens: Sequence[int]
+) -> dict[str, float]:
+    """Image reliance and its standard error.
 
-    `own` are those with its own pictures, `others` those with another example's. The error is that of a ratio of two
-    means over examples: the tokens of one example are not independent of each other.
+    Args:
+        right_losses: of each example the loss with its own pictures, summed over its supervised tokens.
+        other_losses: the same with another example's pictures.
+        num_tokens: the number of supervised tokens of each example.
+
+    The standard error is that of a ratio of two means over examples, since tokens of one example are not independent.
     """
-    total = max(1, sum(counts))
-    reliance = (sum(others) - sum(own)) / total
-    found = {RELIANCE: reliance}
-    if (number := len(counts)) >= MIN_EXAMPLES:
-        rests = [other - one - reliance * count for one, other, count in zip(own, others, counts, strict=True)]
-        found[RELIANCE_ERROR] = math.sqrt(number / (number - 1) * sum(rest * rest for rest in rests)) / total
-    return found
+    total = max(1, sum(num_tokens))
+    reliance = (sum(other_losses) - sum(right_losses)) / total
+    metrics = {RELIANCE: reliance}
+    if (number := len(num_tokens)) >= MIN_EXAMPLES:
+        triples = zip(right_losses, other_losses, num_tokens, strict=True)
+        residuals = [other - right - reliance * count for right, other, count in triples]
+        sum_of_squares = sum(residual * residual for residual in residuals)
+        metrics[RELIANCE_ERROR] = math.sqrt(number / (number - 1) * sum_of_squares) / total
+    return metrics

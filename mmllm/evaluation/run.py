@@ -1,4 +1,4 @@
-"""Asks a model every question of a task twice, with the right and with shuffled pictures, and scores the answers."""
+"""`mmllm eval`: asks a model a task's questions with the right and with shuffled pictures, and scores them."""
 
 from __future__ import annotations
 
@@ -16,75 +16,82 @@ from mmllm.evaluation.scenes import find_task
 from mmllm.evaluation.tasks import CAPTION, Question, Task, guess_accuracy, normalise
 from mmllm.inference.engine import Engine, Sampling
 
+MAX_CAPTION_TOKENS, MAX_ANSWER_TOKENS = 96, 16
+
 
 def shuffled_pictures(questions: Sequence[Question], seed: int = 0) -> list[tuple[str, ...]]:
-    """For each question the pictures of another, with as many of them; never its own where there is a choice."""
+    """For each question the pictures of another one with the same number; its own only where there is no other."""
     groups: dict[int, list[tuple[str, ...]]] = defaultdict(list)
     for question in questions:
         if question.images not in groups[len(question.images)]:
             groups[len(question.images)].append(question.images)
     rng = random.Random(seed)
-    other: dict[tuple[str, ...], tuple[str, ...]] = {}
+    exchanged: dict[tuple[str, ...], tuple[str, ...]] = {}
     for group in groups.values():
         order = list(group)
         rng.shuffle(order)
-        other.update(zip(order, order[1:] + order[:1], strict=True))
-    return [other[question.images] for question in questions]
+        exchanged.update(zip(order, order[1:] + order[:1], strict=True))
+    return [exchanged[question.images] for question in questions]
 
 
 def answer_all(
     engine: Engine, questions: Sequence[Question], pictures: Sequence[tuple[str, ...]], batch_size: int, progress: Any
 ) -> list[str]:
-    """The model's greedy answer to each question, in order. Questions of like length share a batch."""
+    """The model's greedy answer to each question, in order. Questions of similar length share a batch."""
     examples = [
-        question.example(shown, label=engine.picture_label) for question, shown in zip(questions, pictures, strict=True)
+        question.example(images, label=engine.picture_label)
+        for question, images in zip(questions, pictures, strict=True)
     ]
 
-    def cost(index: int) -> tuple[bool, int]:
+    def length(index: int) -> tuple[bool, int]:
         return questions[index].type == CAPTION, len(engine.renderer.render_example(examples[index]).input_ids)
 
-    order = sorted(range(len(examples)), key=cost)
+    order = sorted(range(len(examples)), key=length)
     answers = [""] * len(examples)
     for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        longest = 96 if any(questions[index].type == CAPTION for index in chosen) else 16
-        replies = engine.reply_batch([examples[index] for index in chosen], Sampling(max_new_tokens=longest))
-        for index, reply in zip(chosen, replies, strict=True):
+        batch = order[start : start + batch_size]
+        has_caption = any(questions[index].type == CAPTION for index in batch)
+        sampling = Sampling(max_new_tokens=MAX_CAPTION_TOKENS if has_caption else MAX_ANSWER_TOKENS)
+        replies = engine.reply_batch([examples[index] for index in batch], sampling)
+        for index, reply in zip(batch, replies, strict=True):
             answers[index] = reply.text
-        progress(len(chosen))
+        progress(len(batch))
     return answers
 
 
 def f1(num_right: int, num_stated: int, num_true: int) -> float:
-    """Harmonic mean of precision and recall; as SPICE scores captions, https://arxiv.org/abs/1607.08822"""
+    """Harmonic mean of precision and recall, as SPICE scores captions: https://arxiv.org/abs/1607.08822"""
     return 2 * num_right / (num_stated + num_true) if num_stated + num_true else 0.0
 
 
 def score(task: Task, questions: Sequence[Question], answers: Sequence[str]) -> dict[str, Any]:
-    """`exact` over all questions but captions, `types` per question type, `caption_f1` by the task's own rule."""
+    """Scores the answers.
+
+    `exact` is the share of exact matches over all questions but captions, `types` the same for each question type, and
+    `counts` their numbers. `caption_f1` follows the task's rule for captions.
+    """
     right: dict[str, list[bool]] = defaultdict(list)
-    counts = [0, 0, 0]
+    facts = [0, 0, 0]  # right, stated, true
     for question, answer in zip(questions, answers, strict=True):
         if question.type == CAPTION:
-            found = task.caption_facts(question, answer)
-            counts = [total + new for total, new in zip(counts, found, strict=True)]
+            facts = [total + new for total, new in zip(facts, task.caption_facts(question, answer), strict=True)]
         else:
             right[question.type].append(normalise(answer) == normalise(question.answer))
-    every = [hit for hits in right.values() for hit in hits]
+    all_hits = [hit for hits in right.values() for hit in hits]
     result: dict[str, Any] = {
-        "exact": sum(every) / len(every) if every else None,
+        "exact": sum(all_hits) / len(all_hits) if all_hits else None,
         "types": {kind: sum(hits) / len(hits) for kind, hits in sorted(right.items())},
         "counts": {kind: len(hits) for kind, hits in sorted(right.items())},
     }
-    if counts[2]:
-        result["caption_f1"] = f1(counts[0], counts[1], counts[2])
+    if facts[2]:
+        result["caption_f1"] = f1(*facts)
     return result
 
 
 def evaluate_task(
     engine: Engine, name: str, *, max_pictures: int | None, batch_size: int, progress: Any
 ) -> dict[str, Any]:
-    """The result of one task: `score`, beside it `shuffled` (pictures exchanged) and `guess` (no picture at all)."""
+    """The result of one task: `score` of the right pictures, `shuffled` with exchanged ones, `guess` without any."""
     task = find_task(name)
     questions = task.questions(max_pictures)
     bar = progress.add_task(name, total=2 * len(questions))
@@ -93,22 +100,22 @@ def evaluate_task(
         progress.update(bar, advance=count)
 
     result = score(task, questions, answer_all(engine, questions, [q.images for q in questions], batch_size, advance))
-    seen = [question for question in questions if question.images]
-    progress.update(bar, total=len(questions) + len(seen))
-    answers = answer_all(engine, seen, shuffled_pictures(seen), batch_size, advance)
-    result["shuffled"] = score(task, seen, answers)
+    with_pictures = [question for question in questions if question.images]
+    progress.update(bar, total=len(questions) + len(with_pictures))
+    answers = answer_all(engine, with_pictures, shuffled_pictures(with_pictures), batch_size, advance)
+    result["shuffled"] = score(task, with_pictures, answers)
     result["guess"] = guess_accuracy([question for question in questions if question.type != CAPTION])
     return result
 
 
 def show(name: str, result: dict[str, Any], console: Console) -> None:
-    """The result as a table for people."""
+    """Prints the result of one task as a table."""
     table = Table(title=f"{name}: exact match", title_justify="left")
     for column in ("question type", "questions", "right picture", "shuffled", "best guess"):
         table.add_column(column, justify="left" if column == "question type" else "right")
     for kind, value in result["types"].items():
-        wrong = result["shuffled"]["types"].get(kind)
-        cells = [f"{value:.3f}", "" if wrong is None else f"{wrong:.3f}", f"{result['guess'][kind]:.3f}"]
+        shuffled = result["shuffled"]["types"].get(kind)
+        cells = [f"{value:.3f}", "" if shuffled is None else f"{shuffled:.3f}", f"{result['guess'][kind]:.3f}"]
         table.add_row(kind.replace("_", " "), str(result["counts"][kind]), *cells)
     table.add_section()
     table.add_row(
@@ -123,7 +130,7 @@ def evaluate_model(
     model: str | Path, tasks: Sequence[str], *, max_pictures: int | None = None, batch_size: int = 64,
     device: str | None = None, dtype: str | None = None, quiet: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """`{task: result}` for every task. Raises TaskError or CheckpointError before anything is asked."""
+    """`{task: result}` for every task. Raises TaskError or CheckpointError before the first question."""
     for name in tasks:
         find_task(name)
     engine = Engine.load(model, device=device, dtype=dtype)

@@ -1,4 +1,4 @@
-"""The splits of `mmllm scenes` as tasks: each row's questions, and captions judged by the facts of the scene graph."""
+"""The splits of `mmllm scenes` as tasks: the questions of each row, and captions scored by the scene graph."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ class ScenesTask:
     folder: Path
 
     def questions(self, max_pictures: int | None = None) -> list[Question]:
-        """Every question of the split, or those of its first pictures. Raises TaskError."""
+        """Every question of the split, or those about its first `max_pictures`. Raises TaskError."""
         return read_questions(self.folder, max_pictures)
 
     def caption_facts(self, question: Question, answer: str) -> tuple[int, int, int]:
-        """How many facts of a caption are right, how many it states, how many are true of the picture."""
+        """(number of right facts in a caption, of facts it states, of facts that are true of the picture)."""
         return fact_counts(answer, scene_of_picture(question.images[0]))
 
 
 def find_task(name: str) -> ScenesTask:
-    """The task of this name, or of a split that `mmllm scenes` wrote. Raises TaskError."""
+    """The task with this name, or of a folder that `mmllm scenes` wrote. Raises TaskError."""
     folder = TASKS.get(name, Path(name))
     if not (folder / "conversations.json").is_file():
         known = ", ".join(TASKS)
@@ -48,16 +48,16 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     try:
         rows = json.loads(path.read_text())
     except ValueError as error:
-        raise TaskError(f"{path} is no JSON: {error}") from error
+        raise TaskError(f"{path} is not JSON: {error}; write the split again with `mmllm scenes`") from error
     if not isinstance(rows, list) or not rows:
-        raise TaskError(f"{path} must hold a list of conversations")
+        raise TaskError(f"{path} must hold a list of conversations; write the split again with `mmllm scenes`")
     return rows
 
 
 def read_questions(folder: Path, max_pictures: int | None = None) -> list[Question]:
-    """Every question of a split, each by itself with just the turns that it follows. Raises TaskError.
+    """Every question of a split, each with the earlier turns that it needs. Raises TaskError.
 
-    Captions of rows without picture are left out.
+    Captions of rows without a picture are left out.
     """
     questions: list[Question] = []
     pictures: set[str] = set()
@@ -83,5 +83,5 @@ def read_questions(folder: Path, max_pictures: int | None = None) -> list[Questi
 
 
 def scene_of_picture(path: str) -> Scene:
-    """The scene graph beside a picture."""
+    """The scene graph of a picture, from the JSON file beside it."""
     return Scene.from_json(json.loads(Path(path).with_suffix(".json").read_text()))

@@ -1,4 +1,4 @@
-"""What a task is: pictures with questions whose right answers are known, and the rule by which answers are judged."""
+"""What a task is: questions about pictures with known answers, and the rules by which answers are scored."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Protocol
 from mmllm.batch import PICTURE_LABEL, Example, Message, message, picture_marks
 from mmllm.errors import MmllmError
 
-CAPTION = "caption"  # the one type that is scored by its facts and not word by word
+CAPTION = "caption"  # the only type that is scored by its facts, not by exact match
 
 
 class TaskError(MmllmError):
@@ -19,7 +19,7 @@ class TaskError(MmllmError):
 
 @dataclass(frozen=True)
 class Question:
-    """One question with the pictures it is about and the turns that are needed to understand it."""
+    """One question, the pictures that it is about, and the turns that are needed to understand it."""
 
     type: str
     images: tuple[str, ...]
@@ -28,19 +28,19 @@ class Question:
     answer: str
 
     def example(self, images: Sequence[str] | None = None, *, label: str = PICTURE_LABEL) -> Example:
-        """The conversation that is put to the model, with its own or with other pictures; `label` is the model's."""
-        shown = tuple(images or self.images)
-        opening = picture_marks(len(shown), label)
+        """The conversation for the model, with these pictures or the right ones; `label` is its picture label."""
+        pictures = tuple(images or self.images)
+        opening = picture_marks(len(pictures), label)
         texts = [text for turn in self.history for text in turn] + [self.question]
         messages: list[Message] = []
         for number, text in enumerate(texts):
             role = "assistant" if number % 2 else "user"
             messages.append(message(role, opening + text if number == 0 else text))  # type: ignore[arg-type]
-        return Example(self.question, "eval", tuple(messages), shown)
+        return Example(self.question, "eval", tuple(messages), pictures)
 
 
 class Task(Protocol):
-    """Questions, and the rule for the captions among them; every other answer is compared word by word."""
+    """Questions, and the rule for captions among them; every other answer is scored by exact match."""
 
     @property
     def name(self) -> str: ...
@@ -49,20 +49,20 @@ class Task(Protocol):
 
 
 def normalise(text: str) -> str:
-    """How answers are compared: lower case, single spaces, no full stop at the end."""
+    """The form in which answers are compared: lower case, single spaces, no full stop at the end."""
     return " ".join(text.lower().split()).rstrip(".")
 
 
-def hits_of(questions: Sequence[Question], answers: Sequence[str]) -> list[bool]:
-    """Whether each answer is exactly right."""
+def exact_matches(questions: Sequence[Question], answers: Sequence[str]) -> list[bool]:
+    """Whether each answer matches the right one, as `normalise` writes both."""
     pairs = zip(questions, answers, strict=True)
     return [normalise(answer) == normalise(question.answer) for question, answer in pairs]
 
 
 def guess_accuracy(questions: Sequence[Question]) -> dict[str, float]:
-    """What the best guess without a picture gets right, per type: always the commonest answer to a question like this.
+    """The accuracy of the best guess without a picture, by question type.
 
-    Questions are alike if they are of one type and open with the same two words.
+    The guess is the most common answer among questions of the same type that begin with the same two words.
     """
     answers: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     for question in questions:

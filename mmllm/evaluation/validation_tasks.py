@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from mmllm.evaluation.run import answer_all, shuffled_pictures
 from mmllm.evaluation.scenes import find_task
-from mmllm.evaluation.tasks import CAPTION, Question, hits_of
+from mmllm.evaluation.tasks import CAPTION, Question, exact_matches
 from mmllm.inference.engine import Engine
 
 BATCH_SIZE = 32
@@ -21,7 +21,7 @@ def check_tasks(names: Sequence[str]) -> None:
 
 
 def some_questions(name: str, count: int) -> list[Question]:
-    """At most `count` questions, evenly over a task; captions, which take long to write, are for `mmllm eval`.
+    """At most `count` questions, evenly spaced over a task. Captions take long and are left to `mmllm eval`.
 
     Raises TaskError.
     """
@@ -32,24 +32,25 @@ def some_questions(name: str, count: int) -> list[Question]:
 
 
 def task_scores(engine: Engine, name: str, num_questions: int) -> dict[str, float]:
-    """`exact` and `shuffled`, each where there are such questions; and where pictures are shown, `gain`.
+    """The share of exact matches with the right pictures (`exact`) and with exchanged ones (`shuffled`).
 
-    That is by how much the right pictures help, over the same questions, with its standard error `gain_error`.
+    `gain` is their difference over the questions that have pictures, with its standard error `gain_error`. A score
+    without questions is left out.
     """
     questions = some_questions(name, num_questions)
-    seen = [question for question in questions if question.images]
-    asked = {
+    with_pictures = [question for question in questions if question.images]
+    measures = {
         "exact": (questions, [question.images for question in questions]),
-        "shuffled": (seen, shuffled_pictures(seen)),
+        "shuffled": (with_pictures, shuffled_pictures(with_pictures)),
     }
-    hits = {}
-    for measure, (some, pictures) in asked.items():
-        answers = answer_all(engine, some, pictures, BATCH_SIZE, lambda count: None)
-        hits[measure] = hits_of(some, answers)
-    scores = {measure: sum(some) / len(some) for measure, some in hits.items() if some}
-    if seen:
-        right = [hit for hit, question in zip(hits["exact"], questions, strict=True) if question.images]
-        gains = [one - other for one, other in zip(right, hits["shuffled"], strict=True)]
+    matches = {}
+    for measure, (subset, pictures) in measures.items():
+        answers = answer_all(engine, subset, pictures, BATCH_SIZE, lambda count: None)
+        matches[measure] = exact_matches(subset, answers)
+    scores = {measure: sum(results) / len(results) for measure, results in matches.items() if results}
+    if with_pictures:
+        right = [match for match, question in zip(matches["exact"], questions, strict=True) if question.images]
+        gains = [exact - shuffled for exact, shuffled in zip(right, matches["shuffled"], strict=True)]
         scores["gain"] = statistics.fmean(gains)
         scores["gain_error"] = statistics.pstdev(gains) / math.sqrt(len(gains))
     return scores

@@ -24,7 +24,7 @@ from mmllm.checkpoint.golden import require_golden
 from mmllm.errors import MmllmError
 from mmllm.images import image_size, load_image
 from mmllm.inference.placement import answer_dtypes, find_device, spread_model
-from mmllm.inference.seen import as_seen, preview
+from mmllm.inference.preview import preview, shrink
 from mmllm.model.positions import max_length_tokens
 from mmllm.model.processor import VisionLanguageProcessor
 from mmllm.model.vlm import VisionLanguageModel
@@ -63,22 +63,22 @@ GREEDY = Sampling()
 
 @dataclass(frozen=True)
 class Reply:
-    """A reply, or what there is of it so far: then `finish` is None.
+    """A reply, or what there is of it so far: then `finish_reason` is None.
 
-    `finish` is `end` where the model ended its answer, `length` where `max_new_tokens` did, `stopped` where the caller
-    did.
+    `finish_reason` is `end` where the model ended its answer, `length` where `max_new_tokens` did, and `stopped` where
+    the caller did.
 
     Example:
         import mmllm
 
         model = mmllm.load("runs/tiny/stage2")
         reply = model.ask("Describe the picture.", ["data/scenes/val/images/000003.png"])
-        if reply.finish == "length":
+        if reply.finish_reason == "length":
             print("cut off after", reply.num_new_tokens, "tokens")
     """
 
     text: str
-    finish: Literal["end", "length", "stopped"] | None
+    finish_reason: Literal["end", "length", "stopped"] | None
     num_prompt_tokens: int
     num_image_tokens: int
     num_new_tokens: int
@@ -160,11 +160,11 @@ class Engine:
     def prepare_shown(self, image: str | Path, longest_px: int) -> tuple[PreparedImage, Image.Image]:
         """A picture as this model takes it, and one for people, with no longer side than this; decoded once."""
         picture = load_image(image, may_shrink=True)
-        return self.processor.prepare(picture, image_size(image)), preview(picture, longest_px)
+        return self.processor.prepare(picture, image_size(image)), shrink(picture, longest_px)
 
-    def seen(self, image: ImageSource | Path) -> Image.Image:
+    def preview(self, image: ImageSource | Path) -> Image.Image:
         """The picture as the vision tower sees it: resized, cropped or padded, values back in 0-255."""
-        return as_seen(self.processor.image_layout, self.processor.image_processor, self.prepare(image))
+        return preview(self.processor.image_layout, self.processor.image_processor, self.prepare(image))
 
     def inputs(self, rendered: Sequence[RenderedConversation], images: Sequence[ImageSource]) -> dict[str, Tensor]:
         """Prompts padded on the left, whatever the tokenizer says, and their pictures one behind the other."""
@@ -213,7 +213,7 @@ class Engine:
     def stream(
         self, example: Example, sampling: Sampling = GREEDY, *, stop: threading.Event | None = None
     ) -> Iterator[Reply]:
-        """The reply as it is written; the last one has `finish`. Setting `stop` ends the computation at the next token.
+        """The reply as it is written; the last one has a `finish_reason`. Setting `stop` ends it at the next token.
 
         Raises MmllmError for a conversation that does not fit, ImageError for a picture that cannot be read.
         """

@@ -1,4 +1,4 @@
-"""Where a model's weights lie while it answers: on one device, or spread over all that this machine has."""
+"""The device and dtype of a model's weights at inference: one device, or all devices of this machine together."""
 
 from __future__ import annotations
 
@@ -15,19 +15,23 @@ GIB = 2**30
 
 
 def answer_dtypes(
-    stored: Mapping[str, torch.dtype], device: torch.device | None, wanted: str | None = None
+    stored: Mapping[str, torch.dtype], device: torch.device | None, choice: str | None = None
 ) -> dict[str, torch.dtype]:
-    """The dtype to answer in for each part, of those that they are stored in; `wanted` is `stored` or one of DTYPES."""
-    if wanted is None:
+    """The dtype of each part at inference, by its stored dtype.
+
+    `choice` is a key of DTYPES, or `stored` for the stored dtypes; default: `answer_dtype`.
+    """
+    if choice is None:
         return {part: answer_dtype(device, dtype) for part, dtype in stored.items()}
-    return {part: dtype if wanted == "stored" else DTYPES[wanted] for part, dtype in stored.items()}
+    return {part: dtype if choice == "stored" else DTYPES[choice] for part, dtype in stored.items()}
 
 
 def answer_dtype(device: torch.device | None, stored: torch.dtype) -> torch.dtype:
-    """The dtype to answer in for a part that is stored in this one. `device` None is all that this machine has.
+    """The dtype of a part at inference. `device` None means all devices of this machine.
 
-    bf16 on a GPU that computes in it, fp16 on an older one. A CPU that multiplies in bf16 keeps it: half the memory,
-    and faster. One that does not takes five times as long over a prompt as in fp32, and none is fast in fp16.
+    On a GPU bf16, or fp16 where the GPU has no bf16. On a CPU fp32, except for a part that is stored in bf16 where the
+    CPU multiplies in bf16: that takes half the memory and is faster. Other CPUs prefill five times slower in bf16 than
+    in fp32, and no CPU is fast in fp16.
     """
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -37,13 +41,13 @@ def answer_dtype(device: torch.device | None, stored: torch.dtype) -> torch.dtyp
 
 
 def find_device(name: str | None) -> torch.device:
-    """The device of this name, or a GPU where there is one. Raises MmllmError where this machine has no such device."""
+    """The device of this name; default: a GPU where there is one. Raises MmllmError for a device that is not here."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
     num_gpus = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= num_gpus:
-        raise MmllmError(f"no device {name}: this machine shows {num_gpus} CUDA GPUs; leave --device out, or give cpu")
+        raise MmllmError(f"no device {name}: this machine has {num_gpus} CUDA GPUs; leave --device out, or give cpu")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise MmllmError("no device mps: it needs an Apple GPU; leave --device out, or give cpu")
     return device
@@ -52,9 +56,10 @@ def find_device(name: str | None) -> torch.device:
 def spread_model(
     model: VisionLanguageModel, *, max_memory: dict[int | str, int | str] | None = None
 ) -> VisionLanguageModel:
-    """The model spread by accelerate: first over the GPUs, then main memory, from where layers come when they run.
+    """The model dispatched by accelerate: GPUs first, then main memory, whose layers move to a GPU when they run.
 
-    Raises MmllmError where both together are too small. `max_memory` is what each may hold; default: what is free.
+    `max_memory` limits each device, in bytes or as accelerate writes sizes; default: the free memory. Raises MmllmError
+    where all devices together are too small.
     """
     from accelerate import dispatch_model, infer_auto_device_map
     from accelerate.utils import compute_module_sizes, get_max_memory
@@ -68,5 +73,5 @@ def spread_model(
             f"the model needs {compute_module_sizes(model)[''] / GIB:.1f} GiB, more than this machine has free "
             f"(GiB of each GPU and of memory: {room}); use a machine with more, or a smaller model"
         )
-    skip_keys = sorted(model._skip_keys_device_placement or ())  # caches stay where their layers are
+    skip_keys = sorted(model._skip_keys_device_placement or ())  # KV caches stay on the devices of their layers
     return dispatch_model(model, places, skip_keys=skip_keys)  # type: ignore[no-any-return]

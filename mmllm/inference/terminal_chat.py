@@ -1,6 +1,6 @@
 """`mmllm chat`: one question from the command line, or a conversation in the terminal.
 
-Answers go to stdout; notes and errors go to stderr. Without a terminal each line of stdin is a question or a command.
+Answers go to stdout, notes and errors to stderr. Where stdin is not a terminal, each line is a question or a command.
 """
 
 from __future__ import annotations
@@ -36,50 +36,53 @@ HELP = """\
 /quit            end; Ctrl-D does the same
 Ctrl-C while the model answers stops the answer."""
 COMMANDS = ("/image", "/undo", "/clear", "/help", "/quit")
-UNFINISHED_CHARACTER = "\ufffd"  # how bytes decode that the next token may complete
-# What moves the cursor or recolors a terminal; a model can be made to write it.
+UNFINISHED_CHARACTER = "\ufffd"  # decoded from bytes of a character that the next token may complete
+# Control characters move the cursor or recolor a terminal, and a model can be made to write them.
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def ask_once(engine: Engine, prompt: str, images: list[Path], sampling: Sampling, *, as_json: bool) -> None:
-    """Prints the answer to one question, or with `as_json` one object with the answer and its figures."""
+    """Prints the answer to one question; with `as_json` one object with the answer, its counts and its seconds."""
     reply = engine.reply(Conversation(label=engine.picture_label).ask(prompt, [str(path) for path in images]), sampling)
     if as_json:
-        print(json.dumps({**dataclasses.asdict(reply), "model": engine.name}))
+        values = dataclasses.asdict(reply)
+        values = {"text": values.pop("text"), "finish": values.pop("finish_reason"), **values}
+        print(json.dumps({**values, "model": engine.name}))
         return
     print(printable(reply.text))
-    if reply.finish == "length":
-        print(f"({_figures(reply)})", file=sys.stderr)
+    if reply.finish_reason == "length":
+        print(f"({_speed(reply)})", file=sys.stderr)
 
 
 def talk(engine: Engine, images: list[Path], sampling: Sampling) -> None:
-    """Talks until the end of input or /quit. Raises ImageError for a wrong one of `images`, of the first question."""
+    """Chats until the end of input or /quit. `images` belong to the first question. Raises ImageError."""
     Terminal(engine, sampling, [engine.prepare(path) for path in images]).run()
 
 
 def printable(text: str) -> str:
-    """The text without what would command a terminal."""
+    """The text without the control characters of a terminal."""
     return _CONTROLS.sub("", text)
 
 
-def _figures(reply: Reply) -> str:
+def _speed(reply: Reply) -> str:
+    """Length and speed of a reply, and why it ended early."""
     speed = reply.num_new_tokens / reply.seconds if reply.seconds > 0 else 0.0
     text = f"{reply.num_new_tokens} tokens, {speed:.1f} a second"
-    if reply.finish == "length":
+    if reply.finish_reason == "length":
         text += "; cut off: --max-new-tokens allows longer answers"
-    return text + ("; stopped" if reply.finish == "stopped" else "")
+    return text + ("; stopped" if reply.finish_reason == "stopped" else "")
 
 
 @contextlib.contextmanager
 def _stopped_by_ctrl_c(stop: threading.Event) -> Iterator[None]:
-    """Ctrl-C sets `stop`; a second one, where the first had no effect yet, ends the program as usual."""
+    """Ctrl-C sets `stop`; a second Ctrl-C before the block has ended raises KeyboardInterrupt as usual."""
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
 
-    if threading.current_thread() is not threading.main_thread():  # signals belong to the main thread
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set a handler
         yield
         return
     before = signal.signal(signal.SIGINT, interrupt)
@@ -90,7 +93,7 @@ def _stopped_by_ctrl_c(stop: threading.Event) -> Iterator[None]:
 
 
 class Terminal:
-    """One chat. Pictures are read when they are shown, so that a file that changes later changes no earlier turn."""
+    """One chat. A picture is read once, when it is shown; later changes of its file do not change earlier turns."""
 
     def __init__(self, engine: Engine, sampling: Sampling, pictures: list[ImageSource]):
         self.engine, self.sampling = engine, sampling
@@ -102,7 +105,7 @@ class Terminal:
 
     def run(self) -> None:
         if isinstance(sys.stdin, io.TextIOWrapper):
-            sys.stdin.reconfigure(errors="replace")  # not the text of a wrong byte, but the chat matters
+            sys.stdin.reconfigure(errors="replace")  # a byte that is not UTF-8 must not end the chat
         if self.is_terminal:
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401 - gives input() its history and line editing
@@ -126,7 +129,7 @@ class Terminal:
             return None
 
     def take(self, line: str) -> bool:
-        """Does what a line says; False at /quit."""
+        """Answers a question or runs a command; False at /quit."""
         command, _, rest = line.partition(" ")
         if command == "/quit":
             return False
@@ -188,8 +191,8 @@ class Terminal:
         except (MmllmError, torch.OutOfMemoryError) as error:
             self._error(error)
             return
-        if self.is_terminal or reply.finish == "length":
-            self.notes.print(f"({_figures(reply)})", style="dim")
+        if self.is_terminal or reply.finish_reason == "length":
+            self.notes.print(f"({_speed(reply)})", style="dim")
         if reply.text:
             self.conversation.add(question, self.waiting, reply.text)
             self.waiting = []
@@ -197,14 +200,14 @@ class Terminal:
             self.notes.print("no answer; the question is not kept")
 
     def write(self, replies: Iterator[Reply]) -> Reply:
-        """Writes an answer as it grows, and returns it whole."""
+        """Prints an answer as it grows, and returns the whole reply."""
         shown = ""
         status = self.out.status("looking" if self.waiting else "thinking")
         if self.is_terminal:
             status.start()
         try:
             for reply in replies:
-                text = reply.text if reply.finish else reply.text.rstrip(UNFINISHED_CHARACTER)
+                text = reply.text if reply.finish_reason else reply.text.rstrip(UNFINISHED_CHARACTER)
                 text = printable(text)
                 if text.startswith(shown) and text != shown:
                     status.stop()
@@ -212,18 +215,18 @@ class Terminal:
                     shown = text
         finally:
             status.stop()
-        if text != shown:  # a tokenizer may reword what it has written; then the whole answer follows once more
+        if text != shown:  # a later token can change the text before it; then the whole answer is printed again
             self.out.out(f"\n{text}", end="", highlight=False)
         self.out.out()
         return reply
 
 
 def _paths(text: str) -> list[str]:
-    """One path with spaces where there is such a file, else several, quoted as in a shell."""
+    """The text as one path where such a file exists, else several paths, quoted as in a shell."""
     if Path(expand_path(text)).exists():
         return [expand_path(text)]
     try:
         words = shlex.split(text)
-    except ValueError:  # a quote without its twin
+    except ValueError:  # an opening quote without a closing one
         words = [text]
     return [expand_path(word) for word in words]

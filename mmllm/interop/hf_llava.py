@@ -1,9 +1,9 @@
-"""`mmllm export hf`: a checkpoint as transformers' Llava, for programs that never saw this one.
+"""`mmllm export hf`: writes a checkpoint as transformers' Llava, for programs that do not know mmllm.
 
 A model that cuts pictures into tiles becomes a LlavaNextForConditionalGeneration, others LlavaForConditionalGeneration.
 Weights get Llava's classic names (`vision_tower.vision_model.*`, `language_model.model.*`), which transformers, vLLM
-and llama.cpp's converter read; what transformers itself would write today, vLLM refuses. The written folder is loaded
-again with transformers alone and must give the same tokens, pixels, logits and answers, or it is not left behind.
+and llama.cpp's converter read; vLLM refuses the names that transformers itself writes today. The written folder is
+loaded again with transformers alone. It is kept only if it gives the same tokens, pixels, logits and answers.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from mmllm.batch import Message
 from mmllm.checkpoint.adapter import merge_adapter
+from mmllm.checkpoint.card import build_card, code_section
 from mmllm.checkpoint.folder import new_folder, read_manifest
 from mmllm.inference.engine import Engine
-from mmllm.interop.parity import Verdict, compare_with_transformers
+from mmllm.interop.parity import TransformersComparison, compare_with_transformers
 from mmllm.interop.towers import ExportError, TransformersEncoder, encoder_in_transformers
 from mmllm.model.hub import quiet_transformers
 from mmllm.model.layout import Native, Tiles
@@ -30,16 +31,16 @@ MAX_SHARD_SIZE = "5GB"
 PROCESSORS = {"llava": "LlavaProcessor", "llava_next": "LlavaNextProcessor"}
 
 
-def export_hf(model: str | Path, out: str | Path) -> Verdict:
-    """Writes the folder and returns what its comparison with the checkpoint gave.
+def export_hf(model: str | Path, out: str | Path) -> TransformersComparison:
+    """Writes the folder and returns its comparison with the checkpoint.
 
-    Raises ExportError where a part has no counterpart in Llava or where the written model does not say the same, and
+    Raises ExportError where a part has no counterpart in Llava or where the written model gives other outputs, and
     CheckpointError where the folder is taken; then nothing is left behind.
     """
     out = Path(out)
     with new_folder(out) as partial:
         engine = Engine.load(model, device="cpu", dtype="stored")
-        if "base" in read_manifest(model):  # an adapter, which Llava has no place for
+        if "base" in read_manifest(model):  # a LoRA checkpoint: Llava has no adapters
             merge_adapter(engine.model)
         layout = engine.model.layout
         if isinstance(layout, Native):
@@ -58,18 +59,18 @@ def export_hf(model: str | Path, out: str | Path) -> Verdict:
         if engine.model.image_newline is not None:
             weights["image_newline"] = engine.model.image_newline.detach()
         _write(partial, engine, config, weights, encoder)
-        verdict = compare_with_transformers(engine, partial)
-        (partial / "README.md").write_text(_card(engine, out, config["architectures"][0], verdict))
-    return verdict
+        comparison = compare_with_transformers(engine, partial)
+        (partial / "README.md").write_text(_card(engine, out, config["architectures"][0], comparison))
+    return comparison
 
 
 def projector_in_llava(projector: Projector) -> tuple[dict[str, Tensor], str]:
-    """The weights of Llava's two linear layers and the activation between them.
+    """(weights of Llava's two linear layers, the activation between them).
 
-    A single linear layer is followed by the identity. Raises ExportError for another kind of projector.
+    A single linear layer is followed by an identity layer. Raises ExportError for other projectors.
     """
     layers: list[Any] = [module for module in projector.modules() if isinstance(module, nn.Linear)]
-    kind = next((name for name, own in PROJECTORS.items() if type(projector) is own), type(projector).__name__)
+    kind = next((name for name, cls in PROJECTORS.items() if type(projector) is cls), type(projector).__name__)
     if kind not in ("linear", "mlp") or len(layers) > 2:
         depth = f" of depth {len(layers)}" if kind == "mlp" else ""
         raise ExportError(f"projector: Llava's is two linear layers with GELU between them, this one is {kind}{depth}")
@@ -77,23 +78,23 @@ def projector_in_llava(projector: Projector) -> tuple[dict[str, Tensor], str]:
     if len(layers) == 1:
         width, dtype = layers[0].out_features, layers[0].weight.dtype
         pairs.append((torch.eye(width, dtype=dtype), torch.zeros(width, dtype=dtype)))
-    named = {
-        f"linear_{i}.{what}": v
-        for i, pair in enumerate(pairs, 1)
-        for what, v in zip(("weight", "bias"), pair, strict=True)
+    weights = {
+        f"linear_{number}.{name}": value
+        for number, pair in enumerate(pairs, 1)
+        for name, value in zip(("weight", "bias"), pair, strict=True)
     }
-    return named, "gelu" if len(layers) == 2 else "linear"
+    return weights, "gelu" if len(layers) == 2 else "linear"
 
 
 def _language_weights(language_model: Any) -> dict[str, Tensor]:
-    """The LLM's weights under `language_model.`; a tied head is left out, as transformers does."""
+    """The LLM's weights, prefixed with `language_model.`; a tied head is left out, as transformers does."""
     kind = type(language_model).__name__
     state = language_model.state_dict()
     head = language_model.get_output_embeddings()
     if language_model.base_model_prefix != "model" or head is not getattr(language_model, "lm_head", None):
-        raise ExportError(f"LLM: Llava's classic names have no place for the weights of {kind}")
+        raise ExportError(f"LLM: Llava's classic names do not cover the weights of {kind}")
     if getattr(language_model.config, "final_logit_softcapping", None):
-        raise ExportError(f"LLM: {kind} caps its logits (final_logit_softcapping), which Llava's head does not do")
+        raise ExportError(f"LLM: {kind} caps its logits (final_logit_softcapping), which Llava does not")
     is_tied = language_model.lm_head.weight.data_ptr() == language_model.get_input_embeddings().weight.data_ptr()
     return {f"language_model.{k}": v.detach() for k, v in state.items() if not (is_tied and k == "lm_head.weight")}
 
@@ -104,7 +105,7 @@ def _llava_config(engine: Engine, encoder: TransformersEncoder, activation: str)
     text.pop("transformers_version", None)
     text |= {
         "model_type": model.language_model.config.model_type,
-        "architectures": [type(model.language_model).__name__],  # llama.cpp's converter asks for it
+        "architectures": [type(model.language_model).__name__],  # llama.cpp's converter needs it
         "tie_word_embeddings": model.language_model.config.tie_word_embeddings,
     }
     if isinstance(model.layout, Tiles):
@@ -134,25 +135,26 @@ def _llava_config(engine: Engine, encoder: TransformersEncoder, activation: str)
     }
 
 
-def _plain_tokenizer(engine: Engine) -> Any:
-    """The tokenizer, which adds no token of its own to a prompt: the chat template writes them all.
+def _tokenizer_without_special_tokens(engine: Engine) -> Any:
+    """The tokenizer, set to add no special tokens: the chat template writes them all.
 
-    One that begins a prompt with the token that the template begins it with stays as it is: transformers sees to that.
+    A tokenizer that adds only the begin token with which the template starts is unchanged: transformers does not repeat
+    that token.
     """
     tokenizer = engine.processor.tokenizer
     ids = {flag: tokenizer.encode("a", add_special_tokens=flag) for flag in (True, False)}
     text = engine.renderer.text([Message("user", ("a",))])
-    is_begun = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-    if ids[True] == ids[False] or (is_begun and ids[True] == [tokenizer.bos_token_id, *ids[False]]):
+    has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+    if ids[True] == ids[False] or (has_bos and ids[True] == [tokenizer.bos_token_id, *ids[False]]):
         return tokenizer
     from tokenizers.processors import Sequence
 
-    plain = copy.deepcopy(tokenizer)
+    bare = copy.deepcopy(tokenizer)
     for option in ("add_bos_token", "add_eos_token"):
-        if getattr(plain, option, False):
-            setattr(plain, option, False)
-    plain.backend_tokenizer.post_processor = Sequence([])
-    return plain
+        if getattr(bare, option, False):
+            setattr(bare, option, False)
+    bare.backend_tokenizer.post_processor = Sequence([])
+    return bare
 
 
 def _write(
@@ -168,7 +170,7 @@ def _write(
     with quiet_transformers():
         getattr(transformers, PROCESSORS[config["model_type"]])(
             engine.processor.image_processor,
-            _plain_tokenizer(engine),
+            _tokenizer_without_special_tokens(engine),
             patch_size=encoder.config["patch_size"],
             vision_feature_select_strategy=config["vision_feature_select_strategy"],
             chat_template=engine.renderer.saved_template(engine.picture_label),
@@ -177,23 +179,21 @@ def _write(
         engine.model.generation_config.save_pretrained(folder)
 
 
-def _card(engine: Engine, out: Path, architecture: str, verdict: Verdict) -> str:
-    return f"""---
-library_name: transformers
-pipeline_tag: image-text-to-text
----
-
-# {engine.name} as {architecture}
-
-Written by `mmllm export hf`. Loaded again with transformers alone, it gave the checkpoint's tokens and pixels, logits
-that differ by at most {verdict.max_logit_difference:.1e}, and the same greedy answers.
-
-    from transformers import pipeline
-    chat = pipeline("image-text-to-text", "{out.name}")
-    picture = {{"type": "image", "url": "picture.png"}}
-    question = {{"type": "text", "text": "\\nWhat is in the picture?"}}
-    print(chat(text=[{{"role": "user", "content": [picture, question]}}], max_new_tokens=64))
-
-    transformers serve {out.name}
-    vllm serve {out.name}
-"""
+def _card(engine: Engine, out: Path, architecture: str, comparison: TransformersComparison) -> str:
+    return build_card(
+        f"{engine.name} as {architecture}",
+        [
+            "Written by `mmllm export hf`. Loaded again with transformers alone, it gave the checkpoint's "
+            f"tokens and pixels, logits\nthat differ by at most {comparison.max_logit_difference:.1e}, and the same "
+            "greedy answers.",
+            code_section(
+                "from transformers import pipeline",
+                f'chat = pipeline("image-text-to-text", "{out.name}")',
+                'picture = {"type": "image", "url": "picture.png"}',
+                'question = {"type": "text", "text": "\\nWhat is in the picture?"}',
+                'print(chat(text=[{"role": "user", "content": [picture, question]}], max_new_tokens=64))',
+            ),
+            code_section(f"transformers serve {out.name}", f"vllm serve {out.name}"),
+        ],
+        library="transformers",
+    )

@@ -1,8 +1,8 @@
-"""`mmllm import`: models of others as checkpoints of ours: transformers' Llava and LlavaNext, LLaVA's own folders, and
-bare pairs.
+"""`mmllm import`: makes checkpoints of transformers' Llava and LlavaNext, of LLaVA's own folders, and of bare pairs.
 
-What a folder is, its config.json says; nothing is guessed from its name. A model of transformers' classes is compared
-with transformers itself before the checkpoint is left there.
+A bare pair is a vision encoder and an LLM that were never trained together. A folder's config.json says what it is;
+nothing is guessed from its name. A model of transformers' classes is compared with transformers itself before the
+checkpoint is kept.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import nn
 
 from mmllm.batch import IMAGE_TOKEN, TEXT_ENCODING
 from mmllm.chat.renderer import OWN_TEMPLATE, TEMPLATES, ChatError
+from mmllm.checkpoint.card import build_card, code_section, origin_section
 from mmllm.checkpoint.folder import new_folder, save_checkpoint
 from mmllm.checkpoint.generation_settings import write_generation_settings
 from mmllm.checkpoint.golden import make_golden, require_golden
@@ -25,9 +26,9 @@ from mmllm.config import ConfigError, LanguageConfig, ModelConfig, ProjectorConf
 from mmllm.inference.engine import Engine
 from mmllm.interop import peft_llava
 from mmllm.interop.original_llava import is_original, read_original
-from mmllm.interop.parity import Verdict, compare_with_transformers
-from mmllm.interop.parts import ModelImportError, Parts, read_json, tiled_layout
-from mmllm.interop.prompts import compare_prompts
+from mmllm.interop.parity import TransformersComparison, compare_with_transformers
+from mmllm.interop.parts import ModelImportError, ModelParts, read_json, tiled_layout
+from mmllm.interop.prompts import compare_with_processor
 from mmllm.model.build import build_model, join_parts
 from mmllm.model.hub import check_source, hub_folder, quiet_transformers
 from mmllm.model.language import find_architecture, fit_vocabulary, load_tokenizer
@@ -37,26 +38,24 @@ from mmllm.model.vlm import VisionLanguageModel
 from projector import Projector, build_projector
 
 LLAVAS = {"llava": "LlavaForConditionalGeneration", "llava_next": "LlavaNextForConditionalGeneration"}
-
-
-NO_LABEL = ""  # LLaVA announces several pictures by nothing
+NO_LABEL = ""  # LLaVA writes no label before each of several pictures
 
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """What a folder does not say itself."""
+    """What a folder may not say itself."""
 
     template: str | None = None  # a key of TEMPLATES, or `tokenizer`; default: the folder's own
-    vision: str | None = None  # as `model.vision.source`; default: what the folder names
+    vision: str | None = None  # as `model.vision.source`; default: the encoder that the folder names
     base: str | None = None  # the LLM that an adapter or a lone projector belongs to
-    projector: str = "mlp"  # of a bare pair
+    projector: str = "mlp"  # the kind of the fresh projector of a bare pair
 
 
-def import_model(source: str, out: str | Path, options: ImportOptions) -> Verdict | None:
+def import_model(source: str, out: str | Path, options: ImportOptions) -> TransformersComparison | None:
     """Writes the checkpoint; returns its comparison with transformers where transformers can read the source.
 
-    Raises ModelImportError where the source is not understood, not whole or does not fit, and
-    CheckpointError where the folder is taken; nothing is left then.
+    Raises ModelImportError where the source is of an unknown kind, is incomplete or does not fit, and CheckpointError
+    where the folder is taken. Then nothing is left behind.
     """
     out = Path(out)
     with new_folder(out) as partial:
@@ -71,7 +70,7 @@ def import_model(source: str, out: str | Path, options: ImportOptions) -> Verdic
             engine = Engine(model.eval(), processor, name=out.name)
         except ChatError as error:
             raise ModelImportError(
-                f"{source}: {error}. Name the one it was trained with: --template {' or '.join(TEMPLATES)} "
+                f"{source}: {error}. Name the template it was trained with: --template {' or '.join(TEMPLATES)} "
                 "(LLaVA-1.5: vicuna_v1)"
             ) from error
         write_generation_settings(model, processor, engine.renderer)
@@ -82,19 +81,19 @@ def import_model(source: str, out: str | Path, options: ImportOptions) -> Verdic
         if config.get("model_type") not in LLAVAS or "vision_config" not in config:
             require_golden(written.model, written.processor, partial, answers=True)
             return None
-        adapt = functools.partial(peft_llava.lay_adapter, folder=adapter) if adapter else None
-        verdict = compare_with_transformers(written, source, asks_alike=False, adapt=adapt)
-        return replace(verdict, prompts=str(compare_prompts(written, source)))
+        adapt = functools.partial(peft_llava.attach_llava_adapter, folder=adapter) if adapter else None
+        comparison = compare_with_transformers(written, source, uses_folder_template=False, adapt=adapt)
+        return replace(comparison, prompts=str(compare_with_processor(written, source)))
 
 
 def _config(source: str) -> dict[str, Any]:
     if Path(source).is_dir():
-        if (found := peft_llava.read_adapter_config(Path(source))) is not None:
-            return found
+        if (adapter_config := peft_llava.read_adapter_config(Path(source))) is not None:
+            return adapter_config
         for name in ("config.json", "adapter_config.json"):
             if (Path(source) / name).is_file():
                 return read_json(Path(source) / name)
-        raise ModelImportError(f"{source} has no config.json, so nothing says what it is; copy or download it again")
+        raise ModelImportError(f"{source} has no config.json, which says what the model is; copy or download it again")
     try:
         return read_json(hub_folder(source, None, "SOURCE") / "config.json")
     except ConfigError as error:
@@ -107,8 +106,8 @@ def _read(
     kind = config.get("model_type")
     if adapter and (is_original(config) or kind not in LLAVAS):
         raise ModelImportError(
-            f"{adapter} is an adapter of {source}, which is of type {kind!r}: no Llava of transformers. Merge it with "
-            "peft, and import what comes out"
+            f"{adapter} is an adapter of {source}, which is of type {kind!r} and not transformers' Llava. Merge it "
+            "with peft, and import the merged model"
         )
     if is_original(config):
         _check_template(None, options.template)
@@ -119,20 +118,20 @@ def _read(
         return _pair(source, options)
     else:
         raise ModelImportError(
-            f"{source} is of type {kind!r}: no LLaVA. Give a folder of transformers' Llava or of LLaVA's own code; or "
-            "an LLM, and with --vision the encoder to pair it with"
+            f"{source} is of type {kind!r} and not a LLaVA. Give a folder of transformers' Llava or of LLaVA's own "
+            "code, or an LLM, and with --vision the encoder to pair it with"
         )
     template = options.template or parts.template
     assert template is not None
     model, processor = join_parts(
-        parts.tower, parts.projector, parts.language_model, parts.tokenizer, kind=parts.kind,
+        parts.tower, parts.projector, parts.language_model, parts.tokenizer, kind=parts.projector_config,
         vision=parts.vision, template=template, image_newline=parts.image_newline, picture_label=NO_LABEL,
     )  # fmt: skip
     return model, processor, parts.origin
 
 
 def _pair(source: str, options: ImportOptions) -> tuple[VisionLanguageModel, VisionLanguageProcessor, dict[str, Any]]:
-    """An encoder and an LLM with a fresh projector between them, to be trained by stage 1."""
+    """An encoder and an LLM with a fresh projector between them, for stage 1 to train."""
     assert options.vision is not None
     language = LanguageConfig(source=source)
     find_architecture(language)
@@ -148,20 +147,20 @@ def _pair(source: str, options: ImportOptions) -> tuple[VisionLanguageModel, Vis
 
 
 def _check_template(tokenizer: Any, template: str | None) -> None:
-    """Raises ChatError, before weights are read, where nothing says how conversations are written, or it is no use."""
+    """Raises ChatError, before weights are read, where there is no chat template or one that cannot be rendered."""
     if template is None and (tokenizer is None or not tokenizer.chat_template):
-        raise ChatError("its files do not say how conversations are written")
+        raise ChatError("its files hold no chat template")
     if tokenizer is not None:
         from transformers import CLIPImageProcessor
 
-        asked = template or OWN_TEMPLATE
+        template_name = template or OWN_TEMPLATE
         VisionLanguageProcessor(
-            CLIPImageProcessor(), tokenizer, template=asked, num_image_tokens=1, encoding=TEXT_ENCODING
+            CLIPImageProcessor(), tokenizer, template=template_name, num_image_tokens=1, encoding=TEXT_ENCODING
         ).build_renderer()
 
 
-def _read_transformers(source: str, kind: str, template: str | None, adapter: Path | None) -> Parts:
-    """The parts of a model of one of LLAVAS, in the precision that they are stored in; with an adapter in float32."""
+def _read_transformers(source: str, kind: str, template: str | None, adapter: Path | None) -> ModelParts:
+    """The parts of a model of LLAVAS, in their stored precision; in float32 where an adapter is merged into them."""
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
 
@@ -205,13 +204,13 @@ def _read_transformers(source: str, kind: str, template: str | None, adapter: Pa
     fit_vocabulary(language_model, tokenizer)
     origin = dict.fromkeys(("vision", "projector", "language"), f"{source} + {adapter}" if adapter else source)
     newline = getattr(llava.model, "image_newline", None)
-    return Parts(
+    return ModelParts(
         tower, projector, projector_config, language_model, tokenizer, layout, OWN_TEMPLATE, origin, newline
     )  # fmt: skip
 
 
 def _check_parts(config: Any, source: str) -> None:
-    """Raises ModelImportError, by config.json alone, for parts of a Llava that no model here has."""
+    """Raises ModelImportError, from config.json alone, for parts of a Llava that mmllm does not support."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     vision, text = config.vision_config, config.text_config
@@ -220,24 +219,24 @@ def _check_parts(config: Any, source: str) -> None:
             f"{source}: its vision tower, {vision.model_type}, cannot be read; allowed: {', '.join(ENCODERS)}"
         )
     if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ModelImportError(f"{source}: its LLM, {text.model_type}, is none that AutoModelForCausalLM reads")
+        raise ModelImportError(f"{source}: its LLM, {text.model_type}, cannot be read by AutoModelForCausalLM")
     has_cls = vision.model_type == "clip_vision_model"
     if has_cls != (config.vision_feature_select_strategy == "default"):
         raise ModelImportError(
-            f"{source} reads {config.vision_feature_select_strategy!r} features of a {vision.model_type}: the token of "
-            "the whole picture stands among the patches, or a patch is lost; here patches are read, and all of them"
+            f"{source} reads {config.vision_feature_select_strategy!r} features of a {vision.model_type}: they hold "
+            "the CLS token, or lack a patch; mmllm reads exactly all patches"
         )
     activation, has_bias = config.projector_hidden_act, config.multimodal_projector_bias
     if activation not in ("gelu", "linear") or not has_bias:
-        raise ModelImportError(f"projector: two layers with {activation}, biases {has_bias}; here it is GELU")
+        raise ModelImportError(f"projector: two layers with {activation}, biases {has_bias}; allowed: GELU and biases")
 
 
 def _tower(llava: Any, transform: Any, source: str) -> TransformersTower:
     config, encoder = llava.config, llava.model.vision_tower
     vision = config.vision_config
     num_layers = vision.num_hidden_layers
-    given = config.vision_feature_layer
-    layers = [given] if isinstance(given, int) else list(given)
+    feature_layer = config.vision_feature_layer
+    layers = [feature_layer] if isinstance(feature_layer, int) else list(feature_layer)
     layers = [layer if layer < 0 else layer - num_layers - 1 for layer in layers]  # 0 is the embedding
     try:
         tower = TransformersTower(
@@ -254,11 +253,13 @@ def _tower(llava: Any, transform: Any, source: str) -> TransformersTower:
 
 
 def _layout(config: Any, transform: Any, source: str) -> VisionConfig:
-    """How this transform cuts a picture into tiles, or makes it square."""
+    """How the image transform cuts a picture into tiles, or makes it square."""
     if config.model_type == "llava_next":
         sizes = [list(pair) for pair in config.image_grid_pinpoints]
         if sizes != (others := [list(pair) for pair in transform.image_grid_pinpoints]):
-            raise ModelImportError(f"{source}: its model cuts pictures for {sizes}, its image processor for {others}")
+            raise ModelImportError(
+                f"{source}: its model cuts pictures to sizes of {sizes}, its image processor of {others}"
+            )
         return tiled_layout(source, sizes, int(config.vision_config.image_size))
     if getattr(transform, "do_pad", False):
         return VisionConfig(source=source, image_mode="pad")
@@ -266,38 +267,33 @@ def _layout(config: Any, transform: Any, source: str) -> VisionConfig:
 
 
 def _projector(theirs: Any, activation: str, width: int) -> tuple[Projector, ProjectorConfig]:
-    one, two = theirs.linear_1, theirs.linear_2
-    is_linear = activation == "linear" and bool((two.weight == torch.eye(len(two.weight)).to(two.weight)).all())
-    if one.bias is None or (activation != "gelu" and not is_linear):
+    first, second = theirs.linear_1, theirs.linear_2
+    is_linear = activation == "linear" and bool(
+        (second.weight == torch.eye(len(second.weight)).to(second.weight)).all()
+    )
+    if first.bias is None or (activation != "gelu" and not is_linear):
         raise ModelImportError(
-            f"projector: two layers with {activation}, biases {one.bias is not None}; here it is GELU"
+            f"projector: two layers with {activation}, biases {first.bias is not None}; allowed: GELU and biases"
         )
-    kind = "linear" if is_linear and not bool(two.bias.any()) else "mlp"
-    projector = build_projector(kind, vision_dim=width, llm_dim=one.out_features).to(one.weight.dtype)
-    own = [module for module in projector.modules() if isinstance(module, nn.Linear)]
-    for layer, their_layer in zip(own, (one, two), strict=False):
+    kind = "linear" if is_linear and not bool(second.bias.any()) else "mlp"
+    projector = build_projector(kind, vision_dim=width, llm_dim=first.out_features).to(first.weight.dtype)
+    layers = [module for module in projector.modules() if isinstance(module, nn.Linear)]
+    for layer, their_layer in zip(layers, (first, second), strict=False):
         layer.load_state_dict(their_layer.state_dict())
     return projector, ProjectorConfig(kind=kind)
 
 
 def _card(source: str, out: Path, origin: dict[str, Any]) -> str:
-    rows = "\n".join(f"| {part} | {where} |" for part, where in origin.items())
-    return f"""---
-library_name: mmllm
-pipeline_tag: image-text-to-text
----
-
-# {out.name}
-
-Imported from {source} with `mmllm import`.
-
-| part | from |
-|---|---|
-{rows}
-
-    mmllm chat {out} --image PICTURE.png
-    mmllm caption {out} FOLDER_OF_PICTURES --out captions.jsonl
-    mmllm export hf {out} NEW_FOLDER
-
-To train it further, copy a config of configs/ and set `model: {{checkpoint: {out}}}`.
-"""
+    return build_card(
+        out.name,
+        [
+            f"Imported from {source} with `mmllm import`.",
+            origin_section(origin),
+            code_section(
+                f"mmllm chat {out} --image PICTURE.png",
+                f"mmllm caption {out} FOLDER_OF_PICTURES --out captions.jsonl",
+                f"mmllm export hf {out} NEW_FOLDER",
+            ),
+            f"To train it further, copy a config of configs/ and set `model: {{checkpoint: {out}}}`.",
+        ],
+    )

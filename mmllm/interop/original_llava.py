@@ -1,7 +1,7 @@
-"""Folders of LLaVA's own code, https://github.com/haotian-liu/LLaVA: whole models, projectors alone, and LoRA.
+"""Reads folders of LLaVA's own code, https://github.com/haotian-liu/LLaVA: whole models, lone projectors, and LoRA.
 
-The LLM's config carries fields named `mm_*`; weights of the projector are `model.mm_projector.*`, and those of a tower
-that was trained too `model.vision_tower.vision_tower.*`.
+The LLM's config has fields named `mm_*`. The projector's weights are `model.mm_projector.*`, and those of a tower that
+was trained too are `model.vision_tower.vision_tower.*`.
 """
 
 from __future__ import annotations
@@ -14,29 +14,31 @@ from typing import Any
 from torch import Tensor
 
 from mmllm.config import ConfigError, LanguageConfig, ProjectorConfig, VisionConfig
-from mmllm.interop.parts import ModelImportError, Parts, main_dtype, read_tensors, read_weights, tiled_layout
+from mmllm.interop.parts import ModelImportError, ModelParts, main_dtype, read_tensors, read_weights, tiled_layout
 from mmllm.model.build import fitting_projector
 from mmllm.model.hub import WEIGHTS, check_source, quiet_transformers
 from mmllm.model.language import find_architecture, fit_vocabulary, load_language, load_tokenizer
 from mmllm.model.tower import LayeredTower, VisionTower
 from mmllm.model.vision import load_tower
 
-# its model types -> transformers' type of the LLM inside
+# model type of LLaVA -> model type of its LLM in transformers
 LANGUAGE_TYPES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
 ADAPTER = "adapter_config.json"
 PROJECTOR_FILES = ("mm_projector.bin", "non_lora_trainables.bin")
-TOWER = "vision_tower.vision_tower."
+TOWER_PREFIX = "vision_tower.vision_tower."
 NEWLINE = "image_newline"
 
 
 def is_original(config: dict[str, Any]) -> bool:
+    """Whether this is the config of a model of LLaVA's own code."""
     return "mm_vision_tower" in config or (config.get("model_type") in LANGUAGE_TYPES and "vision_config" not in config)
 
 
-def read_original(folder: Path, config: dict[str, Any], *, vision: str | None, base: str | None) -> Parts:
-    """The parts of such a folder, each in the precision that it is stored in; an LLM with its LoRA merged in float32.
+def read_original(folder: Path, config: dict[str, Any], *, vision: str | None, base: str | None) -> ModelParts:
+    """The parts of a folder, each in its stored precision; an LLM into which a LoRA is merged in float32.
 
-    Raises ModelImportError where something is missing or cannot be had here.
+    `vision` overrides the tower that the folder names, and `base` is the LLM of a folder without one. Raises
+    ModelImportError where a part is missing or not supported.
     """
     _check(folder, config)
     has_llm = any((folder / name).is_file() for name in WEIGHTS)
@@ -48,7 +50,7 @@ def read_original(folder: Path, config: dict[str, Any], *, vision: str | None, b
             f"{folder} holds no LLM, only {extra.name if extra else ''}; give the LLM it was trained on with --base "
             f"(its config names {config.get('_name_or_path') or 'none'})"
         )
-    kind = _kind(config)
+    projector_config = _projector_config(config)
     try:
         if has_llm:
             check_source(str(folder), None, setting="SOURCE")
@@ -69,15 +71,16 @@ def read_original(folder: Path, config: dict[str, Any], *, vision: str | None, b
         )
         if has_adapter:
             language_model = _merged(language_model, folder)
-    own = {re.sub(rf"^.*{re.escape(TOWER)}(vision_model\.)?", "", k): v for k, v in weights.items() if TOWER in k}
-    if own:
+    prefix = re.compile(rf"^.*{re.escape(TOWER_PREFIX)}(vision_model\.)?")
+    tower_weights = {prefix.sub("", key): value for key, value in weights.items() if TOWER_PREFIX in key}
+    if tower_weights:
         assert isinstance(tower, LayeredTower)
-        tower.to(main_dtype(own))
-        tower.fill(own)
-    projector = fitting_projector(kind, tower, language_model.config.hidden_size)
+        tower.to(main_dtype(tower_weights))
+        tower.fill(tower_weights)
+    projector = fitting_projector(projector_config, tower, language_model.config.hidden_size)
     _fill_projector(projector, weights, folder)
     origin = {
-        "vision": f"{folder} (trained)" if own else tower.spec.source,
+        "vision": f"{folder} (trained)" if tower_weights else tower.spec.source,
         "projector": str(folder),
         "language": str(folder) if has_llm else f"{base}" + (f" + {folder}" if (folder / ADAPTER).is_file() else ""),
     }
@@ -85,24 +88,27 @@ def read_original(folder: Path, config: dict[str, Any], *, vision: str | None, b
     newline = next((value for key, value in weights.items() if key.endswith(NEWLINE)), None)
     if layout.image_mode == "anyres" and newline is None:
         raise ModelImportError(f"{folder} cuts pictures into tiles but lacks the weight {NEWLINE}")
-    return Parts(tower, projector, kind, language_model, tokenizer, layout, None, origin, newline)
+    return ModelParts(tower, projector, projector_config, language_model, tokenizer, layout, None, origin, newline)
 
 
 def _layout(folder: Path, config: dict[str, Any], tower: VisionTower) -> VisionConfig:
-    """How it lays out pictures. It lists sizes of tiled pictures as [width, height]."""
+    """How the model lays out pictures. LLaVA lists the sizes of tiled pictures as [width, height]."""
     aspect, side = str(config.get("image_aspect_ratio")), tower.spec.image_size_px
     if aspect != "anyres":
         return VisionConfig(source=tower.spec.source, image_mode="pad" if aspect == "pad" else "crop")
     sizes: Any = config.get("image_grid_pinpoints")
     try:
-        pairs = [(int(one), int(two)) for one, two in (ast.literal_eval(sizes) if isinstance(sizes, str) else sizes)]
+        listed = ast.literal_eval(sizes) if isinstance(sizes, str) else sizes
+        pairs = [(int(width), int(height)) for width, height in listed]
     except (TypeError, ValueError, SyntaxError) as error:
-        raise ModelImportError(f"{folder} has image_grid_pinpoints {sizes!r}: no list of pairs in pixels") from error
+        raise ModelImportError(
+            f"{folder} has image_grid_pinpoints {sizes!r}, which is not a list of pairs in pixels"
+        ) from error
     return tiled_layout(str(folder), [(height, width) for width, height in pairs], side)
 
 
 def _check(folder: Path, config: dict[str, Any]) -> None:
-    """What this reader cannot bring over exactly is refused."""
+    """Raises ModelImportError for a setting that mmllm cannot reproduce exactly."""
     wrong = {
         "mm_use_im_start_end": config.get("mm_use_im_start_end", False),
         "image_aspect_ratio": str(config.get("image_aspect_ratio")).startswith("anyres_"),
@@ -112,10 +118,10 @@ def _check(folder: Path, config: dict[str, Any]) -> None:
     }
     for name, is_wrong in wrong.items():
         if is_wrong:
-            raise ModelImportError(f"{folder} has {name}: {config.get(name)!r}, which no model here does")
+            raise ModelImportError(f"{folder} has {name}: {config.get(name)!r}, which mmllm does not support")
     if (kind := str(config.get("model_type"))) not in LANGUAGE_TYPES:
         allowed = ", ".join(LANGUAGE_TYPES)
-        raise ModelImportError(f"{folder} is of type {kind!r}; of LLaVA's own, allowed: {allowed}")
+        raise ModelImportError(f"{folder} is of type {kind!r}; allowed types of LLaVA's own code: {allowed}")
 
 
 def _tower(folder: Path, config: dict[str, Any], vision: str | None) -> VisionTower:
@@ -131,7 +137,7 @@ def _tower(folder: Path, config: dict[str, Any], vision: str | None) -> VisionTo
 
 
 def _language(folder: Path, config: dict[str, Any], weights: dict[str, Tensor]) -> tuple[Any, Any]:
-    """The LLM of a whole model: its weights are all those that are neither projector nor tower."""
+    """(LLM, tokenizer) of a whole model. The LLM's weights are all that belong to neither projector nor tower."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -139,12 +145,12 @@ def _language(folder: Path, config: dict[str, Any], weights: dict[str, Tensor]) 
     skipped = ("model_type", "architectures", "transformers_version", "auto_map")
     fields = {key: value for key, value in config.items() if key not in skipped and not key.startswith("mm_")}
     text_config = AutoConfig.for_model(kind, **fields)
-    others = ("mm_projector", TOWER, NEWLINE)
-    own = {key: value for key, value in weights.items() if not any(other in key for other in others)}
-    own = {key: value for key, value in own.items() if "rotary_emb.inv_freq" not in key}  # written by old releases
+    # old releases of transformers saved inv_freq, which is computed from the config
+    other_weights = ("mm_projector", TOWER_PREFIX, NEWLINE, "rotary_emb.inv_freq")
+    llm_weights = {key: value for key, value in weights.items() if not any(name in key for name in other_weights)}
     with quiet_transformers():
         language_model, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(text_config)].from_pretrained(
-            None, config=text_config, state_dict=own, dtype=main_dtype(own), output_loading_info=True
+            None, config=text_config, state_dict=llm_weights, dtype=main_dtype(llm_weights), output_loading_info=True
         )
     if missing := sorted(report["missing_keys"]):
         raise ModelImportError(f"{folder} lacks {len(missing)} weights of its LLM, such as {missing[0]}")
@@ -156,7 +162,7 @@ def _language(folder: Path, config: dict[str, Any], weights: dict[str, Tensor]) 
 
 
 def _merged(language_model: Any, folder: Path) -> Any:
-    """The LLM with the folder's LoRA merged into its full-precision weights."""
+    """The LLM with the folder's LoRA merged into its float32 weights."""
     from peft import PeftModel
 
     try:
@@ -165,20 +171,22 @@ def _merged(language_model: Any, folder: Path) -> Any:
         raise ModelImportError(f"{folder}: its LoRA does not fit the LLM of --base: {error}") from error
 
 
-def _kind(config: dict[str, Any]) -> ProjectorConfig:
+def _projector_config(config: dict[str, Any]) -> ProjectorConfig:
     name = str(config.get("mm_projector_type", "linear"))
     if name == "linear":
         return ProjectorConfig(kind="linear")
-    if found := re.fullmatch(r"mlp(\d+)x_gelu", name):
-        return ProjectorConfig(kind="mlp", options={"depth": int(found[1])})
-    raise ModelImportError(f"mm_projector_type {name!r} is not one of LLaVA's linear and mlpNx_gelu")
+    if match := re.fullmatch(r"mlp(\d+)x_gelu", name):
+        return ProjectorConfig(kind="mlp", options={"depth": int(match[1])})
+    raise ModelImportError(f"mm_projector_type {name!r} cannot be imported; allowed: linear, mlpNx_gelu")
 
 
 def _fill_projector(projector: Any, weights: dict[str, Tensor], folder: Path) -> None:
-    found = {re.sub(r"^.*mm_projector\.", "", key): value for key, value in weights.items() if "mm_projector" in key}
-    prefix = "layer." if "weight" in found else "layers."
-    projector.to(main_dtype(found))
+    projector_weights = {
+        re.sub(r"^.*mm_projector\.", "", key): value for key, value in weights.items() if "mm_projector" in key
+    }
+    prefix = "layer." if "weight" in projector_weights else "layers."
+    projector.to(main_dtype(projector_weights))
     try:
-        projector.load_state_dict({prefix + key: value for key, value in found.items()})
+        projector.load_state_dict({prefix + key: value for key, value in projector_weights.items()})
     except RuntimeError as error:
         raise ModelImportError(f"{folder}: its projector does not fit tower and LLM: {error}") from error

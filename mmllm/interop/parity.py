@@ -1,4 +1,4 @@
-"""Whether a folder of transformers' Llava says what our model says: tokens, pixels, logits and greedy answers."""
+"""Compares a model with transformers' Llava in a folder: tokens, pixels, logits and greedy answers."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from mmllm.interop.towers import ExportError
 from mmllm.model.hub import quiet_transformers
 from mmllm.model.probing import held_in_float32
 
-# Largest difference of logits, as a share of the largest one: the same sums in another order. Measured in fp32: up to
-# 2e-5 on small models and on SmolLM2-135M.
+# Largest difference of logits, relative to the largest logit: only the order of additions differs. Measured in fp32: up
+# to 2e-5 on small models and on SmolLM2-135M.
 TOLERANCE = 1e-4
 NUM_NEW_TOKENS = 12
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What a comparison gave, where it held."""
+class TransformersComparison:
+    """The result of a comparison that held."""
 
     max_logit_difference: float
     num_conversations: int
-    prompts: str = ""  # of an import: whether the folder's own processor gives our prompts
+    prompts: str = ""  # of an import: whether the folder's own processor gives the same prompts, in words
 
 
 def probes() -> list[Example]:
-    """Conversations with two pictures, with one and with none; pictures are noise, wide, high and square."""
+    """Conversations with two pictures, one picture and none. The pictures are noise: wide, high and square."""
     generator = np.random.default_rng(0)
     pictures = [
         Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
@@ -61,7 +61,7 @@ def _content(turn: Message, pictures: Iterator[Any]) -> list[dict[str, Any]]:
 
 
 def _inputs_of(processor: Any, examples: list[Example]) -> Any:
-    """What transformers' pipeline makes of these conversations."""
+    """The model inputs that transformers' pipeline makes of these conversations."""
     chats = []
     for example in examples:
         pictures = iter(example.images)
@@ -73,13 +73,15 @@ def _inputs_of(processor: Any, examples: list[Example]) -> Any:
 
 
 def compare_with_transformers(
-    engine: Engine, folder: str | Path, *, asks_alike: bool = True, adapt: Callable[[Any], Any] | None = None
-) -> Verdict:
-    """Loads the folder with transformers alone and asks it what the engine is asked. Raises ExportError.
+    engine: Engine, folder: str | Path, *, uses_folder_template: bool = True, adapt: Callable[[Any], Any] | None = None
+) -> TransformersComparison:
+    """Loads the folder with transformers alone and compares its outputs with the engine's. Raises ExportError.
 
-    Both are held in fp32 while they are compared: in bf16 a logit of 40 is rounded by a quarter, however right it is.
-    `adapt` makes of what was loaded the model to compare with: it lays an adapter on it.
-    Where `asks_alike` is False, the folder's own chat template is another one: it gets the engine's tokens.
+    Both models run in fp32: bf16 rounds a logit of 40 by up to a quarter.
+
+    Args:
+        uses_folder_template: False where the folder's template differs: transformers is then given our token ids.
+        adapt: turns the loaded model into the one to compare with; it attaches an adapter.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -94,45 +96,43 @@ def compare_with_transformers(
             raise ExportError(f"transformers reads the written model with {what.replace('_', ' ')}: {names[0]} ...")
     theirs = adapt(theirs.eval()) if adapt else theirs.eval()
     examples = probes()
-    worst = 0.0
+    largest = 0.0
     with held_in_float32(engine.model), torch.inference_mode():
         for group in ([examples[0]], [examples[1]], [examples[2]], examples):
-            worst = max(worst, _compare(engine, theirs, processor, group, asks_alike))
-    return Verdict(worst, len(examples))
+            largest = max(largest, _compare(engine, theirs, processor, group, uses_folder_template))
+    return TransformersComparison(largest, len(examples))
 
 
-def _compare(engine: Engine, theirs: Any, processor: Any, examples: list[Example], asks_alike: bool) -> float:
+def _compare(engine: Engine, theirs: Any, processor: Any, examples: list[Example], uses_folder_template: bool) -> float:
     names = " and ".join(example.id for example in examples)
     rendered = [engine.renderer.render_example(example) for example in examples]
     ours = engine.inputs(rendered, [image for example in examples for image in example.images])
     images = [image for example in examples for image in example.images]
-    inputs = _inputs_of(processor, examples) if asks_alike else dict(ours)
-    if images and not asks_alike:
+    inputs = _inputs_of(processor, examples) if uses_folder_template else dict(ours)
+    if images and not uses_folder_template:
         inputs["pixel_values"] = processor.image_processor(images, return_tensors="pt")["pixel_values"]
     if not torch.equal(ours["input_ids"], inputs["input_ids"]):
-        place, own, other = _first_difference(ours["input_ids"], inputs["input_ids"])
+        position, our_id, their_id = _first_difference(ours["input_ids"], inputs["input_ids"])
         raise ExportError(
-            f"chat template: transformers' processor gives other tokens than ours for {names}: {other} for {own} at "
-            f"{place}; the tokenizer's own rules for begin tokens or spaces differ from the template's"
+            f"chat template: transformers' processor gives other tokens than ours for {names}: {their_id} for {our_id} "
+            f"at position {position}; the tokenizer's own rules for begin tokens or spaces differ from the template's"
         )
     if "pixel_values" in ours:
-        off = (ours["pixel_values"] - inputs["pixel_values"].float()).abs().max().item()
-        if off > 1e-5:
-            raise ExportError(
-                f"image transform: pixels of {names} differ by up to {off:.2g} between here and transformers"
-            )
+        difference = (ours["pixel_values"] - inputs["pixel_values"].float()).abs().max().item()
+        if difference > 1e-5:
+            raise ExportError(f"image transform: pixels of {names} differ by up to {difference:.2g} from transformers'")
     kind = theirs.config.text_config.model_type
     inputs = {name: value for name, value in inputs.items() if name != "token_type_ids"}
     attended = inputs["attention_mask"].bool()
-    own_logits = engine.model(**ours).logits
+    our_logits = engine.model(**ours).logits
     with _inside_llava(kind):
         their_logits = theirs(**inputs).logits
-    difference = (own_logits - their_logits)[attended].abs().max().item()
-    allowed = TOLERANCE * max(1.0, own_logits[attended].abs().max().item())
-    if not difference <= allowed:  # also where it is not a number
+    difference = (our_logits - their_logits)[attended].abs().max().item()
+    allowed = TOLERANCE * max(1.0, our_logits[attended].abs().max().item())
+    if not difference <= allowed:  # also for NaN
         raise ExportError(
-            f"logits of {names} differ by {difference:.2g} between this model and transformers' Llava, allowed is "
-            f"{allowed:.0e}; a part works otherwise there"
+            f"logits of {names} differ by {difference:.2g} between this model and transformers' Llava, "
+            f"allowed: {allowed:.0e}; a part computes something else there"
         )
     answers = [reply.text for reply in engine.reply_batch(examples, Sampling(max_new_tokens=NUM_NEW_TOKENS))]
     generated = theirs.generate(**inputs, max_new_tokens=NUM_NEW_TOKENS, do_sample=False)
@@ -144,7 +144,7 @@ def _compare(engine: Engine, theirs: Any, processor: Any, examples: list[Example
 
 @contextlib.contextmanager
 def _inside_llava(kind: str) -> Iterator[None]:
-    """An LLM that transformers' Llava was not written for fails with whatever it lacks."""
+    """Turns the error of an LLM that transformers' Llava was not written for into an ExportError."""
     try:
         yield
     except ExportError:
@@ -160,6 +160,8 @@ def _decoded(engine: Engine, row: Tensor) -> str:
 
 
 def _first_difference(ours: Tensor, theirs: Tensor) -> tuple[int, int, int]:
-    one, other = ours.flatten().tolist(), theirs.flatten().tolist()
-    place = next((i for i, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), len(other) - 1)
-    return place, one[min(place, len(one) - 1)], other[place]
+    """(position, our id, their id) of the first token that differs."""
+    our_ids, their_ids = ours.flatten().tolist(), theirs.flatten().tolist()
+    pairs = enumerate(zip(our_ids, their_ids, strict=False))
+    position = next((index for index, pair in pairs if pair[0] != pair[1]), len(their_ids) - 1)
+    return position, our_ids[min(position, len(our_ids) - 1)], their_ids[position]

@@ -1,4 +1,4 @@
-"""What every reader of a foreign folder brings: the parts of a model, and how its files are read safely."""
+"""What all readers of foreign models share: the parts that they return, and safe reading of files."""
 
 from __future__ import annotations
 
@@ -22,34 +22,37 @@ from projector import Projector
 
 
 class ModelImportError(MmllmError):
-    """A foreign model that cannot be read; the message says what is missing or does not fit."""
+    """A foreign model that cannot be imported; the message says what is missing or does not fit."""
 
 
 @dataclass(frozen=True)
-class Parts:
-    """The parts of a model, loaded, and what a processor needs to know about them."""
+class ModelParts:
+    """The loaded parts of a model, and the settings of its processor."""
 
     tower: VisionTower
     projector: Projector
-    kind: ProjectorConfig
+    projector_config: ProjectorConfig
     language_model: Any
     tokenizer: Any
-    vision: VisionConfig  # how its pictures are laid out
-    template: str | None  # None where the folder does not say
-    origin: dict[str, Any]
+    vision: VisionConfig  # the tower's source, and the layout of pictures
+    template: str | None  # None where the folder does not name one
+    origin: dict[str, Any]  # the source of each part
     image_newline: Tensor | None = None
 
 
 def tiled_layout(source: str, sizes: Sequence[Sequence[int]], side: int) -> VisionConfig:
-    """The layout of pictures that are brought to one of these (height, width) and cut into views of `side` pixels."""
+    """The layout that resizes a picture to one of these (height, width) and cuts it into square views of `side` pixels.
+
+    Raises ModelImportError where views do not fill a size.
+    """
     if wrong := [list(pair) for pair in sizes if any(value % side or value < side for value in pair)]:
-        raise ModelImportError(f"{source} brings pictures to {wrong[0]} pixels, which views of {side} do not fill")
+        raise ModelImportError(f"{source} resizes pictures to {wrong[0]} pixels, which views of {side} do not fill")
     grids = tuple((height // side, width // side) for height, width in sizes)
     return VisionConfig(source=source, image_mode="anyres", tile_grids=grids)
 
 
 def main_dtype(weights: Mapping[str, Tensor]) -> torch.dtype:
-    """The dtype of most numbers; float32 where there are none."""
+    """The dtype of most numbers; float32 without any."""
     sizes: Counter[torch.dtype] = Counter()
     for value in weights.values():
         if value.is_floating_point():
@@ -58,6 +61,7 @@ def main_dtype(weights: Mapping[str, Tensor]) -> torch.dtype:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ModelImportError."""
     try:
         data = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -68,7 +72,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file or of a pickle; a pickle that holds more than tensors is refused unread."""
+    """The tensors of a safetensors file or of a pickle. A pickle with more than tensors is refused before it runs.
+
+    Raises ModelImportError.
+    """
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -84,7 +91,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All weights of a folder as transformers saves them, in one file or in shards. Raises ModelImportError."""
+    """All weights of a folder that transformers saved, in one file or in shards. Raises ModelImportError."""
     for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
         index = folder / f"{stem}{suffix}.index.json"
         if index.is_file():

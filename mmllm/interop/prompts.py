@@ -1,4 +1,4 @@
-"""Whether an imported model is asked as its folder's own processor asks: the ids of whole prompts, one by one."""
+"""Compares the prompts of an imported model with those of its folder's own processor, token by token."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mmllm.inference.engine import Engine
 from mmllm.model.hub import quiet_transformers
 
 _SIDE_PX = 64
-# Turns of (number of pictures, question, answer); the last turn is the one that is asked.
+# Turns of (number of pictures, question, answer); the last question has no answer yet.
 _CHATS: dict[str, tuple[tuple[int, str, str], ...]] = {
     "one picture": ((1, "What color is it?", ""),),
     "two pictures": ((2, "Which one has a star?", ""),),
@@ -24,8 +24,8 @@ _CHATS: dict[str, tuple[tuple[int, str, str], ...]] = {
 
 
 @dataclass(frozen=True)
-class PromptComparison:
-    """How many prompts of the folder's own processor are ours, and what the first other one is."""
+class ProcessorComparison:
+    """How many prompts are equal, and where the first other one differs."""
 
     num_equal: int
     num_prompts: int
@@ -33,18 +33,18 @@ class PromptComparison:
 
     def __str__(self) -> str:
         if self.num_equal == self.num_prompts:
-            return f"{self.num_equal} prompts of its own processor are ours, token by token"
+            return f"{self.num_equal} prompts of its own processor match ours, token by token"
         return (
-            f"{self.num_prompts - self.num_equal} of {self.num_prompts} prompts of its own processor are not ours: "
+            f"{self.num_prompts - self.num_equal} of {self.num_prompts} prompts of its own processor differ from ours: "
             f"{self.first_difference}"
         )
 
 
-def compare_prompts(engine: Engine, folder: str | Path) -> PromptComparison:
-    """Asks the folder's own processor and the engine for the prompts of the same conversations.
+def compare_with_processor(engine: Engine, folder: str | Path) -> ProcessorComparison:
+    """Compares the prompts of the folder's own processor and of the engine for the same conversations.
 
-    Some templates write the line break between a picture and its question, and others leave it to the question: a
-    prompt is ours where either is.
+    Some templates write the line break between a picture and its question, others leave it to the question. A prompt is
+    equal where it matches with or without that line break.
     """
     from transformers import AutoProcessor
 
@@ -56,16 +56,17 @@ def compare_prompts(engine: Engine, folder: str | Path) -> PromptComparison:
         try:
             theirs = [_their_ids(processor, turns, break_) for break_ in ("", "\n")]
         except (TemplateError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
-            first = first or f"of {name}, it makes none ({error})"
+            first = first or f"of {name}, it gives none ({error})"
             continue
         if ours in theirs:
             num_equal += 1
         elif not first:
-            place = next((n for n, pair in enumerate(zip(ours, theirs[0], strict=False)) if pair[0] != pair[1]), None)
-            shared = min(len(ours), len(theirs[0])) if place is None else place
-            own, other = (engine.processor.tokenizer.decode(ids[shared : shared + 8]) for ids in (ours, theirs[0]))
-            first = f"of {name}, token {shared} begins {other!r} there and {own!r} here"
-    return PromptComparison(num_equal, len(_CHATS), first)
+            pairs = enumerate(zip(ours, theirs[0], strict=False))
+            position = next((index for index, pair in pairs if pair[0] != pair[1]), min(len(ours), len(theirs[0])))
+            decode = engine.processor.tokenizer.decode
+            our_text, their_text = (decode(ids[position : position + 8]) for ids in (ours, theirs[0]))
+            first = f"of {name}, the text from token {position} on is {their_text!r} there and {our_text!r} here"
+    return ProcessorComparison(num_equal, len(_CHATS), first)
 
 
 def _our_ids(engine: Engine, turns: tuple[tuple[int, str, str], ...]) -> list[int]:

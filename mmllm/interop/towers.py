@@ -1,7 +1,7 @@
-"""Vision towers in transformers' words: CLIP's and SigLIP's ViT, also where open_clip or timm built them.
+"""Vision towers under transformers' names: the ViTs of CLIP and SigLIP, also those that open_clip or timm built.
 
-Names are rewritten by tables, so that each can be read in both directions; `in_proj` and `qkv` hold query, key and
-value one behind the other, which transformers keeps apart.
+Tables rename the weights. `in_proj` of open_clip and `qkv` of timm hold query, key and value in one tensor, which
+transformers keeps as three.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class ExportError(MmllmError):
     """A model that cannot be written in another format; the message says which part and why."""
 
 
-# open_clip's or timm's name -> transformers' name, `#` standing for the layer's number
+# name of open_clip or timm -> name of transformers; `#` is the layer's number, `{}` one of q, k and v
 CLIP_NAMES = {
     "class_embedding": "embeddings.class_embedding",
     "conv1.": "embeddings.patch_embedding.",
@@ -49,27 +49,27 @@ SIGLIP_NAMES = {
 
 @dataclass(frozen=True)
 class TransformersEncoder:
-    """An encoder as transformers has it: its config's values and its weights, named as in its own class."""
+    """The config and the weights of transformers' class for an encoder."""
 
     config: dict[str, Any]  # `model_type` included
     weights: dict[str, Tensor]
     has_cls: bool
-    layer: int | list[int]  # to be read, counted from the last
+    layer: int | list[int]  # the layers to read, counted from the last (-1)
 
 
 def rename_weights(weights: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
-    """Weights under transformers' names. Raises ExportError for one that has no place there."""
+    """The weights under transformers' names. Raises ExportError for one that is not in `names`."""
     patterns = {re.compile(re.escape(old).replace(r"\#", r"(\d+)") + "(.*)"): new for old, new in names.items()}
     renamed: dict[str, Tensor] = {}
     for name, value in weights.items():
-        found = next(((match, new) for pattern, new in patterns.items() if (match := pattern.fullmatch(name))), None)
-        if found is None:
-            raise ExportError(f"vision tower: transformers has no place for its weight {name}")
-        match, new = found
+        matches = ((match, new) for pattern, new in patterns.items() if (match := pattern.fullmatch(name)))
+        match, new = next(matches, (None, ""))
+        if match is None:
+            raise ExportError(f"vision tower: transformers' class has no weight that corresponds to {name}")
         *layer, rest = match.groups()
         new = (new.replace("#", layer[0]) if layer else new) + rest
         if "{}" in new:
-            renamed |= {new.format(part): one.clone() for part, one in zip("qkv", value.chunk(3), strict=True)}
+            renamed |= {new.format(part): chunk.clone() for part, chunk in zip("qkv", value.chunk(3), strict=True)}
         else:
             renamed[new] = value.squeeze(0) if name.endswith("pos_embed") else value
     return renamed
@@ -78,29 +78,30 @@ def rename_weights(weights: Mapping[str, Tensor], names: Mapping[str, str]) -> d
 def encoder_in_transformers(tower: VisionTower) -> TransformersEncoder:
     """The tower's encoder as CLIPVisionModel or SiglipVisionModel. Raises ExportError where it is neither.
 
-    Layers behind the last one that is read are gone already; the final norm, which is never run, gets fresh values.
+    A tower has no layers after the last one that is read. The final norm, which is not read, gets ones and zeros.
     """
     encoder: Any = getattr(tower, "encoder", None)
     if tower.spec.family == "transformers":
-        found = _from_transformers(tower)
+        converted = _from_transformers(tower)
     elif tower.spec.family != "open_clip":
-        raise ExportError(f"vision tower: {tower.spec.source} is no encoder of transformers' CLIP or SigLIP")
+        raise ExportError(f"vision tower: {tower.spec.source} is not an encoder of transformers' CLIP or SigLIP")
     elif hasattr(encoder, "transformer"):
-        found = _from_open_clip(tower)
+        converted = _from_open_clip(tower)
     elif type(getattr(encoder, "trunk", None)).__name__ == "VisionTransformer":
-        found = _from_timm(tower)
+        converted = _from_timm(tower)
     else:
         kind = type(getattr(encoder, "trunk", encoder)).__name__
         raise ExportError(
             f"vision tower: {tower.spec.source} is a {kind}, and transformers' Llava takes CLIP or SigLIP"
         )
-    width = found.config["hidden_size"]
-    found.weights["post_layernorm.weight"], found.weights["post_layernorm.bias"] = torch.ones(width), torch.zeros(width)
-    return found
+    width = converted.config["hidden_size"]
+    converted.weights["post_layernorm.weight"] = torch.ones(width)
+    converted.weights["post_layernorm.bias"] = torch.zeros(width)
+    return converted
 
 
 def _layers(tower: VisionTower) -> int | list[int]:
-    """The layers that are read, counted from the last one that is left."""
+    """The layers that are read, counted from the tower's last one (-1)."""
     last = max(tower.spec.layers)
     layers = [layer - last - 1 for layer in tower.spec.layers]
     return layers[0] if len(layers) == 1 else layers
@@ -122,7 +123,7 @@ def _from_transformers(tower: VisionTower) -> TransformersEncoder:
 
 
 def _activation(module: nn.Module) -> str:
-    """transformers' name of an activation. Raises ExportError for another one."""
+    """transformers' name of an activation. Raises ExportError where it has none."""
     name = type(module).__name__
     if isinstance(module, nn.GELU):
         return "gelu" if module.approximate == "none" else "gelu_pytorch_tanh"

@@ -5,8 +5,6 @@ It is written when a run ends, when it is stopped, and by `mmllm report RUN`.
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -23,11 +21,11 @@ from mmllm.evaluation.reliance import RELIANCE, RELIANCE_ERROR
 from mmllm.runs.alarms import TEXT_LOSS, forgetting_of
 from mmllm.runs.charts import Curve, chart
 from mmllm.runs.run_log import LOG_FILE, figures_of, read_log
+from mmllm.web_page import png_data_uri, self_contained_page
 
 REPORT, ABOUT, SETTINGS = "report.html", "about.json", "config.yaml"
 MAX_SIDE_PX = 512  # of a picture in the page
 MAX_ANSWERS = 6  # of one sample over the run
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # no script, nothing from anywhere
 
 
 def write_about(out: Path, notes: Sequence[str], machine: str) -> None:
@@ -57,13 +55,7 @@ def _page(out: Path) -> str:
         _head(out, rows, settings, about), _alarms(rows, about), _charts(curves, settings), _samples(out / "samples"),
         _table(rows), _other_charts(curves, settings), _settings(text, about),
     ]  # fmt: skip
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title} - mmllm report</title>\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<meta name="color-scheme" content="light dark">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n<style>\n{style}</style>\n</head>\n'
-        f"<body>\n<main>\n{''.join(body)}</main>\n</body>\n</html>\n"
-    )
+    return self_contained_page(f"{title} - mmllm report", style, "".join(body))
 
 
 def _head(out: Path, rows: Sequence[Mapping[str, Any]], settings: Any, about: Mapping[str, Any]) -> str:
@@ -159,11 +151,7 @@ def _words(text: str) -> str:
 
 def _data_uri(path: Path) -> str:
     with Image.open(path) as picture:
-        shown = picture.convert("RGB")
-    shown.thumbnail((MAX_SIDE_PX, MAX_SIDE_PX))
-    file = io.BytesIO()
-    shown.save(file, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+        return png_data_uri(picture.convert("RGB"), max_side_px=MAX_SIDE_PX)
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -173,7 +173,7 @@ class Validation:
         for number, image in enumerate(asked.images):
             name = f"{_NO_FILE_NAME.sub('_', example.id)[-80:]}-{number}.png"
             if writes and not (folder / name).is_file():
-                self.engine.seen(image).save(folder / name)
+                self.engine.preview(image).save(folder / name)
             pictures.append(name)
         return {
             "id": example.id,

@@ -70,7 +70,7 @@ def test_a_section_that_fails_or_has_no_time_is_said(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(gpu, "SECTIONS", {**sections, "whole": gpu.Section("whole", 1e6, print)})
-    monkeypatch.setattr(gpu, "_in_own_process", lambda name, seconds: told[name][0])
+    monkeypatch.setattr(gpu, "_run_in_process", lambda name, seconds: told[name][0])
     monkeypatch.chdir(tmp_path)
     assert gpu.gpu() == 1
     printed = capsys.readouterr().out

@@ -16,7 +16,7 @@ from mmllm.checkpoint.folder import save_checkpoint
 from mmllm.config import ModelConfig
 from mmllm.inference.engine import Engine
 from mmllm.interop.import_llava import ImportOptions, import_model
-from mmllm.interop.parity import Verdict
+from mmllm.interop.parity import TransformersComparison
 from mmllm.interop.parts import ModelImportError
 from mmllm.model.build import build_model
 from tests.builders.llava_parts import ENCODER
@@ -103,7 +103,7 @@ def logits_there(model: Any, folder: Path, out: Path) -> torch.Tensor:
         return model(input_ids=ids, **transform(PICTURES, return_tensors="pt")).logits
 
 
-def imported(source: Path, out: Path, **options: Any) -> Verdict | None:
+def imported(source: Path, out: Path, **options: Any) -> TransformersComparison | None:
     return import_model(str(source), out, ImportOptions(**options))
 
 

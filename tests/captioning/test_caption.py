@@ -17,7 +17,10 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from mmllm.captioning.caption import Ledger, _Failures, _Job, _Progress, find_pictures
+from mmllm.captioning.inputs import find_pictures
+from mmllm.captioning.job import CaptionJob
+from mmllm.captioning.ledger import Ledger
+from mmllm.captioning.progress import FailureList, JobProgress
 from mmllm.checkpoint.folder import load_checkpoint, save_checkpoint
 from mmllm.cli import app
 from mmllm.inference.engine import Engine, Reply, Sampling
@@ -131,7 +134,7 @@ def test_of_two_runs_on_one_file_the_second_is_refused(tiny_checkpoint: Path, pi
     with Ledger(out):
         status, _, err = caption(tiny_checkpoint, pictures, "--out", out)
     assert status == 1
-    assert f"another run writes {out} now" in err
+    assert f"another run is writing {out}" in err
     assert out.read_bytes() == b""
     assert caption(tiny_checkpoint, pictures / "b.png", "--out", out)[0] == 0
 
@@ -220,10 +223,10 @@ def test_a_picture_that_the_model_cannot_take_fails_alone(
     paths = [str(pictures / name) for name in ("a.JPG", "b.png", "huge.png", "deep/c.webp")]
     model, processor, _ = load_checkpoint(tiny_checkpoint)
     stamp = {"model": "picky", "model_hash": "", "prompt": "what?"}
-    progress = _Progress(len(paths))
+    progress = JobProgress(len(paths))
 
-    def job(ledger: Ledger, out: Path) -> _Job:
-        return _Job(_Picky(model, processor, name="picky"), ledger, _Failures(out, progress), progress, stamp)
+    def job(ledger: Ledger, out: Path) -> CaptionJob:
+        return CaptionJob(_Picky(model, processor, name="picky"), ledger, FailureList(out, progress), progress, stamp)
 
     out = tmp_path / "out.jsonl"
     with Ledger(out) as ledger:
@@ -265,7 +268,7 @@ def test_a_caption_that_was_cut_off_is_written_anew_where_it_may_be_longer(
     out = tmp_path / "captions.jsonl"
     (pictures / "broken.png").unlink()
     _, said, _ = caption(tiny_checkpoint, pictures, "--out", out)
-    assert "the same command with --max-new-tokens 6 writes them anew" in said
+    assert "the same command with --max-new-tokens 6 writes them again" in said
     assert [row["finish"] for row in lines(out)] == ["length"] * 4
     _, said, _ = caption(tiny_checkpoint, pictures, "--out", out)  # not with the same limit
     assert "0 left" in said
@@ -273,7 +276,7 @@ def test_a_caption_that_was_cut_off_is_written_anew_where_it_may_be_longer(
     out.write_text("".join(line + "\n" for line in [*before[:3], before[3].replace('"length"', '"end"')]))
     options = ["caption", str(tiny_checkpoint), str(pictures), "--out", str(out), "--max-new-tokens", "6"]
     said = CliRunner().invoke(app, options).stdout
-    assert "3 left, 3 of them cut off before and written anew now" in said
+    assert "3 left, 3 of them cut off before and written again now" in said
     rows = lines(out)
     assert Counter(row["image"] for row in rows) == Counter(json.loads(line)["image"] for line in before)
     assert sorted(row["max_new_tokens"] for row in rows) == [3, 6, 6, 6]

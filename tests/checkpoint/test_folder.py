@@ -89,7 +89,7 @@ def test_what_is_no_checkpoint_is_not_taken_for_one(copy: Path, tmp_path: Path) 
     (copy / MANIFEST).unlink()
     assert refused(copy) == f"{copy} is not a finished checkpoint: it has no manifest.json."
     (copy / "state").mkdir()
-    assert "A run was begun there and not finished; start it again and it goes on." in refused(copy)
+    assert "A run was begun there and not finished; start it again to continue it." in refused(copy)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,9 @@ def test_a_damaged_file_is_named(copy: Path, name: str) -> None:
     whole = (copy / name).read_bytes()
     (copy / name).write_bytes(whole[: len(whole) // 2])
     assert verify_files(copy) == [name]
-    assert f"{copy} is damaged: {name} is not what its manifest says; copy the folder again" in refused(copy)
+    assert f"{copy} is damaged: {name} does not match its checksum in the manifest; copy the folder again" in refused(
+        copy
+    )
 
 
 def test_the_manifest_vouches_for_every_file(tiny_checkpoint: Path) -> None:

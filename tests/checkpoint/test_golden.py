@@ -85,10 +85,10 @@ def another_size(folder: Path) -> None:
 CHANGES: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "a weight": (flip_a_weight, "answers", "weights, precision, or the code that runs them changed"),
     "the chat template": (change_the_template, "prompts", "tokenizer or chat template changed"),
-    "image_mean": (shift_the_mean, "pictures", "the image transform (size, crop, mean, std) changed"),
-    "cropping": (crop_and_not_stretch, "pictures", "the image transform (size, crop, mean, std) changed"),
+    "image_mean": (shift_the_mean, "pictures", "image transform (size, crop, mean, std) changed"),
+    "cropping": (crop_and_not_stretch, "pictures", "image transform (size, crop, mean, std) changed"),
     "the size": (another_size, "pictures", "is [1, 3, 40, 40] and was [1, 3, 32, 32]"),
-    "two tokens": (swap_two_tokens, "prompts", "the tokenizer has other tokens, or other numbers for them"),
+    "two tokens": (swap_two_tokens, "prompts", "the tokenizer has other tokens, or other ids for them"),
 }
 
 
@@ -102,7 +102,7 @@ def test_an_unchanged_model_gives_its_golden_answers(tiny_checkpoint: Path) -> N
     checks = checks_of(tiny_checkpoint)
     assert all(check.holds for check in checks.values())
     assert "3 prompts are the same" in checks["prompts"].text
-    assert "in float32, to " in checks["answers"].text
+    assert "in float32, within " in checks["answers"].text
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -195,7 +195,7 @@ def test_a_template_that_is_given_to_other_programs_alone_is_checked_too(tiny_ru
     path.write_text(path.read_text() + "!")
     check = checks_of(out)["prompts"]
     assert not check.holds
-    assert "chat_template.jinja gives other programs '<image><image>!'" in check.text.replace("<image>\\n", "<image>")
+    assert "chat_template.jinja renders '<image><image>!'" in check.text.replace("<image>\\n", "<image>")
 
 
 def test_damaged_golden_answers_are_told(copy: Path) -> None:

@@ -27,8 +27,8 @@ from demo.chat import (
     read_pictures,
 )
 from demo.events import ANY_SEED, DRAWING_PREFIX, Events
-from demo.examples import WANTED, draw_examples
-from demo.seen import counts_html, seen_html
+from demo.examples import EXAMPLES, draw_examples
+from demo.preview import counts_html, preview_html
 from mmllm.chat.renderer import Renderer
 from mmllm.chat.templates import OWN_TEMPLATE
 from mmllm.images import load_image
@@ -190,7 +190,7 @@ def ask(events, text, files=(), settings=GREEDY, key="a tab"):
 def test_an_answer_streams_and_the_panel_tells_what_the_model_saw(events, picture):
     updates = ask(events, "what <b>is</b> it?", [picture])
     turn = events.sessions.of("a tab").turns[0]
-    assert turn.finish == "length"
+    assert turn.finish_reason == "length"
     chats = [chat for _, chat, _, _ in updates if isinstance(chat, list)]
     assert chats[-1][-1]["content"].startswith(turn.answer)
     panel = next(seen for _, _, seen, _ in updates if isinstance(seen, str))
@@ -244,7 +244,7 @@ def test_a_page_that_is_no_longer_there_ends_the_computation(events):
     while not turn.answer:
         next(writing)
     events.leave(tab())
-    assert turn.finish == "stopped"
+    assert turn.finish_reason == "stopped"
     assert len(list(writing)) < 5
     assert not generating()
 
@@ -257,7 +257,7 @@ def test_a_new_question_ends_the_answer_before_it(events):
     ask(events, "two?")
     assert len(list(writing)) < 5
     one, two = events.sessions.of("a tab").turns
-    assert (one.finish, two.finish) == ("stopped", "length")
+    assert (one.finish_reason, two.finish_reason) == ("stopped", "length")
 
 
 def test_retry_undo_edit_and_clear(events, picture):
@@ -340,7 +340,7 @@ def test_the_private_folder_is_private_and_goes_away(monkeypatch):
 
 def test_examples_are_the_same_every_time_and_have_a_right_answer(tmp_path):
     first, second = draw_examples(tmp_path / "first"), draw_examples(tmp_path / "second")
-    assert len(first) == len(WANTED)
+    assert len(first) == len(EXAMPLES)
     assert {len(example.pictures) for example in first} == {1, 2}
     assert all(example.question and example.answer for example in first)
     for one, other in zip(first, second, strict=True):
@@ -349,7 +349,7 @@ def test_examples_are_the_same_every_time_and_have_a_right_answer(tmp_path):
 
 
 def test_an_example_is_asked_with_its_pictures(events):
-    events.ask_example(SimpleNamespace(index=len(WANTED) - 1), tab())
+    events.ask_example(SimpleNamespace(index=len(EXAMPLES) - 1), tab())
     turn = events.sessions.of("a tab").turns[0]
     assert turn.text == events.examples[-1].question
     assert tuple(picture.file for picture in turn.pictures) == events.examples[-1].pictures
@@ -360,7 +360,7 @@ def test_counts_are_dashes_until_there_is_a_reply():
 
 
 def test_a_text_alone_has_a_prompt_and_no_picture(engine):
-    panel = seen_html(engine, example_of([ChatTurn("hello.")]))
+    panel = preview_html(engine, example_of([ChatTurn("hello.")]))
     assert "hello." in panel
     assert "<img" not in panel
 

@@ -10,9 +10,9 @@ from demo.chat import (
     ChatPicture,
     ChatTurn,
     answer_markdown,
+    chatbot_messages,
     example_of,
     pictures_html,
-    shown,
     turn_of_message,
     typed_html,
     typed_text,
@@ -63,7 +63,7 @@ def test_a_turn_that_failed_is_left_out_of_the_next_prompt():
 
 def test_the_pictures_of_a_turn_stopped_before_its_first_word_go_over_to_the_next():
     turns = [
-        ChatTurn("what is it?", (chat_picture("a.png"),), finish="stopped"),
+        ChatTurn("what is it?", (chat_picture("a.png"),), finish_reason="stopped"),
         ChatTurn("what color?", (chat_picture("b.png"),)),
     ]
     example = example_of(turns)
@@ -85,7 +85,15 @@ def test_a_place_in_the_chat_leads_back_to_its_turn():
         ChatTurn("two?", (), "no", "end"),
         ChatTurn("three?"),
     ]
-    assert [m["role"] for m in shown(turns)] == ["user", "user", "assistant", "user", "assistant", "user", "assistant"]
+    assert [m["role"] for m in chatbot_messages(turns)] == [
+        "user",
+        "user",
+        "assistant",
+        "user",
+        "assistant",
+        "user",
+        "assistant",
+    ]
     assert [turn_of_message(turns, index) for index in range(7)] == [0, 0, 0, 1, 1, 2, 2]
 
 
@@ -98,13 +106,13 @@ def test_a_chat_shows_that_it_waits_or_thinks_until_the_first_word():
     assert "waiting" in answer_markdown(ChatTurn("?"))
     assert "thinking" in answer_markdown(ChatTurn("?", is_queued=False))
     assert answer_markdown(ChatTurn("?", answer="a", is_queued=False)) == "a"
-    assert "stopped" in answer_markdown(ChatTurn("?", finish="stopped"))
+    assert "stopped" in answer_markdown(ChatTurn("?", finish_reason="stopped"))
 
 
 def test_a_chat_says_when_an_answer_was_stopped_or_cut_off():
-    assert "stopped" in answer_markdown(ChatTurn("?", answer="a red", finish="stopped"))
-    assert "cut off" in answer_markdown(ChatTurn("?", answer="a red", finish="length"))
-    assert answer_markdown(ChatTurn("?", answer="a red", finish="end")) == "a red"
+    assert "stopped" in answer_markdown(ChatTurn("?", answer="a red", finish_reason="stopped"))
+    assert "cut off" in answer_markdown(ChatTurn("?", answer="a red", finish_reason="length"))
+    assert answer_markdown(ChatTurn("?", answer="a red", finish_reason="end")) == "a red"
 
 
 @pytest.mark.parametrize(("answer", "end"), [
@@ -120,7 +128,7 @@ def test_a_chat_says_when_an_answer_was_stopped_or_cut_off():
     ("plain", ""),
 ])  # fmt: skip
 def test_the_note_of_an_answer_that_was_cut_off_in_code_is_no_code(answer, end):
-    shown_answer = answer_markdown(ChatTurn("?", answer=answer, finish="length"))
+    shown_answer = answer_markdown(ChatTurn("?", answer=answer, finish_reason="length"))
     assert shown_answer.startswith(f'{answer}{end}\n\n<div class="note">cut off')
 
 

@@ -21,7 +21,7 @@ from mmllm.data import check
 from mmllm.data.check import DataReport, inspect_sources, load_examples, why_left_out
 from mmllm.data.inspection import PartReport, RowRules
 from mmllm.data.sources import BadRow, DataError
-from mmllm.diagnose.check import load_text_side
+from mmllm.diagnose.prompt_setup import load_prompt_setup
 from mmllm.inference.engine import Engine
 from tests.builders.tiny import model_config
 
@@ -177,7 +177,7 @@ def test_an_example_longer_than_the_llm_is_noted(tmp_path: Path, tiny_parts: Pat
 
 
 def test_a_run_refuses_what_the_check_refuses(tiny_parts: Path, bad: Path) -> None:
-    renderer = load_text_side(model_config(tiny_parts)).renderer
+    renderer = load_prompt_setup(model_config(tiny_parts)).renderer
     sources = [SourceConfig(path=str(bad))]
     with pytest.raises(DataError, match="4 of 8 rows cannot be used") as caught:
         load_examples(sources, renderer, DataConfig(train=()))
@@ -190,7 +190,7 @@ def test_a_run_refuses_what_the_check_refuses(tiny_parts: Path, bad: Path) -> No
 
 def test_processes_find_what_one_finds(tiny_parts: Path, tiny_scenes: Path, bad: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(check, "ROWS_PER_PART", 3)
-    renderer = load_text_side(model_config(tiny_parts)).renderer
+    renderer = load_prompt_setup(model_config(tiny_parts)).renderer
     sources = [SourceConfig(path=str(path)) for path in (tiny_scenes / "train" / "captions.json", bad)]
     sources.append(SourceConfig(path=str(bad), max_examples=2))
     rules, found, random_before = RowRules(renderer, 512, decode=True), [], torch.get_rng_state()
@@ -216,14 +216,14 @@ def test_processes_find_what_one_finds(tiny_parts: Path, tiny_scenes: Path, bad:
 def test_an_example_teaches_each_answer_and_one_end(
     tiny_parts: Path, answer: str, length: int, reason: str | None
 ) -> None:
-    renderer = load_text_side(model_config(tiny_parts)).renderer
+    renderer = load_prompt_setup(model_config(tiny_parts)).renderer
     example = Example("x", "", (message("user", "<image> is it?"), message("assistant", answer)), ("a.png",))
     found = why_left_out(example, renderer, DataConfig(train=(), max_length_tokens=length))
     assert found is None if reason is None else reason in str(found)
 
 
 def test_a_renderer_travels_to_other_processes(tiny_parts: Path) -> None:
-    renderer = load_text_side(model_config(tiny_parts)).renderer
+    renderer = load_prompt_setup(model_config(tiny_parts)).renderer
     talk = (message("user", "<image> is it?"), message("assistant", "yes"))
     assert pickle.loads(pickle.dumps(renderer)).render(talk) == renderer.render(talk)
 

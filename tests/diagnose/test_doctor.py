@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from mmllm.checkpoint.folder import load_checkpoint, save_checkpoint
 from mmllm.cli import app
-from mmllm.diagnose.doctor import CORE, EXTRAS, package_finding
+from mmllm.diagnose.machine_findings import CORE, EXTRAS, package_finding
 from tests.builders.findings import by_name, examine, states
 
 ROOT = Path(__file__).parents[2]

@@ -21,9 +21,9 @@ from mmllm.cli import app
 from mmllm.config.file import load_config
 from mmllm.data.sources import read_source
 from mmllm.diagnose import explain_terminal
-from mmllm.diagnose.check import load_text_side
 from mmllm.diagnose.explain import explain, runs
 from mmllm.diagnose.explain_page import page
+from mmllm.diagnose.prompt_setup import load_prompt_setup
 from mmllm.inference.engine import Engine
 from tests.builders.page_driver import NARROW, WIDE
 
@@ -75,7 +75,7 @@ def ids(config: Path) -> list[str]:
 
 
 def test_every_example_has_the_tokens_that_a_run_trains_on(config: Path) -> None:
-    renderer = load_text_side(load_config(config).model).renderer  # type: ignore[attr-defined]
+    renderer = load_prompt_setup(load_config(config).model).renderer  # type: ignore[attr-defined]
     for name in set(ids(config)) - {"long", "undecodable", "system"}:
         found = explain(config, [], sample=name)
         rendered = renderer.render_example(found.example)
@@ -88,7 +88,7 @@ def test_every_example_has_the_tokens_that_a_run_trains_on(config: Path) -> None
 
 
 def test_the_texts_of_the_tokens_are_the_text_of_the_conversation(config: Path) -> None:
-    renderer = load_text_side(load_config(config).model).renderer  # type: ignore[attr-defined]
+    renderer = load_prompt_setup(load_config(config).model).renderer  # type: ignore[attr-defined]
     for name in ("hostile", "two-1", "text-blue", "pair"):
         found = explain(config, [], sample=name)
         texts = [
@@ -112,7 +112,7 @@ def test_a_picture_is_shown_as_it_is_stored_and_as_the_tower_sees_it(config: Pat
     assert [picture.name for picture in found.pictures] == list(found.example.images)
     for picture in found.pictures:
         assert np.array_equal(picture.stored, Image.open(picture.name))
-        assert np.array_equal(picture.seen, engine.seen(picture.name))
+        assert np.array_equal(picture.seen, engine.preview(picture.name))
         assert picture.seen.size == (32, 32)
 
 
@@ -155,15 +155,15 @@ def test_the_inference_prompt_is_what_the_engine_asks_with(config: Path, tiny_ch
 @pytest.mark.parametrize("name", ["one-0", "one-1", "text-blue", "hostile", "pair"])
 def test_data_that_are_asked_as_they_were_trained_are_equal(config: Path, name: str) -> None:
     found = explain(config, [], sample=name)
-    assert found.verdict.startswith("equal: chat, captioning and evaluation ask for its ")
+    assert found.verdict.startswith("equal: chat, captioning and evaluation prompt for its ")
     assert [asked.differs_at for asked in found.prompts] == [None] * len(found.prompts)
     assert found.to_json()["equal"]
     assert found.reasons == []
 
 
 @pytest.mark.parametrize(("name", "places", "reason"), [
-    ("two-0", [None, "and"], "pictures do not stand before the words"),
-    ("behind", ["what"], "pictures do not stand before the words"),
+    ("two-0", [None, "and"], "pictures are not where the chat puts them"),
+    ("behind", ["what"], "pictures are not where the chat puts them"),
     ("system", ["b"], "it has a system turn, and chat, captioning and evaluation send none"),
 ])  # fmt: skip
 def test_where_training_and_inference_differ_is_named(
@@ -205,12 +205,12 @@ def test_an_example_is_found_in_val_and_in_train_before_val(config: Path) -> Non
     assert json.loads(run(config, "--json", "--sample", "pair")[1])["split"] == "val"
     both = json.loads(run(config, "--json", "--sample", "text-red")[1])
     assert (both["split"], both["also_in"]) == ("train", [str(config.parent / "more.json")])
-    assert "note: other files have an example of this id: " in run(config, "--sample", "text-red")[1]
+    assert "note: other files hold an example with this id: " in run(config, "--sample", "text-red")[1]
 
 
 @pytest.mark.parametrize(("name", "status", "text"), [
-    ("one-77", 2, r"error: --sample: no example 'one-77' among the 2\d of train and val; near it: .*one-7"),
-    ("zzz", 2, r"near it: none"),
+    ("one-77", 2, r"error: --sample: no example 'one-77' among the 2\d of train and val; similar ids: .*one-7"),
+    ("zzz", 2, r"similar ids: none"),
     ("long", 1, r"the run would leave out long: 6\d\d tokens .* are more than data\.max_length_tokens = 512"),
     ("wrong", 1, r"the run would leave out --sample wrong: .*more\.json row 7: turn 0 is from gpt"),
     ("undecodable", 1, r"broken\.png is (damaged|not an image)"),

@@ -191,7 +191,7 @@ def test_an_unknown_task_is_told_with_those_that_are_there(tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("{", "is no JSON"),
+        ("{", "is not JSON"),
         ("{}", "must hold a list"),
         ("[]", "must hold a list"),
         ('[{"id": "7", "conversations": []}]', "row 7 lacks needs, types"),

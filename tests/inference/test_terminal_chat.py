@@ -109,7 +109,7 @@ def test_one_question_prints_the_answer_alone(engine: Engine, tiny_checkpoint: P
         (["--image", "gone.png"], 1, "no image file at gone.png"),
         (["--prompt", "what?", "--temperature", "-1"], 1, "temperature must be 0"),
         (["--prompt", "what? " * 3000], 1, "begin a new one"),
-        (["--prompt", "what?", "--device", "cuda:99"], 1, "no device cuda:99: this machine shows"),
+        (["--prompt", "what?", "--device", "cuda:99"], 1, "no device cuda:99: this machine has"),
     ],
 )
 def test_wrong_use_is_one_line_and_a_status(

@@ -205,8 +205,8 @@ def test_a_resnet_is_refused() -> None:
 REFUSED_LLMS = {
     "gemma2": r"LLM: Gemma2ForCausalLM caps its logits \(final_logit_softcapping\), which Llava's head does not do",
     "opt": "LLM: opt does not run inside transformers' Llava",
-    "gpt_neox": "LLM: Llava's classic names have no place for the weights of GPTNeoXForCausalLM",
-    "mamba": "LLM: Llava's classic names have no place for the weights of MambaForCausalLM",
+    "gpt_neox": "LLM: Llava's classic names do not cover the weights of GPTNeoXForCausalLM",
+    "mamba": "LLM: Llava's classic names do not cover the weights of MambaForCausalLM",
 }  # fmt: skip
 
 
@@ -248,4 +248,4 @@ def test_the_command_says_what_was_compared_and_takes_no_taken_folder(parts: Pat
     assert "the same greedy answers" in (tmp_path / "out" / "README.md").read_text()
     again = CliRunner().invoke(app, ["export", "hf", str(model), str(tmp_path / "out")])
     assert again.exit_code != 0
-    assert "is there already; give a new folder" in again.output
+    assert "exists already; give a new folder" in again.output

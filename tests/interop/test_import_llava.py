@@ -178,14 +178,14 @@ def test_sizes_of_tiles_that_do_not_fit_are_refused(parts: Path, tokenizer: Any,
     llava(parts, folder, "clip", "llama", tokenizer, kind="LlavaNext")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "image_grid_pinpoints": [[32, 64]]}))
-    assert "its model cuts pictures for [[32, 64]], its image processor for [[32, 64], [64, 32]" in refused(
+    assert "its model cuts pictures to sizes of [[32, 64]], its image processor of [[32, 64], [64, 32]" in refused(
         folder, tmp_path / "out"
     )
     transform = json.loads((folder / "processor_config.json").read_text())
     transform["image_processor"]["image_grid_pinpoints"] = [[32, 65]]
     (folder / "processor_config.json").write_text(json.dumps(transform))
     (folder / "config.json").write_text(json.dumps({**config, "image_grid_pinpoints": [[32, 65]]}))
-    assert "brings pictures to [32, 65] pixels, which views of 32 do not fill" in refused(folder, tmp_path / "out")
+    assert "resizes pictures to [32, 65] pixels, which views of 32 do not fill" in refused(folder, tmp_path / "out")
 
 
 def test_a_lone_projector_and_a_lora_need_their_llm_and_then_say_the_same(
@@ -246,16 +246,16 @@ CHANGED = {
     "mm_use_im_start_end: True": {"mm_use_im_start_end": True},
     "image_aspect_ratio: 'anyres_max_9'": {"image_aspect_ratio": "anyres_max_9"},
     "mm_patch_merge_type: 'flat'": {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "flat"},
-    "has image_grid_pinpoints 'all': no list": {
+    "has image_grid_pinpoints 'all', which is not a list": {
         "image_aspect_ratio": "anyres",
         "mm_patch_merge_type": "spatial_unpad",
         "image_grid_pinpoints": "all",
     },
     "mm_vision_select_feature: 'cls_patch'": {"mm_vision_select_feature": "cls_patch"},
     "names the vision tower '/nowhere'": {"mm_vision_tower": "/nowhere"},
-    "mm_projector_type 'resampler' is not one of": {"mm_projector_type": "resampler"},
+    "mm_projector_type 'resampler' cannot be imported": {"mm_projector_type": "resampler"},
     "its projector does not fit tower and LLM": {"mm_projector_type": "mlp3x_gelu"},
-    "of LLaVA's own, allowed: llava, llava_llama": {"model_type": "llava_mpt"},
+    "allowed types of LLaVA's own code: llava, llava_llama": {"model_type": "llava_mpt"},
     "lacks 9 weights of its LLM, such as": {"num_hidden_layers": 3},
     "has weights that its LLM has no place for": {"num_hidden_layers": 1},
 }
@@ -273,11 +273,11 @@ def test_other_folders_are_refused_with_what_is_allowed(
     parts: Path, tokenizer: Any, theirs: tuple[Path, Any], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    assert "is of type 'llama': no LLaVA" in refused(parts / "llama", out)
+    assert "is of type 'llama' and not a LLaVA" in refused(parts / "llama", out)
     assert "SOURCE: no-one/nothing is no folder here and not in the hub's cache" in refused("no-one/nothing", out)
-    assert "has no config.json, so nothing says what it is" in refused(tmp_path, out)
+    assert "has no config.json, which says what the model is" in refused(tmp_path, out)
     source = original(parts, tmp_path / "own", tokenizer, theirs[1])
-    assert "its files do not say how conversations are written. Name the one" in refused(source, out)
+    assert "its files hold no chat template. Name the template" in refused(source, out)
     half = Path(shutil.copytree(theirs[0], tmp_path / "half"))
     weights = load_file(half / "model.safetensors")
     lost = next(name for name in weights if "multi_modal_projector" in name)
@@ -307,7 +307,7 @@ def test_a_chat_template_that_ends_no_answer_is_asked_and_not_trained(
     verdict = imported(tmp_path / "theirs", tmp_path / "out")
     assert verdict is not None
     assert verdict.max_logit_difference <= 1e-4
-    assert verdict.prompts == "4 prompts of its own processor are ours, token by token"
+    assert verdict.prompts == "4 prompts of its own processor match ours, token by token"
     engine = Engine.load(tmp_path / "out", device="cpu")
     assert engine.picture_label == ""
     assert engine.renderer.end_token_id == tokenizer.eos_token_id
@@ -323,5 +323,5 @@ def test_prompts_that_the_folders_own_processor_would_not_give_are_said(
     assert verdict is not None
     assert verdict.max_logit_difference <= 1e-4
     assert verdict.prompts.startswith(
-        "4 of 4 prompts of its own processor are not ours: of one picture, token 0 begins"
+        "4 of 4 prompts of its own processor differ from ours: of one picture, the text from token 0 on is"
     )

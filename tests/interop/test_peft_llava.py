@@ -80,9 +80,9 @@ def test_what_an_adapter_lacks_is_said_before_weights_are_read(tuned: tuple[Path
     folder, _ = tuned
     adapter = Path(shutil.copytree(folder / "adapter", tmp_path / "adapter"))
     name_the_base(adapter, "somebody/llava")
-    assert "an adapter of somebody/llava, which is no folder here; give the" in refused(adapter, tmp_path / "out")
+    assert "an adapter of somebody/llava, which is not a folder here; give the" in refused(adapter, tmp_path / "out")
     text = refused(adapter, tmp_path / "out", base=str(folder / "llama"))
-    assert "which is of type 'llama': no Llava of transformers" in text
+    assert "which is of type 'llama' and not transformers' Llava" in text
     (adapter / "adapter_model.safetensors").unlink()
     text = refused(adapter, tmp_path / "out", base=str(folder / "base"))
     assert "has neither adapter_model.safetensors nor adapter_model.bin" in text

@@ -193,7 +193,7 @@ def test_any_of_an_llm_s_end_tokens_ends_an_answer(tiny_checkpoint: Path, tmp_pa
         engine = Engine(model, processor, name="x")
         reply = engine.reply(ASKED, Sampling(max_new_tokens=6))
         if len(ends) == 2:
-            assert (reply.finish, reply.num_new_tokens) == ("end", 1 + list(said[0]).index(other))
+            assert (reply.finish_reason, reply.num_new_tokens) == ("end", 1 + list(said[0]).index(other))
             write_generation_settings(engine.model, engine.processor, engine.renderer)
             save_checkpoint(tmp_path / "out", model, processor, card="x")
             assert Engine.load(tmp_path / "out", device="cpu").end_token_ids == ends

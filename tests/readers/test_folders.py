@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image, features
 
-from mmllm.captioning.caption import find_pictures
+from mmllm.captioning.inputs import find_pictures
 from mmllm.config import SourceConfig
 from mmllm.data.sources import DataFile, read_source
 from mmllm.images import ImageError, load_image

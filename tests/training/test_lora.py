@@ -160,7 +160,9 @@ def test_an_adapter_that_does_not_fit_is_refused(copy: Path) -> None:
     with pytest.raises(CheckpointError, match=r"of the adapter's tensors 1 are missing and 0 are too many: base_model"):
         load_checkpoint(copy / "run")
     (copy / "run" / ADAPTER).write_bytes(b"half")
-    with pytest.raises(CheckpointError, match=r"adapter_model.safetensors is not what its manifest says; copy the"):
+    with pytest.raises(
+        CheckpointError, match=r"adapter_model.safetensors does not match its checksum in the manifest; copy the"
+    ):
         load_checkpoint(copy / "run")
 
 
@@ -193,7 +195,7 @@ def test_a_merge_that_cannot_be_trusted_writes_nothing(
             merge_checkpoint(run, out)
     assert not out.exists()
     status, said = invoke("merge", run, copy / "base")
-    assert (status, f"{copy / 'base'} is there already; give a new folder" in said) == (1, True)
+    assert (status, f"{copy / 'base'} exists already; give a new folder" in said) == (1, True)
     path = run / "golden.json"
     path.write_text(path.read_text().replace('"logprobs": [-', '"logprobs": [-1'))
     manifest = read_manifest(run)

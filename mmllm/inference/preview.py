@@ -1,4 +1,4 @@
-"""The picture as the vision tower sees it, for people to look at."""
+"""The picture as the vision tower receives it, for people to look at."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from mmllm.batch import PreparedImage
 from mmllm.model.large_pictures import resize
 from mmllm.model.layout import Layout, Native, Tiles
 
-GAP_PX = 4  # white, between the views of one picture
+GAP_PX = 4  # white space between the views of one picture
 
 
-def as_seen(layout: Layout, transform: Any, image: PreparedImage) -> Image.Image:
-    """What a tower with this image processor gets, values back in 0-255.
+def preview(layout: Layout, transform: Any, image: PreparedImage) -> Image.Image:
+    """The pixels that the tower receives, with the normalisation of `transform`, its image processor, undone.
 
-    Of tiles, the whole picture stands on the left and the grid of tiles beside it.
+    Of a tiled picture, the downscaled whole is on the left and the grid of tiles on the right.
     """
     inputs = image.inputs
     pixels = inputs["pixel_values"][0]
@@ -31,8 +31,8 @@ def as_seen(layout: Layout, transform: Any, image: PreparedImage) -> Image.Image
     return _to_image(pixels, transform)
 
 
-def preview(picture: Image.Image, longest_px: int) -> Image.Image:
-    """The picture to be looked at: made smaller where a side is longer than this."""
+def shrink(picture: Image.Image, longest_px: int) -> Image.Image:
+    """The picture, made smaller where a side is longer than `longest_px`."""
     scale = longest_px / max(picture.size)
     if scale >= 1:
         return picture

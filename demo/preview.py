@@ -1,37 +1,28 @@
-"""The panel "What the model saw": each picture as the vision tower gets it, the exact prompt, and what was counted."""
+"""The panel "What the model saw": each picture as the vision tower receives it, the exact prompt, tokens and speed."""
 
 from __future__ import annotations
 
-import base64
 import html
-import io
-
-from PIL import Image
 
 from mmllm.batch import IMAGE_TOKEN, Example, ImageSource
 from mmllm.inference.engine import Engine, Reply
+from mmllm.web_page import png_data_uri
 
-NOTHING_YET = '<p class="quiet">Ask about a picture, and this shows how the model got it.</p>'
-
-
-def _data_address(picture: Image.Image) -> str:
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+EMPTY_PREVIEW = '<p class="quiet">Ask about a picture, and this shows how the model got it.</p>'
 
 
 def _picture_html(engine: Engine, source: ImageSource, number: int) -> str:
     image = engine.prepare(source)
-    seen = engine.seen(image)
+    pixels = engine.preview(image)
     return (
-        f'<figure><img src="{_data_address(seen)}" alt="Picture {number} as the vision tower sees it">'
-        f"<figcaption><b>Picture {number}</b> {image.size[1]}×{image.size[0]} → {seen.width}×{seen.height} px"
+        f'<figure><img src="{png_data_uri(pixels, optimize=False)}" alt="Picture {number} as the vision tower sees it">'
+        f"<figcaption><b>Picture {number}</b> {image.size[1]}×{image.size[0]} → {pixels.width}×{pixels.height} px"
         "</figcaption></figure>"
     )
 
 
-def seen_html(engine: Engine, example: Example) -> str:
-    """The pictures and the prompt of one call. Raises ValueError where the engine cannot take the example."""
+def preview_html(engine: Engine, example: Example) -> str:
+    """The pictures and the prompt of one request. Raises MmllmError where the example does not fit the model."""
     pictures = "".join(_picture_html(engine, image, number) for number, image in enumerate(example.images, 1))
     prompt, images = engine.renderer.text_and_images(example.messages)
     starts = [0, *(place + len(IMAGE_TOKEN) for place in images)]
@@ -45,7 +36,7 @@ def seen_html(engine: Engine, example: Example) -> str:
 
 
 def counts_html(reply: Reply | None) -> str:
-    """Tokens and speed of a reply that is being written or done; dashes where there is none."""
+    """Numbers of tokens and speed of a reply, finished or not; dashes where there is none."""
     counts = dict.fromkeys(("prompt<br>tokens", "image<br>tokens", "new<br>tokens", "tokens<br>a second"), "–")
     if reply is not None:
         speed = reply.num_new_tokens / reply.seconds if reply.seconds > 0 else 0.0
