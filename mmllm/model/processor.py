@@ -15,7 +15,7 @@ from transformers.image_utils import make_flat_list_of_images
 from mmllm.batch import IMAGE_TOKEN, PICTURE_LABEL, ImageSource, PreparedImage
 from mmllm.chat.renderer import Renderer
 from mmllm.images import image_size, load_image
-from mmllm.model.large_pictures import MAX_ORDINARY_PIXELS
+from mmllm.kernels.large_pictures import MAX_ORDINARY_PIXELS
 from mmllm.model.layout import Layout, build_layout
 
 

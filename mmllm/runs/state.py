@@ -28,6 +28,7 @@ from mmllm.distributed.ranks import gather_all
 from mmllm.distributed.shards import damaged_shards, shard_sums
 from mmllm.distributed.strategy import Strategy
 from mmllm.errors import MmllmError
+from mmllm.runs.folder import RunFolder
 
 STATE_FILE = "state.pt"
 STATE_OF_WEIGHTS = 3  # a state is at most so many times the trained weights: AdamW keeps two numbers for each
@@ -82,7 +83,7 @@ def _step_of(folder: Path) -> int:
 
 def saved_steps(out: Path) -> list[Path]:
     """States of a run that were written to their end, oldest first."""
-    found = [path for path in (out / "state").glob("step_*") if (path / STATE_FILE).is_file()]
+    found = [path for path in RunFolder(out).states.glob("step_*") if (path / STATE_FILE).is_file()]
     return sorted((path for path in found if path.name[5:].isdigit()), key=_step_of)
 
 
@@ -153,7 +154,7 @@ def save_state(
     Raises OSError.
     """
     accelerator = strategy.accelerator
-    target = out / "state" / f"step_{step:07d}"
+    target = RunFolder(out).states / f"step_{step:07d}"
     if accelerator.is_main_process:
         _begin(target)
     accelerator.wait_for_everyone()
@@ -172,7 +173,7 @@ def save_state(
     }
     _commit(target, state)
     kept = [path for path in saved_steps(out) if _step_of(path) <= step][-keep:]
-    for other in (out / "state").iterdir():  # later ones could not be read, or this run would stand behind them
+    for other in RunFolder(out).states.iterdir():  # later ones could not be read, or this run would stand behind them
         if other not in kept:
             shutil.rmtree(other)
 
@@ -200,7 +201,7 @@ def verify_saving(out: Path, strategy: Strategy, settings: str) -> str:
 
     Every rank has to call it. Raises StateError where they come back as others, OSError where they cannot be written.
     """
-    accelerator, folder, begun = strategy.accelerator, out / "state" / "rehearsal", time.monotonic()
+    accelerator, folder, begun = strategy.accelerator, RunFolder(out).states / "rehearsal", time.monotonic()
     if accelerator.is_main_process:
         _begin(folder)
     accelerator.wait_for_everyone()
@@ -241,7 +242,7 @@ def check_same_run(out: Path, there: str, here: str) -> None:
         listed = "\n".join(f"  {line}" for line in differences)
         raise ConfigError(
             f"{out} holds a run with other settings:\n{listed}\n"
-            f"give another out=FOLDER, remove {out} to begin anew, or go on with {out / 'config.yaml'}"
+            f"give another out=FOLDER, remove {out} to begin anew, or go on with {RunFolder(out).settings}"
         )
 
 
@@ -305,7 +306,7 @@ def load_state(
             f"of {saved_as}, or remove {out / 'state'} to begin anew"
         )
     if strategy.has_shards:
-        shards = out / "state" / f"step_{state['step']:07d}" / SHARDS
+        shards = RunFolder(out).states / f"step_{state['step']:07d}" / SHARDS
         strategy.load_shards(shards, saved_by=state["num_ranks"])
     elif set(state["weights"]) != set(strategy.trained):
         raise ConfigError(f"{out} holds other parameters than this run trains; remove it to begin anew")

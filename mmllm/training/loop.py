@@ -17,6 +17,7 @@ from mmllm.distributed.ranks import all_reduce_sum, gather_all
 from mmllm.distributed.strategy import load_weights
 from mmllm.errors import EXIT_INTERRUPTED, MmllmError
 from mmllm.runs.alarms import new_alarms
+from mmllm.runs.folder import RunFolder
 from mmllm.runs.requirements import slow_precision_text
 from mmllm.runs.run_log import Tracker
 from mmllm.runs.state import check_room, load_state, read_newest, save_state, verify_saving
@@ -28,7 +29,6 @@ from mmllm.training.step import Stepper, StepResult, mean_over_ranks
 from mmllm.training.stopping import BrokenOffError, StopSignal
 from mmllm.training.watchdog import Watchdog
 
-BEST = "best"
 VALIDATION = "the validation is broken off, and made when the run goes on; the state is saved"
 
 
@@ -44,6 +44,7 @@ class Run:
     def __init__(self, config: RunConfig, stage: Stage, accelerator: Any, rebuild: Callable[[], Stage]):
         self.config, self.stage, self.accelerator, self.rebuild = config, stage, accelerator, rebuild
         self.out = Path(config.out)
+        self.folder = RunFolder(self.out)
         names = [name for named in stage.parts.values() for name, _ in named]
         assert len(set(names)) == len(names), "a parameter stands in two parts of a stage"
         trained = [parameter for named in stage.parts.values() for _, parameter in named]
@@ -139,8 +140,8 @@ class Run:
         if step and loss < (self.best["val_loss"] if self.best else math.inf):
             self.best = {"step": step, "val_loss": loss}
             if self.config.validation.keep_best and step < self.config.optim.max_steps:
-                with stop.during(f"the best model so far is written to {self.out / BEST}, and then the state"):
-                    self.save_model(self.out / BEST, tracker)
+                with stop.during(f"the best model so far is written to {self.folder.best}, and then the state"):
+                    self.save_model(self.folder.best, tracker)
         self.accelerator.wait_for_everyone()
         return True
 
@@ -166,12 +167,12 @@ class Run:
         self.save_model(self.out, tracker)
         if self.accelerator.is_main_process:
             os.sync()  # before what the run could go on from is removed
-            shutil.rmtree(self.out / "state", ignore_errors=True)
+            shutil.rmtree(self.folder.states, ignore_errors=True)
             best = self.best
             if best and best["step"] == self.config.optim.max_steps:
-                shutil.rmtree(self.out / BEST, ignore_errors=True)
+                shutil.rmtree(self.folder.best, ignore_errors=True)
             elif best and self.config.validation.keep_best:
-                tracker.say(f"lowest val_loss {best['val_loss']:.4g} at step {best['step']}: {self.out / BEST}")
+                tracker.say(f"lowest val_loss {best['val_loss']:.4g} at step {best['step']}: {self.folder.best}")
         self.accelerator.wait_for_everyone()
 
 
