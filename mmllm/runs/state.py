@@ -24,6 +24,7 @@ from torch import Tensor
 
 from mmllm.config import CONFIGS, ConfigError
 from mmllm.config.file import saved_settings
+from mmllm.config.reference import resumable_paths
 from mmllm.distributed.ranks import gather_all
 from mmllm.distributed.shards import damaged_shards, shard_sums
 from mmllm.distributed.strategy import Strategy
@@ -37,15 +38,6 @@ SHARDS = "shards"  # of strategies whose ranks hold a part each
 
 class StateError(MmllmError):
     """A saved state that cannot be used; the message says which and what is wrong with it."""
-
-
-# What may change between two starts of one run, since it decides nothing about the weights but their last bits. The
-# global batch may not, but how it is divided into ranks and micro-steps may, and what is recomputed to save memory.
-_FREE = (
-    "out", "log", "validation", "alarms", "data.num_workers", "data.packing", "data.cache_folder",
-    "compute.batch_size", "compute.accumulate_steps", "compute.gradient_checkpointing", "compute.loss_chunk_tokens",
-    "compute.compile", "compute.num_threads",
-)  # fmt: skip
 
 
 def _leaves(tree: Any, path: str = "") -> dict[str, Any]:
@@ -70,9 +62,14 @@ def _completed(text: str) -> Any:
 
 
 def settings_differences(there: str, here: str) -> list[str]:
-    """What tells two dumped settings apart as far as it decides the weights, a line for each key."""
+    """What tells two dumped settings apart as far as it decides the weights, a line for each key.
+
+    The mark RESUMABLE of a field says that it may change. The global batch may not, but how it is divided may, and what
+    is computed again to save memory.
+    """
     old, new = (_leaves(_completed(text)) for text in (there, here))
-    keys = [key for key in {**old, **new} if not any(f"{key}.".startswith(f"{free}.") for free in _FREE)]
+    free = resumable_paths()
+    keys = [key for key in {**old, **new} if not any(f"{key}.".startswith(f"{path}.") for path in free)]
     values = [(key, old.get(key, "nothing"), new.get(key, "nothing")) for key in keys]
     return [f"{key}: {before} there, {now} here" for key, before, now in values if before != now]
 
