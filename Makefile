@@ -26,8 +26,8 @@ test: lint ## lint, type-check and run the tests; PYTEST="-k chat" selects
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST)
 
 # What other versions of torch, transformers and peft break first. Old packages are for Python 3.11 and 3.12.
-OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,versions model_checkpoint model_processor model_vlm \
-	model_language training_loop training_lora training_optim export_hf_llava))
+OLDEST_TESTS := $(addprefix tests/,$(addsuffix .py,test_versions checkpoint/test_folder model/test_processor \
+	model/test_vlm model/test_language training/test_loop training/test_lora optimizers/test_optim interop/test_hf_llava))
 
 test-oldest: $(OLDEST)/.ready ## the tests of models, training and export with the oldest versions, in .venv-oldest/
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(OLDEST)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile \

@@ -42,9 +42,10 @@ def ours(recorder: Recorder, folder: Path, stage_name: str) -> tuple[float, floa
         "train": train,
         "model": {"checkpoint": str(folder / "checkpoint")},
         "data": {"train": [{"path": str(folder / f"{mix}.json")}], "cache_features": is_cached},
+        "compute": {"batch_size": size.batch_size, "precision": "bf16"},
         "optim": {
-            "learning_rates": dict.fromkeys(train, size.rate), "max_steps": size.steps, "batch_size": size.batch_size,
-            "warmup_fraction": 0, "decay_fraction": 0, "precision": "bf16",
+            "learning_rates": dict.fromkeys(train, size.rate), "max_steps": size.steps,
+            "warmup_fraction": 0, "decay_fraction": 0,
         },
     }  # fmt: skip
     config = StageConfig.model_validate(values)
@@ -67,12 +68,12 @@ def ours(recorder: Recorder, folder: Path, stage_name: str) -> tuple[float, floa
         return batch
 
     stage.batch = recorded  # type: ignore[method-assign]
-    data = run.batches(0)
+    data = run.batches.start(0)
     recorder.loaded()
     before = warm_up(probe, run.strategy.trained.values())
     recorder.ready()
     for step in range(size.steps):
-        recorder.step(run.step(step, data)[0])
+        recorder.step(run.stepper.step(step, data).loss)
     return before, float(probe().detach())
 
 

@@ -79,12 +79,12 @@ def _timed(config: Any) -> tuple[dict[str, float], float, float]:
     """(throughput as the run counts it, peak bytes, seconds until the first step had ended)."""
     begun = time.perf_counter()
     run, data = build_run(config)
-    run.step(0, data)
+    run.stepper.step(0, data)
     built = time.perf_counter() - begun
     _synchronize()
     run.throughput.figures()
     for step in range(1, STEPS + 1):
-        run.step(step, data)
+        run.stepper.step(step, data)
     _synchronize()
     throughput = run.throughput.figures()
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0

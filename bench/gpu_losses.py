@@ -61,23 +61,23 @@ def stage_settings(folder: Path, out: str, **changes: Any) -> Any:
     language |= {name: changes[name] for name in ("attention", "dtype") if name in changes}
     optim = {
         "learning_rates": dict.fromkeys(train, 2e-5), "max_steps": changes.get("steps", 4),
-        "batch_size": changes.get("batch_size", NUM_EXAMPLES), "precision": "bf16", "warmup_fraction": 0,
-        "decay_fraction": 0,
+        "warmup_fraction": 0, "decay_fraction": 0,
     }  # fmt: skip
-    optim |= {name: changes[name] for name in ("precision", "compile", "gradient_checkpointing") if name in changes}
+    compute = {"batch_size": changes.get("batch_size", NUM_EXAMPLES), "precision": "bf16"}
+    compute |= {name: changes[name] for name in ("precision", "compile", "gradient_checkpointing") if name in changes}
     values = {
         "stage": changes.get("stage", "stage2"),
         "out": str(folder / out),
         "train": train,
         "model": {
-            "vision": {"source": f"local-dir:{folder / 'vision'}", "layer": -2, "fit": "stretch"},
+            "vision": {"source": f"local-dir:{folder / 'vision'}", "feature_layer": -2, "image_mode": "stretch"},
             "projector": {"kind": "mlp"}, "language": language, "template": "tokenizer",
         },
         "data": {
             "train": [{"path": str(folder / f"{changes.get('mix', 'instructions')}.json")}],
             "packing": changes.get("packing", "never"),
         },
-        "optim": optim,
+        "compute": compute, "optim": optim,
         **({"lora": changes["lora"]} if "lora" in changes else {}),
     }  # fmt: skip
     return StageConfig.model_validate(values)
@@ -98,7 +98,7 @@ def loss_and_norm(config: Any, device: str, *, flash_only: bool = False) -> tupl
     stage: Any = build_stage(config)
     stage.model.to(device)
     batch = stage.batch(list(range(NUM_EXAMPLES)))
-    is_bf16 = config.optim.precision == "bf16"
+    is_bf16 = config.compute.precision == "bf16"
     with torch.autocast(device, torch.bfloat16, enabled=is_bf16), _kernel(flash_only=flash_only):
         loss = stage.module(batch) / batch.num_supervised
         loss.backward()
@@ -137,7 +137,7 @@ def losses(is_smoke: bool) -> None:
             config = stage_settings(folder, "out", **settings)
             loss, norm = loss_and_norm(config, device, flash_only=flash_only)
             apart, norm_apart = abs(loss / true_loss - 1), abs(norm / true_norm - 1)
-            allowed = FP32_LIMIT if config.optim.precision == "fp32" else BF16_LIMIT
+            allowed = FP32_LIMIT if config.compute.precision == "fp32" else BF16_LIMIT
             verdict = "same" if max(apart, norm_apart) <= allowed else "DIFFERS"
             print(
                 f"| {variant} | {loss:.6f} | {apart:.1e} | {norm_apart:.1e} | {allowed:.0e} | {verdict} "

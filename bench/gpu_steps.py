@@ -61,7 +61,7 @@ def build_run(config: Any) -> tuple[Any, Iterator[Any]]:
     accelerator = build_accelerator(config)
     stage = build_stage(config)
     run = Run(config, stage, accelerator, lambda: build_stage(config))
-    return run, run.batches(0)
+    return run, run.batches.start(0)
 
 
 def count_waits(run: Any, step: int, data: Iterator[Any]) -> Counter[str]:
@@ -70,7 +70,7 @@ def count_waits(run: Any, step: int, data: Iterator[Any]) -> Counter[str]:
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            run.step(step, data)
+            run.stepper.step(step, data)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return Counter(
@@ -91,10 +91,10 @@ def steps(is_smoke: bool) -> None:
         )
         for title, settings in itertools.islice(RUNS.items(), 1 if is_smoke else None):
             run, data = build_run(stage_settings(folder, "out", **settings, batch_size=NUM_EXAMPLES // 2))
-            run.step(0, data)
+            run.stepper.step(0, data)
             waits = count_waits(run, 1, data) if torch.cuda.is_available() else None
             with ProductDtypes() as products:
-                run.step(2, data)
+                run.stepper.step(2, data)
             num_waits = "not measured: no CUDA" if waits is None else str(sum(waits.values()))
             share = products.operations["float32"] / max(1, sum(products.operations.values()))
             print(

@@ -51,8 +51,8 @@ def _run(folder: Path, rows: Path, *, batch: int = BATCH, workers: int = 0, step
         "stage": "stage2", "out": str(folder / "out"), "train": train,
         "model": {"checkpoint": str(folder / "checkpoint")},
         "data": {"train": [{"path": str(rows)}], "num_workers": workers, "max_length_tokens": 4096},
-        "optim": {"learning_rates": dict.fromkeys(train, 1e-4), "max_steps": steps, "batch_size": batch,
-                  "precision": "bf16"},
+        "optim": {"learning_rates": dict.fromkeys(train, 1e-4), "max_steps": steps},
+        "compute": {"batch_size": batch, "precision": "bf16"},
     }  # fmt: skip
     config = StageConfig.model_validate(values)
     return Run(config, build_stage(config), build_accelerator(config), lambda: build_stage(config))
@@ -71,10 +71,10 @@ def _speed(
     rows = _write_rows(folder / "grown.json", batch * 2, num_words=words, pictures=pictures)
     run = _run(folder, rows, batch=batch, workers=workers)
     clock = time.perf_counter if by_clock else time.process_time
-    data, seconds = run.batches(0), []
+    data, seconds = run.batches.start(0), []
     for step in range(WARM_UP + ROUNDS):
         begun = clock()
-        run.step(step, data)
+        run.stepper.step(step, data)
         seconds.append(clock() - begun)
     return batch / statistics.median(seconds[WARM_UP:])
 
@@ -148,9 +148,9 @@ def _main(folder: str, rows: str) -> None:
     """Prints the peak MiB of a run above that of its imports."""
     before = _most_resident_kib()
     run = _run(Path(folder), Path(rows))
-    data = run.batches(0)
+    data = run.batches.start(0)
     for step in range(WARM_UP + ROUNDS):
-        run.step(step, data)
+        run.stepper.step(step, data)
     print((_most_resident_kib() - before) / 1024)
 
 

@@ -46,9 +46,9 @@ def _checked(path: Path) -> None:
     """Turns every row into an example, as a run does before it starts, but counts no tokens."""
     from mmllm.config import SourceConfig
     from mmllm.data.check import inspect_sources
-    from mmllm.data.inspection import Rules
+    from mmllm.data.inspection import RowRules
 
-    examples, report = inspect_sources([SourceConfig(path=str(path))], Rules(None, 1), num_processes=1)
+    examples, report = inspect_sources([SourceConfig(path=str(path))], RowRules(None, 1), num_processes=1)
     assert len(examples) == report.num_usable == NUM_ROWS
 
 

@@ -61,7 +61,7 @@ def _stage(folder: Path, mix: str, attention: str) -> Any:
         "out": str(folder / "out"),
         "train": train,
         "model": {
-            "vision": {"source": "local-dir:weights/tiny-vision", "layer": -2, "fit": "stretch"},
+            "vision": {"source": "local-dir:weights/tiny-vision", "feature_layer": -2, "image_mode": "stretch"},
             "projector": {"kind": "mlp"},
             "language": {"source": str(folder / attention), "attention": attention},
             "template": "tokenizer",
@@ -70,9 +70,8 @@ def _stage(folder: Path, mix: str, attention: str) -> Any:
         "optim": {
             "learning_rates": dict.fromkeys(train, 1e-3),
             "max_steps": 1,
-            "batch_size": BATCH,
-            "precision": "bf16",
         },
+        "compute": {"batch_size": BATCH, "precision": "bf16"},
     }
     stage = ConversationStage(StageConfig.model_validate(values))
     assert stage.features
@@ -88,14 +87,14 @@ class _Way:
 
         self.stage = stage
         data = stage.config.data.model_copy(update={"packing": packing})
-        self.packer = Packer(stage.model.language_model, data)
+        self.packer = Packer(stage.model.language_model, data, stage.capabilities)
         lengths = stage.data.report.lengths if is_grouped else None
         self.lengths, self.examples, self.seconds = lengths, BATCH * ACCUMULATE, []  # type: ignore[var-annotated]
         self.slots = self.tokens = self.rows = 0
 
     def _order(self) -> Any:
         self.stage.packer, self.stage.data.lengths = self.packer, self.lengths
-        return self.stage.order(self.examples)
+        return self.stage.sampler(self.examples)
 
     def run(self, first: int) -> None:
         """Times STEPS steps with their data, forward and backward, but without updates."""
@@ -104,7 +103,7 @@ class _Way:
         order = self._order()
         begun = time.process_time()
         for step in range(first, first + STEPS):
-            for items in order.divide(order.share(step, 0, 1), ACCUMULATE):
+            for items in order.split_step(order.rank_items(step, 0, 1), ACCUMULATE):
                 batch = self.stage.batch(items)
                 self.slots += batch.input_ids.numel()
                 self.tokens += int(batch.attention_mask.sum())

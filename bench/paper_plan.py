@@ -31,8 +31,9 @@ def build_model(trained: tuple[str, ...]) -> Any:
     import torch
     from transformers import LlamaConfig
 
+    from mmllm.model.model_config import VisionLanguageConfig
     from mmllm.model.tower import TowerSpec
-    from mmllm.model.vlm import VisionLanguageConfig, VisionLanguageModel
+    from mmllm.model.vlm import VisionLanguageModel
 
     clip = open_clip.get_model_config("ViT-L-14-336-quickgelu")
     spec = TowerSpec(clip, -2, 336, (0.5,) * 3, (0.5,) * 3, "bicubic", "ViT-L-14-336-quickgelu")

@@ -157,7 +157,7 @@ def write_checkpoint(folder: Path) -> None:
     from mmllm.model.build import build_model
 
     values = {
-        "vision": {"source": f"local-dir:{folder / 'vision'}", "layer": -2, "fit": "stretch"},
+        "vision": {"source": f"local-dir:{folder / 'vision'}", "feature_layer": -2, "image_mode": "stretch"},
         "projector": {"kind": "mlp"},
         "language": {"source": str(folder / "language")},
         "template": "tokenizer",

@@ -1,1 +1,1 @@
-"""The chat page: `python -m demo MODEL`. It uses mmllm.inference and is started from a checkout."""
+"""The chat page: `mmllm demo MODEL`, or `python -m demo MODEL`. It talks to mmllm.inference."""

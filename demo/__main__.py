@@ -7,7 +7,7 @@ import importlib.util
 import sys
 
 from demo.app import DEFAULT_PORT, launch
-from mmllm.errors import FAILED, report_errors
+from mmllm.errors import EXIT_FAILED, report_errors
 from mmllm.paths import expand_path
 
 
@@ -26,7 +26,7 @@ def main() -> int:
         parser.error(f"--port must be 1 to 65535, got {arguments.port}")
     if importlib.util.find_spec("gradio") is None:
         print("error: the page needs gradio; install it with: pip install 'mmllm[demo]'", file=sys.stderr)
-        return FAILED
+        return EXIT_FAILED
     with report_errors():
         launch(expand_path(arguments.model), port=arguments.port, open_browser=arguments.open, dtype=arguments.dtype)
     return 0

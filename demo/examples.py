@@ -8,9 +8,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from mmllm.scenes.ask import QUESTION_TYPES, QuestionTurn
-from mmllm.scenes.ask_two import TWO_PICTURES, ask_about_two
 from mmllm.scenes.draw import draw
+from mmllm.scenes.pair_questions import TWO_PICTURES, ask_about_two
+from mmllm.scenes.questions import QUESTION_TYPES, QuestionTurn
 from mmllm.scenes.world import Kind, Scene, near_miss, sample_scene
 
 # (kind of scene, question type, seed), chosen for variety; scenes are of the val split, which training never shows

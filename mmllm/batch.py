@@ -1,7 +1,9 @@
 """What travels through the pipeline: Message and Example (one conversation), Batch (tensors), and the constants.
 
-Readers turn every file format into an Example; nothing behind them knows about formats. Shapes use `B` batch,
+Readers turn every file format into an Example; nothing after them knows about formats. Shapes use `B` batch,
 `T` tokens, `N` images of the whole batch, `C H W` one image, `P` patches per image, `Dv` vision width.
+
+An `<image>` in a text is a mark: the place of a picture.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ from torch import Tensor
 
 IGNORE_INDEX = -100
 IMAGE_TOKEN = "<image>"
-TEXT_ENCODING = 2  # how texts become ids: mmllm/chat/renderer.py
-PICTURE_LABEL = "Picture {}: "  # what stands before each of several pictures; {} is its number, from 1
+TEXT_ENCODING = 2  # version of how texts become token ids, see mmllm/chat/renderer.py
+PICTURE_LABEL = "Picture {}: "  # precedes each of several pictures; {} is its number, from 1
 
 Role = Literal["system", "user", "assistant"]
 
@@ -34,7 +36,14 @@ Part = str | ImageRef
 
 @dataclass(frozen=True)
 class Message:
-    """One turn: who speaks, and text and images in the order in which they stand."""
+    """One turn: who speaks, and the texts and images of the turn in order.
+
+    Example:
+        import mmllm
+
+        turn = mmllm.Message("user", ("What color is the circle?",))
+        print(turn.text)
+    """
 
     role: Role
     parts: tuple[Part, ...]
@@ -47,10 +56,10 @@ class Message:
 
 @dataclass(frozen=True, eq=False)
 class PreparedImage:
-    """A picture as one model takes it, so that nothing is kept of a large one: `inputs` are a batch of one."""
+    """A picture that is already preprocessed for one model, so that a large original need not stay in memory."""
 
-    size: tuple[int, int]  # (height, width) of the picture itself, upright, in pixels
-    inputs: Mapping[str, Tensor]
+    size: tuple[int, int]  # (height, width) of the upright original, in pixels
+    inputs: Mapping[str, Tensor]  # a batch of one
 
 
 ImageSource = str | bytes | Image.Image | PreparedImage  # a path, a file's bytes, or a picture in memory
@@ -58,7 +67,17 @@ ImageSource = str | bytes | Image.Image | PreparedImage  # a path, a file's byte
 
 @dataclass(frozen=True)
 class Example:
-    """One conversation with its images, which are read when they are needed."""
+    """One conversation and its images, which are read when they are needed.
+
+    An image is a path, the bytes of a file, or a Pillow image. `Conversation.ask` makes an Example of a dialogue.
+
+    Example:
+        import mmllm
+
+        question = mmllm.Message("user", ("Which shapes can you name?",))
+        example = mmllm.Example("question-1", "my questions", (question,))
+        print(mmllm.load("runs/tiny/stage2").reply(example).text)
+    """
 
     id: str
     source: str
@@ -67,7 +86,7 @@ class Example:
 
 
 def message(role: Role, text: str, first_image: int = 0) -> Message:
-    """A message of a text in which `<image>` marks each image, numbered from `first_image`."""
+    """A message of a text in which each `<image>` is the mark of one image, numbered from `first_image`."""
     pieces = text.split(IMAGE_TOKEN)
     parts: list[Part] = []
     for offset, piece in enumerate(pieces):
@@ -79,28 +98,28 @@ def message(role: Role, text: str, first_image: int = 0) -> Message:
 
 
 def picture_marks(num_pictures: int, label: str = PICTURE_LABEL) -> str:
-    """How a question names its pictures: each on a line of its own, and labelled where they are several."""
+    """The marks of a question's pictures: each on a line of its own, with a label where there are several."""
     labels = [label.replace("{}", str(number)) if num_pictures > 1 else "" for number in range(1, num_pictures + 1)]
-    return "".join(f"{one}{IMAGE_TOKEN}\n" for one in labels)
+    return "".join(f"{text}{IMAGE_TOKEN}\n" for text in labels)
 
 
 @dataclass
 class Batch:
-    """Tensors of several examples, padded on the right; images of all examples stand one behind the other.
+    """Tensors of several examples, padded on the right. The images of all examples follow each other along `N`.
 
-    Where rows hold several examples each, `position_ids` begin with 0 at each of them, and at the padding; then the
-    LLM gets those in place of `attention_mask`, which still says what is no padding.
+    Where rows are packed, `position_ids` restart at 0 in each example and in the padding. The LLM gets them in place
+    of `attention_mask`, which still marks what is not padding.
     """
 
     input_ids: Tensor  # [B, T]
     attention_mask: Tensor  # [B, T]
-    labels: Tensor  # [B, T], IGNORE_INDEX where nothing is learnt
-    pixel_values: Tensor | None = None  # [N, C, H, W], or what the layout of the pictures says
-    image_sizes: Tensor | None = None  # [N, 2] where the number of image tokens depends on the picture, see layout.py
-    image_features: Tensor | None = None  # [N, P, Dv], in place of pixels where the frozen tower's output is cached
-    position_ids: Tensor | None = None  # [B, T], of packed rows
+    labels: Tensor  # [B, T], IGNORE_INDEX where there is no loss
+    pixel_values: Tensor | None = None  # [N, C, H, W], or as mmllm/model/layout.py says
+    image_sizes: Tensor | None = None  # [N, 2], where the number of image tokens depends on the picture
+    image_features: Tensor | None = None  # [N, P, Dv], instead of pixels where the frozen tower's output is cached
+    position_ids: Tensor | None = None  # [B, T], for packed rows
     example_ids: Sequence[str] = field(default_factory=list)
-    images_per_example: Sequence[int] = field(default_factory=list, init=False)  # set by a stage, for who tells of it
+    images_per_example: Sequence[int] = field(default_factory=list, init=False)  # set by a stage, for reports
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on a device."""
@@ -110,5 +129,5 @@ class Batch:
 
     @property
     def num_supervised(self) -> int:
-        """Tokens that the loss sees: the first token of a row is never predicted."""
+        """The number of tokens with a loss. The first token of a row is never predicted."""
         return int((self.labels[:, 1:] != IGNORE_INDEX).sum())

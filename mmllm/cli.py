@@ -12,7 +12,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from mmllm.errors import FAILED, USAGE, MmllmError, report_errors
+from mmllm.errors import EXIT_FAILED, EXIT_USAGE, MmllmError, report_errors
 
 app = typer.Typer(
     name="mmllm", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -121,7 +121,7 @@ def plan(
         made = make_plan(load_config(config, overrides or []), gpus=gpus, memory=limit)
         print(to_json(made)) if as_json else show(made)
         if not made.fits:
-            sys.exit(FAILED)
+            sys.exit(EXIT_FAILED)
 
 
 @app.command()
@@ -135,7 +135,7 @@ def check(
         from mmllm.diagnose.check import check_data
 
         if not check_data(config, overrides or [], as_json=as_json):
-            sys.exit(FAILED)
+            sys.exit(EXIT_FAILED)
 
 
 @app.command()
@@ -215,7 +215,7 @@ def caption(
             dtype=dtype,
         )  # fmt: skip
         if num_failed:
-            sys.exit(FAILED)
+            sys.exit(EXIT_FAILED)
 
 
 @app.command("eval")
@@ -255,9 +255,10 @@ def merge(
 ) -> None:
     """Merge a LoRA adapter into its base in full precision, and prove that the model has stayed the same."""
     with report_errors(debug=_debug):
-        from mmllm.training.lora import merge_checkpoint
+        from mmllm.checkpoint.merge import merge_checkpoint
+        from mmllm.inference.placement import find_device
 
-        found = merge_checkpoint(model, out, device=device)
+        found = merge_checkpoint(model, out, device=find_device(device))
         print(
             f"{out}: merged; on the golden prompts no logit moved by more than {found['moved']:.2g} "
             f"(the largest is {found['largest_logit']:.3g})"
@@ -271,12 +272,13 @@ def demo(
     open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")] = False,
     dtype: Dtype = None,
 ) -> None:
-    """Open the chat page on this machine. Runs from a checkout, where demo/ is."""
+    """Open the chat page on this machine."""
     with report_errors(debug=_debug):
-        root = Path(__file__).resolve().parent.parent
-        if not (root / "demo" / "__main__.py").is_file():
-            _usage("the page is not part of the installed package: clone the repository and run `mmllm demo` there")
-        command = [sys.executable, "-m", "demo", str(model.resolve()), "--port", str(port)]
+        import mmllm
+
+        root = Path(mmllm.__file__).resolve().parent.parent  # the page is installed beside this package
+        # -P: not a `demo` that happens to lie in the working directory
+        command = [sys.executable, "-P", "-m", "demo", str(model.resolve()), "--port", str(port)]
         command += ["--dtype", dtype] if dtype else []
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
         sys.exit(subprocess.call([*command, "--open" if open_browser else "--no-open"], env=environment))
@@ -322,7 +324,7 @@ def doctor(
         from mmllm.diagnose.doctor import examine
 
         if not examine(model, as_json=as_json):
-            sys.exit(FAILED)
+            sys.exit(EXIT_FAILED)
 
 
 @app.command("import")
@@ -377,7 +379,7 @@ def export_hf(
 
 def _usage(text: str) -> None:
     print(f"error: {text}", file=sys.stderr)
-    sys.exit(USAGE)
+    sys.exit(EXIT_USAGE)
 
 
 def main() -> None:

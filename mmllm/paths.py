@@ -1,6 +1,6 @@
-"""Paths as people write them: `~`, `$HOME` and `file://` become the path that is meant, in settings and commands alike.
+"""Paths as people write them: `~`, `$HOME` and `file://` are expanded, in settings and commands alike.
 
-What is no such path stays as it is: names of a hub, addresses such as `s3://`, and Windows' `C:\\DATA~1\\x`.
+Everything else stays as it is: names of a hub, URLs such as `s3://`, and Windows' `C:\\DATA~1\\x`.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from urllib.parse import unquote
 
 from mmllm.errors import MmllmError
 
-PREFIXES = ("local-dir:", "transformers:")  # of towers: what follows is a folder, or a name of a hub
+PREFIXES = ("local-dir:", "transformers:")  # of vision towers; a folder or a name of a hub follows
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")
 _FILE_URL = re.compile(r"file:(?://(?:localhost)?)?(?=/)")
 
 
 def expand_path(text: str) -> str:
-    """The path that is meant. Raises MmllmError for a variable that is not set, or a home folder that is not there.
+    """The expanded path. Raises MmllmError for a variable that is not set or a home folder that does not exist.
 
-    A name with a `~` or `$` in it that is there as it is written is taken so, save for `~` itself.
+    A path with `~` or `$` that exists literally is not expanded, except where `~` alone is its first part.
     """
     prefix = next((prefix for prefix in PREFIXES if text.startswith(prefix)), "")
     path = text.removeprefix(prefix)
-    if found := _FILE_URL.match(path):
-        path = path[found.end() :]
+    if scheme := _FILE_URL.match(path):
+        path = path[scheme.end() :]
         path = path if Path(path).exists() else unquote(path)
     if path.startswith("~") and (path.split("/")[0] == "~" or not Path(path).exists()):
         try:
@@ -33,11 +33,11 @@ def expand_path(text: str) -> str:
         except RuntimeError as error:
             raise MmllmError(f"{text}: there is no home folder of {path.split('/')[0]}; give the whole path") from error
     if "$" in path and not Path(path).exists():
-        path = _VARIABLE.sub(lambda found: _value_of(found[1] or found[2], text), path)
+        path = _VARIABLE.sub(lambda match: _variable_value(match[1] or match[2], text), path)
     return prefix + path
 
 
-def _value_of(name: str, text: str) -> str:
+def _variable_value(name: str, text: str) -> str:
     if name not in os.environ:
         raise MmllmError(f"{text}: the environment has no variable {name}; set it, or give the whole path")
     return os.environ[name]

@@ -15,7 +15,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # the page's fixtures, for every test module
-from page_driver import browser, open_page, page, picture, served, slowly  # noqa: F401
+from tests.builders.page_driver import browser, open_page, page, picture, served, slowly  # noqa: F401
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
@@ -49,7 +49,7 @@ def browser_path() -> str:
 @pytest.fixture(scope="session")
 def tiny_parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `vision/` (open_clip) and `language/` (transformers), small, real and untrained."""
-    from tiny import make_parts
+    from tests.builders.tiny import make_parts
 
     return make_parts(tmp_path_factory.mktemp("tiny") / "parts")
 
@@ -57,7 +57,7 @@ def tiny_parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tiny_parts: Path) -> Path:
     """A checkpoint out of `tiny_parts`. Copy it before changing it."""
-    from tiny import make_checkpoint
+    from tests.builders.tiny import make_checkpoint
 
     return make_checkpoint(tiny_parts.parent / "checkpoint", tiny_parts)
 
@@ -87,7 +87,7 @@ def trained_model() -> Path:
 @pytest.fixture(scope="session")
 def tiny_runs(tiny_parts: Path) -> Path:
     """A folder with `stage1.yaml` and `stage2.yaml`: runs of six steps on sixteen conversations in `data/`."""
-    from tiny_runs import make_data, write_settings
+    from tests.builders.tiny_runs import make_data, write_settings
 
     folder = tiny_parts.parent / "runs"
     data = make_data(folder / "data")

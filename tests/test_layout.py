@@ -35,6 +35,7 @@ FLOORS = (
     ("warmup",),
     ("stages",),
     ("interop",),
+    ("api",),
     ("cli",),
 )
 LEVELS = {room: level for level, row in enumerate(FLOORS) for room in row}
@@ -159,14 +160,29 @@ def test_the_library_never_imports_what_stands_on_it(path):
 
 @pytest.mark.parametrize("path", python_files("mmllm"), ids=str)
 def test_rooms_import_only_rooms_before_them(path):
-    others = {room for name in imports(tree_of(path), path) if (room := room_of(name))}
     room = room_of(module_of(path))
-    if room is None:
-        assert not others, "mmllm/__init__.py imports no room, so that `import mmllm` stays quick"
+    if room is None:  # mmllm/__init__.py: of every floor, but only when a name is used
+        named = {name for name in imports(without_type_checking(tree_of(path)), path) if name.startswith("mmllm")}
+        assert not named, "mmllm/__init__.py imports its names in __getattr__, so that `import mmllm` stays quick"
         return
+    others = {room_of(name) for name in imports(tree_of(path), path)}
     assert room in LEVELS, f"mmllm/{room} has no place in FLOORS; say there what it may import"
     wrong = sorted(other for other in others & LEVELS.keys() if not may_import(room, other))
     assert not wrong, f"{path} is in {room}, which may not import {', '.join(wrong)}"
+
+
+@pytest.mark.parametrize("path", python_files("tests"), ids=str)
+def test_a_test_imports_builders_and_no_other_test(path):
+    ours = {name for name in imports(tree_of(path), path) if name.split(".")[0] == "tests"}
+    assert [name for name in sorted(ours) if not f"{name}.".startswith("tests.builders.")] == []
+
+
+def test_the_tests_stand_in_the_rooms_of_what_they_test():
+    rooms = {*LEVELS, *LIBRARY, *ABOVE_LIBRARY, "builders"}
+    for path in python_files("tests"):
+        if len(path.parts) > 2:
+            assert path.parts[1] in rooms, f"{path}: no room and no package is called {path.parts[1]}"
+            assert path.stem.startswith("test_") != (path.parts[1] == "builders"), f"{path}: builders hold no tests"
 
 
 def test_no_files_import_each_other_in_a_circle():

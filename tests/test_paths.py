@@ -54,7 +54,7 @@ SETTINGS = (
     "model.vision.pretrained",
     "model.language.source",
     "data.cache_folder",
-    "log.text_probe",
+    "validation.text_probe",
 )
 
 
@@ -73,8 +73,9 @@ def tree_of(home: str) -> dict[str, object]:
             "cache_folder": f"{home}/cache",
         },
         "train": ["projector", "language"],
-        "optim": {"learning_rates": {"projector": 0.1, "language": 0.1}, "max_steps": 2, "batch_size": 4},
-        "log": {"text_probe": f"{home}/talk.json", "tasks": [f"{home}/task"]},
+        "optim": {"learning_rates": {"projector": 0.1, "language": 0.1}, "max_steps": 2},
+        "compute": {"batch_size": 4},
+        "validation": {"text_probe": f"{home}/talk.json", "tasks": [f"{home}/task"]},
     }
 
 

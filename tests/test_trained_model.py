@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from other_renderer import redraw
 
 from mmllm.evaluation.run import evaluate_model
 from mmllm.scenes.write import write_scenes
+from tests.builders.other_renderer import redraw
 
 NUM_PICTURES = {"val": 300, "compositions": 100}  # so many that the rarest kind of question is asked sixty times
 SEED = 100  # not that of the data which the model was trained with

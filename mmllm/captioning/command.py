@@ -16,7 +16,7 @@ from mmllm.captioning.progress import FailureList, JobProgress
 from mmllm.checkpoint.folder import MANIFEST, file_hash, read_manifest
 from mmllm.errors import MmllmError
 from mmllm.inference.engine import Engine, Sampling
-from mmllm.readers.folders import PICTURE_ENDINGS, tell_passed_over
+from mmllm.readers.folders import PICTURE_ENDINGS, describe_passed_over
 
 
 def caption_pictures(
@@ -38,7 +38,7 @@ def caption_pictures(
         raise MmllmError("the prompt is empty; give the question to ask about each picture")
     read_manifest(model)  # a wrong path is reported before anything is searched or written
     pictures = find_pictures(inputs)
-    passed_over = tell_passed_over(pictures.passed_over)
+    passed_over = describe_passed_over(pictures.passed_over)
     if not pictures.paths and not pictures.failed:
         searched = ", ".join(map(str, inputs)) + (f" ({passed_over})" if passed_over else "")
         raise MmllmError(f"no pictures in {searched}; searched for files that end in {' '.join(PICTURE_ENDINGS)}")

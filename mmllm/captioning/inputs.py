@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmllm.readers.folders import sort_files
+from mmllm.readers.folders import classify_files
 
 
 @dataclass
@@ -38,7 +38,7 @@ def find_pictures(inputs: Sequence[Path]) -> PictureInputs:
             continue
         walked = os.walk(input_path, onerror=add_failure)
         names = [str(Path(folder, name).relative_to(input_path)) for folder, _, names in walked for name in names]
-        files = sort_files(names)
+        files = classify_files(names)
         paths |= {str(input_path / name) for name in files.pictures}
         failed |= {str(input_path / name): f"{input_path / name} is {reason}" for name, reason in files.unread.items()}
         passed_over += files.passed_over

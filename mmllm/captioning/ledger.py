@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from mmllm.errors import MmllmError
-from mmllm.locks import lock_file, without_locks
+from mmllm.locks import lock_file, no_locks_warning
 
 LINE_START = b'{"image": '
 
@@ -47,7 +47,7 @@ class Ledger:
             if outcome == "taken":
                 raise MmllmError(f"another run is writing {path}; wait for its end, or give another --out")
             if outcome == "none":
-                print(without_locks(path), flush=True)
+                print(no_locks_warning(path), flush=True)
             self._read()
         except (ValueError, OSError):
             self._file.close()
@@ -101,6 +101,12 @@ class Ledger:
         partial.write_bytes(b"".join(lines.values()))
         partial.replace(self.path)
         self._has_replaced = False
+
+
+def read_captions(path: Path) -> dict[str, str]:
+    """The captions of such a file by picture; of several lines of one picture the last counts."""
+    with path.open("rb") as file:
+        return {record["image"]: record["caption"] for line in file if (record := _record(line))}
 
 
 def _record(line: bytes) -> dict[str, Any] | None:

@@ -31,7 +31,17 @@ class Turn:
 
 @dataclass
 class Conversation:
-    """The turns so far. A question becomes a turn by `add`, when its answer is there."""
+    """The turns so far. A question becomes a turn by `add`, when its answer is there.
+
+    Example:
+        import mmllm
+
+        model = mmllm.load("runs/tiny/stage2")
+        talk, picture = mmllm.Conversation(label=model.picture_label), "data/scenes/val/images/000003.png"
+        reply = model.reply(talk.ask("How many objects are there?", [picture]))
+        talk.add("How many objects are there?", [picture], reply.text)
+        print(model.reply(talk.ask("What color is the first one?")).text)
+    """
 
     turns: list[Turn] = field(default_factory=list)
     label: str = PICTURE_LABEL  # what stands before each of several pictures

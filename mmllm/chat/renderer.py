@@ -17,9 +17,9 @@ from itertools import pairwise
 from typing import Any
 
 from mmllm.batch import IGNORE_INDEX, IMAGE_TOKEN, TEXT_ENCODING, Example, ImageRef, Message
-from mmllm.chat.pieces import PieceConversations
-from mmllm.chat.templates import OWN_TEMPLATE, TEMPLATES, ChatError, find_template, saved_jinja
-from mmllm.chat.text import Conversations, Transcript
+from mmllm.chat.piecewise import PiecewiseTranscriptRenderer
+from mmllm.chat.templates import OWN_TEMPLATE, TEMPLATES, ChatError, exported_jinja, find_template
+from mmllm.chat.transcript import Transcript, TranscriptRenderer
 from mmllm.images import image_size
 
 Size = tuple[int, int]  # height and width
@@ -37,7 +37,7 @@ class AnswerTokens:
 
 
 @dataclass(frozen=True)
-class Rendered:
+class RenderedConversation:
     """Token ids of a conversation, and which of them are answers (supervised, end token included)."""
 
     input_ids: list[int]
@@ -93,17 +93,17 @@ class Renderer:
         self.num_image_tokens = num_image_tokens
         self.encoding, self._saved = encoding, saved
         self.template = find_template(template, tokenizer)
-        self._conversations: Conversations | PieceConversations
+        self._conversations: TranscriptRenderer | PiecewiseTranscriptRenderer
         if encoding == 1:
-            self._conversations = PieceConversations(tokenizer, saved or "")
+            self._conversations = PiecewiseTranscriptRenderer(tokenizer, saved or "")
         else:
-            self._conversations = Conversations(tokenizer, self.template)
+            self._conversations = TranscriptRenderer(tokenizer, self.template)
         self._lock = threading.Lock()
         self._cached = functools.lru_cache(maxsize=65536)(self._encode_segment)
-        self._specials, self.control = self._special_tokens()
+        self._specials, self.control_tokens = self._special_tokens()
         longest_first = sorted(self._specials, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)))
-        self.end_token_id, self.ends_answers = self._end_token()
+        self.end_token_id, self.has_end_token = self._end_token()
         if template != OWN_TEMPLATE:
             self.require_end()
 
@@ -126,7 +126,7 @@ class Renderer:
         special |= {token.content: number for number, token in added.items() if token.special}
         special[IMAGE_TOKEN] = self.image_token_id
         named = {token for token in self.tokenizer.special_tokens_map.values() if isinstance(token, str)}
-        frame = self._conversations.frame()
+        frame = self._conversations.frame_text()
         written = {token for token in special if token in frame or token in self.template.jinja}
         # some template's tokens are not flagged as special: DeepSeek's <|User|>. A thought's <think> is no frame.
         special |= {token.content: number for number, token in added.items() if token.content in frame}
@@ -150,7 +150,7 @@ class Renderer:
 
     def require_end(self) -> None:
         """Raises ChatError where training on this template could not teach where an answer ends."""
-        if self.ends_answers:
+        if self.has_end_token:
             return
         raise ChatError(
             f"template {self.template_name!r} ends answers with {self._conversations.closing!r}, which this tokenizer "
@@ -164,7 +164,7 @@ class Renderer:
             return self.num_image_tokens
         return self.num_image_tokens(image_size(image))
 
-    def render(self, messages: Sequence[Message], images: Sequence[Any] = ()) -> Rendered:
+    def render(self, messages: Sequence[Message], images: Sequence[Any] = ()) -> RenderedConversation:
         """The tokens of a conversation; one that ends with a question becomes the prompt of its answer.
 
         Images become as many image tokens as they need. `images` are those that the messages refer to; they are asked
@@ -172,7 +172,11 @@ class Renderer:
         with the answer: a token that is partly answer is not in it. Raises ChatError.
         """
         is_prompt = not messages or messages[-1].role != "assistant"
-        transcript = self._conversations.asked(messages) if is_prompt else self._conversations.whole(messages)
+        transcript = (
+            self._conversations.prompt_transcript(messages)
+            if is_prompt
+            else self._conversations.full_transcript(messages)
+        )
         refs = [part.index for message in messages for part in message.parts if isinstance(part, ImageRef)]
         if len(refs) != len(transcript.images):
             raise ChatError(
@@ -200,9 +204,11 @@ class Renderer:
             if isinstance(part, ImageRef)
         ):  # a picture is never learnt
             is_answer = [flag and number != self.image_token_id for flag, number in zip(is_answer, ids, strict=True)]
-        return Rendered(ids, is_answer, sum(counts), tuple(answers), transcript.text, tuple(ends[: len(ids)]))
+        return RenderedConversation(
+            ids, is_answer, sum(counts), tuple(answers), transcript.text, tuple(ends[: len(ids)])
+        )
 
-    def render_example(self, example: Example) -> Rendered:
+    def render_example(self, example: Example) -> RenderedConversation:
         """`render`, with the example's images counted against its references."""
         refs = [part.index for message in example.messages for part in message.parts if isinstance(part, ImageRef)]
         if refs != list(range(len(example.images))):
@@ -216,9 +222,9 @@ class Renderer:
     def text_and_images(self, messages: Sequence[Message]) -> tuple[str, tuple[int, ...]]:
         """`text`, and where its images begin in it: an `<image>` anywhere else was typed."""
         if not messages or messages[-1].role != "assistant":
-            transcript = self._conversations.asked(messages)
+            transcript = self._conversations.prompt_transcript(messages)
             return transcript.prompt, transcript.images
-        transcript = self._conversations.whole(messages)
+        transcript = self._conversations.full_transcript(messages)
         return transcript.text, transcript.images
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -230,7 +236,7 @@ class Renderer:
         return "" if text and self._lead.startswith(text) else text.removeprefix(self._lead).strip()
 
     def _decode_shown(self, ids: Sequence[int]) -> str:
-        hidden = {self._specials[token] for token in self.control if token in self._specials}
+        hidden = {self._specials[token] for token in self.control_tokens if token in self._specials}
         shown = [number for number in ids if number not in hidden]
         return str(self.tokenizer.decode(shown, skip_special_tokens=False)).strip()
 
@@ -238,7 +244,7 @@ class Renderer:
         """The chat template for other programs, images included; `label` stands before each of several pictures."""
         if self.encoding == 1 and self._saved:
             return self._saved
-        return saved_jinja(self.template, self.tokenizer, label=label)
+        return exported_jinja(self.template, self.tokenizer, label=label)
 
     def _tokens(self, transcript: Transcript, counts: Sequence[int]) -> list[_Token]:
         """The text's tokens, `counts` of them for each picture.
@@ -257,7 +263,7 @@ class Renderer:
         for found in self._special.finditer(text):
             token, (start, end) = found[0], found.span()
             count = number_of_image.get(start, 0) if token == IMAGE_TOKEN else 1
-            if token in self.control and (token != IMAGE_TOKEN or not count):
+            if token in self.control_tokens and (token != IMAGE_TOKEN or not count):
                 content = bisect_right(first_of_content, start) - 1
                 if content >= 0 and end <= transcript.contents[content][1]:
                     continue  # a person wrote it
@@ -322,4 +328,4 @@ class Renderer:
         return tuple(zip(ids, ends, strict=True))
 
 
-__all__ = ["OWN_TEMPLATE", "TEMPLATES", "AnswerTokens", "ChatError", "Rendered", "Renderer"]
+__all__ = ["OWN_TEMPLATE", "TEMPLATES", "AnswerTokens", "ChatError", "RenderedConversation", "Renderer"]

@@ -140,7 +140,9 @@ def find_template(name: str, tokenizer: Any) -> ChatTemplate:
     return ChatTemplate(name, jinja, cuts_at_images=True, begin=begin, keeps_user_text=name != _PLAIN)
 
 
-def apply(tokenizer: Any, jinja: str, chats: Sequence[Any], *, prompt: bool = False, **variables: Any) -> list[str]:
+def render_template(
+    tokenizer: Any, jinja: str, chats: Sequence[Any], *, prompt: bool = False, **variables: Any
+) -> list[str]:
     """The texts of these conversations, each a list of `{"role", "content"}`. Raises ChatError where it cannot."""
     from jinja2 import TemplateError
 
@@ -164,7 +166,7 @@ def _content_kind(tokenizer: Any, jinja: str) -> Literal["text", "parts"]:
     texts = {}
     for kind, content in (("text", probe), ("parts", [{"type": "text", "text": probe}])):
         try:
-            texts[kind] = apply(tokenizer, jinja, [[{"role": "user", "content": content}]], prompt=True)[0]
+            texts[kind] = render_template(tokenizer, jinja, [[{"role": "user", "content": content}]], prompt=True)[0]
         except ChatError as error:
             texts[kind] = ""
             reason = error
@@ -188,11 +190,11 @@ def refuse_dates(tokenizer: Any, jinja: str, chats: Sequence[Any]) -> None:
     if "strftime_now" not in jinja:
         return
     try:
-        apply(tokenizer, jinja, chats)
+        render_template(tokenizer, jinja, chats)
     except ChatError:  # a conversation that it does not take, whatever the day
         return
     try:
-        apply(tokenizer, jinja, chats, strftime_now="")
+        render_template(tokenizer, jinja, chats, strftime_now="")
     except ChatError as error:
         raise ChatError(
             "the tokenizer's chat template writes today's date, so a model would be asked otherwise than it was "
@@ -230,7 +232,7 @@ _SPACED = (
 )
 
 
-def saved_jinja(template: ChatTemplate, tokenizer: Any, *, label: str) -> str:
+def exported_jinja(template: ChatTemplate, tokenizer: Any, *, label: str) -> str:
     """The template as it is saved for other programs: a content may be a text, or a list of texts and images.
 
     `label` is what stands before each of several pictures. Where LLaVA's way of encoding puts a space behind a picture
@@ -265,6 +267,13 @@ def _lacks_space(tokenizer: Any, before: str, text: str) -> bool:
 
 
 __all__ = [
-    "OWN_TEMPLATE", "TEMPLATES", "ChatError", "ChatTemplate", "apply", "begins_with_bos",
-    "find_template", "refuse_dates", "saved_jinja",
+    "OWN_TEMPLATE",
+    "TEMPLATES",
+    "ChatError",
+    "ChatTemplate",
+    "begins_with_bos",
+    "exported_jinja",
+    "find_template",
+    "refuse_dates",
+    "render_template",
 ]  # fmt: skip

@@ -34,10 +34,11 @@ from mmllm.checkpoint.adapter import (
     own_tensors,
     save_adapter,
 )
-from mmllm.locks import NO_LOCKS
+from mmllm.locks import NO_LOCK_ERRNOS
 from mmllm.model.hub import quiet_transformers
+from mmllm.model.model_config import VisionLanguageConfig
 from mmllm.model.processor import VisionLanguageProcessor
-from mmllm.model.vlm import PARTS, VisionLanguageConfig, VisionLanguageModel
+from mmllm.model.vlm import PARTS, VisionLanguageModel
 
 FORMAT_VERSION = 1
 KIND = "vision-language-model"
@@ -137,7 +138,7 @@ def _save_lock(path: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except OSError as error:
-        if error.errno not in NO_LOCKS:
+        if error.errno not in NO_LOCK_ERRNOS:
             raise
         yield
         return

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from mmllm.checkpoint.folder import CheckpointError
 from mmllm.model.hub import quiet_transformers
+from mmllm.model.model_config import VisionLanguageConfig
 from mmllm.model.processor import VisionLanguageProcessor
-from mmllm.model.vlm import VisionLanguageConfig, VisionLanguageModel
+from mmllm.model.vlm import VisionLanguageModel
 
 # How far the outputs of a part may differ, relative to the largest: only the order of additions may change.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}

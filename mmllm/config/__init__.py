@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from mmllm.config.base import ConfigError
+from mmllm.config.compute import ComputeConfig
 from mmllm.config.data import DataConfig, ReplayConfig, SourceConfig
+from mmllm.config.log import LogConfig
+from mmllm.config.lora import LanguageLoraConfig, LoraConfig
 from mmllm.config.model import LanguageConfig, ModelConfig, ProjectorConfig, TowerConfig, VisionConfig
+from mmllm.config.optim import BITSANDBYTES_KINDS, OptimConfig
 from mmllm.config.run import RunConfig
 from mmllm.config.stage import StageConfig
-from mmllm.config.training import BITSANDBYTES_KINDS, LanguageLoraConfig, LogConfig, LoraConfig, OptimConfig
+from mmllm.config.validation import AlarmsConfig, ValidationConfig
 from mmllm.config.warmup import GuideConfig, WarmupLanguageConfig, WarmupVisionConfig
 
 CONFIGS: dict[str, type[RunConfig]] = {
@@ -20,6 +24,8 @@ CONFIGS: dict[str, type[RunConfig]] = {
 __all__ = [
     "BITSANDBYTES_KINDS",
     "CONFIGS",
+    "AlarmsConfig",
+    "ComputeConfig",
     "ConfigError",
     "DataConfig",
     "GuideConfig",
@@ -35,6 +41,7 @@ __all__ = [
     "SourceConfig",
     "StageConfig",
     "TowerConfig",
+    "ValidationConfig",
     "VisionConfig",
     "WarmupLanguageConfig",
     "WarmupVisionConfig",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 from yaml import YAMLError
 
 from mmllm.config import CONFIGS, ConfigError, RunConfig
+from mmllm.config.old_names import print_renamed, upgrade
 from mmllm.errors import MmllmError
 from mmllm.paths import expand_path
 
@@ -95,17 +97,29 @@ def _config_path(text: str) -> Path:
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
-    """The checked settings of a YAML file with `section.key=value` overrides. Raises ConfigError."""
+    """The checked settings of a YAML file with `section.key=value` overrides.
+
+    Raises ConfigError (a MmllmError) for a wrong key, type, range or combination: it names the setting, what was given
+    and what is allowed.
+
+    Example:
+        import mmllm
+
+        config = mmllm.load_config("configs/tiny/stage1.yaml", ["optim.max_steps=10"])
+        print(config.optim.max_steps, config.out)
+    """
     path = _config_path(str(path))
-    tree = _read(path)
+    tree, renamed = _upgraded(path, _read(path))
     if parent := tree.pop("extends", None):
         if not isinstance(parent, str):
             raise ConfigError(f"{path}: extends must name one file, got {parent!r}")
-        base = _read(path.parent / _config_path(parent))
+        base_path = path.parent / _config_path(parent)
+        base, renamed_there = _upgraded(base_path, _read(base_path))
+        renamed = renamed_there | renamed
         if "extends" in base:
             raise ConfigError(f"{path} extends {parent}, which extends another file; one level is allowed")
         tree = _merge(base, tree)
-    return _checked(path, tree, overrides or [])
+    return _checked(path, tree, overrides or [], renamed)
 
 
 def with_overrides(config: RunConfig, overrides: list[str]) -> RunConfig:
@@ -113,7 +127,20 @@ def with_overrides(config: RunConfig, overrides: list[str]) -> RunConfig:
     return _checked("config", OmegaConf.create(config.model_dump(mode="json")), overrides)
 
 
-def _checked(path: str | Path, tree: Any, overrides: list[str]) -> RunConfig:
+def saved_settings(text: str) -> Any:
+    """Settings that a run dumped, by `dump_config`, with today's names; nothing is checked and no note printed."""
+    tree, _ = upgrade(OmegaConf.to_container(OmegaConf.create(text)), "the saved settings")
+    return tree
+
+
+def _upgraded(where: str | Path, tree: Any) -> tuple[Any, dict[str, str]]:
+    """The tree with today's names of settings, and which old ones stood in it. Raises ConfigError."""
+    container, renamed = upgrade(OmegaConf.to_container(tree, resolve=False), str(where))
+    return (OmegaConf.create(container) if renamed else tree), renamed
+
+
+def _overrides_tree(tree: Any, overrides: list[str]) -> Any:
+    """The tree that `section.key=value` overrides make. Raises ConfigError for one that cannot be read."""
     given: Any = OmegaConf.create()
     for override in overrides:
         key, equals, _ = override.partition("=")
@@ -125,11 +152,20 @@ def _checked(path: str | Path, tree: Any, overrides: list[str]) -> RunConfig:
             OmegaConf.merge(tree, given)
         except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
             raise ConfigError(f"override {override!r} cannot be read: {error}") from error
+    return given
+
+
+def _checked(path: str | Path, tree: Any, overrides: list[str], renamed: Mapping[str, str] | None = None) -> RunConfig:
+    """The checked settings of an upgraded tree; prints one note about `renamed` and about the overrides."""
+    given, renamed_here = _upgraded("the overrides", _overrides_tree(tree, overrides))
     try:
         values = OmegaConf.to_container(_merge(tree, given), resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {error}") from error
     assert isinstance(values, dict)
+    if _is_saved_by_a_run(path, values.get("out")):
+        renamed = {}  # no hand wrote it, and the run that goes on writes it anew
+    print_renamed({**(renamed or {}), **renamed_here})
     stage = values.get("stage")
     if stage not in CONFIGS:
         what = "missing" if stage is None else f"{stage!r} is not known"
@@ -139,6 +175,11 @@ def _checked(path: str | Path, tree: Any, overrides: list[str]) -> RunConfig:
     except ValidationError as error:
         problems = "\n".join(f"  {_problem(row, values)}" for row in error.errors())
         raise ConfigError(f"{path} cannot be used:\n{problems}") from error
+
+
+def _is_saved_by_a_run(path: str | Path, out: Any) -> bool:
+    """Whether this is the file that a run left in its own folder, `out`."""
+    return isinstance(out, str) and Path(path).absolute() == (Path(out) / "config.yaml").absolute()
 
 
 def dump_config(config: RunConfig) -> str:

@@ -16,18 +16,27 @@ def _check_layers(value: Any) -> Any:
     return value
 
 
-class TowerConfig(Section):
-    """One vision encoder.
+def _as_tuple(value: Any) -> Any:
+    """YAML's list as the tuple that it becomes: of LanguageConfig and a plain mapping, pydantic takes what is exact."""
+    return tuple(value) if isinstance(value, list) else value
 
-    `source` is an open_clip model name, `local-dir:FOLDER`, a model config `FILE.json` or `hf-hub:ORG/NAME`;
-    `transformers:FOLDER` or `transformers:ORG/NAME`; or `patches:16` for raw patches of 16 pixels and no encoder.
-    """
+
+class TowerConfig(Section):
+    """One vision encoder."""
 
     source: PathText
-    pretrained: PathText | None = None  # an open_clip tag or a weights file; none where the source holds its own
-    revision: str | None = None  # transformers: only: the commit, tag or branch
-    layer: Annotated[int | tuple[int, ...], BeforeValidator(_check_layers)] = -2  # LLaVA reads the last but one
-    image_size_px: PositiveInt | None = None  # default: that of the encoder's training
+    """An open_clip model name, `local-dir:FOLDER`, `hf-hub:ORG/NAME`, or a model config `FILE.json`;
+    `transformers:FOLDER` or `transformers:ORG/NAME`; or `patches:16`: raw patches of 16 pixels without an encoder."""
+    pretrained: PathText | None = None
+    """An open_clip tag or a weights file. Default: none, for a source that holds its own weights."""
+    revision: str | None = None
+    """Of a `transformers:` source on the hub: the commit, tag or branch."""
+    feature_layer: Annotated[int | tuple[int, ...], BeforeValidator(_check_layers)] = -2
+    """The layer whose patches are read, counted from the last: -1, -2 ...; several are put side by side by channel.
+    LLaVA reads the last but one."""
+    image_size_px: PositiveInt | None = None
+    """Height and width of the encoder's input, in pixels; position embeddings are interpolated. Default: the size that
+    the encoder was trained on."""
 
     @model_validator(mode="after")
     def _one_place_of_weights(self) -> TowerConfig:
@@ -39,43 +48,55 @@ class TowerConfig(Section):
 class VisionConfig(TowerConfig):
     """The vision tower: an encoder, or two whose patches are concatenated by channel."""
 
-    fit: Literal["stretch", "pad", "square", "tiles", "native"] = "pad"  # what is done where a picture is not square
-    tile_grids: tuple[tuple[PositiveInt, PositiveInt], ...] | None = (
-        None  # tiles: rows x columns; default: LLaVA-NeXT's
-    )
-    max_image_tokens: PositiveInt | None = None  # native: without those that end rows; default: as many as of a square
+    image_mode: Literal["stretch", "pad", "crop", "anyres", "native"] = "pad"
+    """How a picture that is not square is shown: `stretch` squeezes it, `pad` pads it with the mean color, `crop` cuts
+    its middle out, `anyres` shows the whole and tiles of it as LLaVA-NeXT does, `native` keeps its aspect ratio."""
+    tile_grids: tuple[tuple[PositiveInt, PositiveInt], ...] | None = None
+    """With `image_mode: anyres`, the grids that may be chosen, as pairs of rows and columns. Default: LLaVA-NeXT's."""
+    max_image_tokens: PositiveInt | None = None
+    """With `image_mode: native`, the most tokens of a picture, without those that end its rows. Default: as many as of
+    a square."""
     fuse_with: TowerConfig | None = None
+    """A second encoder, whose patches are put beside those of the first one. Default: none."""
 
     @model_validator(mode="after")
-    def _options_of_fit(self) -> VisionConfig:
-        for name, fit in (("tile_grids", "tiles"), ("max_image_tokens", "native")):
-            if getattr(self, name) is not None and self.fit != fit:
-                raise ValueError(f"{name} is for fit: {fit}, but fit is {self.fit}; leave it out or change fit")
+    def _options_of_image_mode(self) -> VisionConfig:
+        for name, mode in (("tile_grids", "anyres"), ("max_image_tokens", "native")):
+            if getattr(self, name) is not None and self.image_mode != mode:
+                raise ValueError(
+                    f"{name} is for image_mode: {mode}, but image_mode is {self.image_mode}; leave it out or change "
+                    "image_mode"
+                )
         if self.tile_grids == ():
             raise ValueError("tile_grids: give at least one pair of rows and columns, such as [1, 2]")
         return self
 
 
 class ProjectorConfig(Section):
-    """One of PROJECTORS and its options."""
+    """The projector from patches to LLM tokens."""
 
     kind: str = "mlp"
+    """One of linear, mlp, downsample, resampler and c_abstractor."""
     options: dict[str, Any] = Field(default_factory=dict)
+    """Options of this kind, such as `{depth: 2}` of mlp."""
 
 
 class LanguageConfig(Section):
-    """The LLM backbone: a folder or a hub name that AutoModelForCausalLM reads. Of a checkpoint's LLM, how it is held.
-
-    `dtype` is that of its weights while they are frozen. What is trained is always kept in fp32; `optim.precision` is
-    what is computed in. `stored` is the one that its files have, which is the default beside `model.checkpoint`.
-    """
+    """The LLM backbone, which transformers' AutoModelForCausalLM reads. Of a checkpoint's LLM, how it is held."""
 
     source: PathText = ""
-    revision: str | None = None  # of a hub name: a commit, so that it stays the same model
-    attention: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] | None = None  # sdpa, or eager without
+    """A folder, or a name on the hub."""
+    revision: str | None = None
+    """Of a name on the hub: the commit, so that it stays the same model."""
+    attention: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] | None = None
+    """How attention is computed. Default: sdpa, or eager where the LLM has no sdpa."""
     dtype: Literal["stored", "fp32", "bf16", "fp16"] = "fp32"
-    add_tokens: tuple[str, ...] = ()  # special tokens that a template needs and the LLM lacks, such as <|im_end|>
-    vocab_multiple: PositiveInt = 1  # the embedding's rows are rounded up to a multiple of this
+    """What its weights are held in while they are frozen; trained weights are fp32 in any case. `stored` is what its
+    files have, and the default beside `model.checkpoint`. What is computed in is `compute.precision`."""
+    extra_special_tokens: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = ()
+    """Special tokens that the template needs and the LLM lacks, such as `<|im_end|>`."""
+    vocab_multiple: PositiveInt = 1
+    """The rows of embedding and head are rounded up to a multiple of this; 64 suits tensor cores."""
 
     @property
     def is_half(self) -> bool:
@@ -87,17 +108,24 @@ _OF_A_CHECKPOINT = ("attention", "dtype")  # what `language` may say beside `che
 
 
 class ModelConfig(Section):
-    """Either `checkpoint` (a model of an earlier stage) or all three parts.
+    """Either `checkpoint`, or all of `vision`, `projector`, `language` and `template`.
 
-    Beside `checkpoint`, `template` and of `language` dtype and attention may be given.
+    Beside `checkpoint` may stand `template`, and of `language` dtype and attention.
     """
 
     checkpoint: PathText | None = None
+    """A checkpoint of an earlier stage, with all its parts. Default: the parts are put together anew."""
     vision: VisionConfig | None = None
+    """The vision tower. Default: the checkpoint's."""
     projector: ProjectorConfig | None = None
+    """The projector, with random weights. Default: the checkpoint's."""
     language: LanguageConfig | None = None
-    template: str | None = None  # a key of TEMPLATES; `tokenizer` is the tokenizer's own
-    picture_label: str | None = None  # before each of several pictures of a question, {} is its number; "Picture {}: "
+    """The LLM. Default: the checkpoint's."""
+    template: str | None = None
+    """The chat template: plain, vicuna_v1, llama_2, mistral_instruct, chatml or llama3, or `tokenizer` for the LLM's
+    own. Default: the checkpoint's."""
+    picture_label: str | None = None
+    """The text before each of several pictures of a question, where {} is its number. Default: `Picture {}: `."""
 
     @model_validator(mode="before")
     @classmethod

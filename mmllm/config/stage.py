@@ -7,13 +7,14 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from mmllm.config.base import PositiveInt
+from mmllm.config.compute import ComputeConfig
 from mmllm.config.data import DataConfig
+from mmllm.config.lora import LanguageLoraConfig, LoraConfig
 from mmllm.config.model import LanguageConfig, ModelConfig
 from mmllm.config.run import RunConfig
-from mmllm.config.training import LanguageLoraConfig, LoraConfig, OptimConfig
 
 
-def check_precision(language: LanguageConfig, optim: OptimConfig, *, is_trained: bool) -> None:
+def check_precision(language: LanguageConfig, compute: ComputeConfig, *, is_trained: bool) -> None:
     """Raises ValueError where the LLM's weights cannot be trained, or computed with, as they are held."""
     if language.dtype == "fp16":
         raise ValueError(
@@ -23,10 +24,10 @@ def check_precision(language: LanguageConfig, optim: OptimConfig, *, is_trained:
     if language.is_half and is_trained:
         raise ValueError(
             f"model.language.dtype {language.dtype} would lose small updates of an LLM that is trained whole; leave it "
-            "at fp32 and set optim.precision=bf16 to compute in bf16, or use lora"
+            "at fp32 and set compute.precision=bf16 to compute in bf16, or use lora"
         )
-    if language.attention == "flash_attention_2" and optim.precision == "fp32" and not language.is_half:
-        raise ValueError("model.language.attention flash_attention_2 has no fp32; set optim.precision=bf16")
+    if language.attention == "flash_attention_2" and compute.precision == "fp32" and not language.is_half:
+        raise ValueError("model.language.attention flash_attention_2 has no fp32; set compute.precision=bf16")
 
 
 class StageConfig(RunConfig):
@@ -41,6 +42,16 @@ class StageConfig(RunConfig):
     lora: LanguageLoraConfig | None = None  # of the LLM
     vision_lora: LoraConfig | None = None  # of the tower
 
+    @property
+    def recomputes_language(self) -> bool:
+        """Whether the layers of the LLM are computed again in the backward pass."""
+        return "language" in self.compute.gradient_checkpointing
+
+    @property
+    def recomputes_vision(self) -> bool:
+        """Whether the layers of the vision tower are computed again in the backward pass."""
+        return "vision" in self.compute.gradient_checkpointing
+
     @model_validator(mode="after")
     def _combination(self) -> StageConfig:
         self.check_rates(self.train)
@@ -54,17 +65,17 @@ class StageConfig(RunConfig):
             raise ValueError("give vision_lora or vision_last_layers: a tower is adapted, or its last layers trained")
         if (self.vision_lora or self.vision_last_layers) and "vision" not in self.train:
             raise ValueError("vision_lora or vision_last_layers train the tower, but train does not list vision")
-        if self.lora and self.lora.quantise and self.optim.liger:
-            raise ValueError("lora.quantise ends on the CPU, where optim.liger has no kernels; take one of them out")
-        if self.log.text_probe and "language" not in self.train:
-            raise ValueError("log.text_probe shows what a trained LLM forgets, but train does not list language")
+        if self.lora and self.lora.quantise and self.compute.liger:
+            raise ValueError("lora.quantise ends on the CPU, where compute.liger has no kernels; take one of them out")
+        if self.validation.text_probe and "language" not in self.train:
+            raise ValueError("validation.text_probe shows what a trained LLM forgets, but train does not list language")
         if self.data.cache_features and "vision" in self.train:
             raise ValueError("data.cache_features keeps the frozen tower's output, but train lists vision")
-        if "vision" in self.optim.gradient_checkpointing and "vision" not in self.train:
+        if "vision" in self.compute.gradient_checkpointing and "vision" not in self.train:
             raise ValueError(
-                "optim.gradient_checkpointing lists vision, but train does not: a frozen tower keeps nothing for "
+                "compute.gradient_checkpointing lists vision, but train does not: a frozen tower keeps nothing for "
                 "backward; leave it out"
             )
         if self.model.language:
-            check_precision(self.model.language, self.optim, is_trained="language" in self.train and not self.lora)
+            check_precision(self.model.language, self.compute, is_trained="language" in self.train and not self.lora)
         return self

@@ -24,7 +24,7 @@ class WarmupVisionConfig(RunConfig):
 
     @model_validator(mode="after")
     def _rates(self) -> WarmupVisionConfig:
-        self.log.check_plain(self.stage)
+        self.validation.check_warmup(self.stage)
         self.check_rates(["vision"])
         self.check_memory_options()
         return self
@@ -59,13 +59,13 @@ class WarmupLanguageConfig(RunConfig):
 
     @model_validator(mode="after")
     def _rates(self) -> WarmupLanguageConfig:
-        self.log.check_plain(self.stage)
+        self.validation.check_warmup(self.stage)
         self.check_rates(["language"] if self.read_out is None else ["language", "read_out"])
         self.check_memory_options()
         if isinstance(self.language, LanguageConfig):
             if not self.language.source:
                 raise ValueError("language.source: missing, and it has no default")
-            check_precision(self.language, self.optim, is_trained=True)
+            check_precision(self.language, self.compute, is_trained=True)
         if isinstance(self.language, dict) and ("model_type" not in self.language or "source" in self.language):
             raise ValueError(
                 f"language: needs a model_type and its options, or source, revision and attention of a trained LM; "

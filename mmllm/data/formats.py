@@ -1,13 +1,13 @@
-"""The shapes of rows: a raw row of a data file, recognised by its keys, becomes an Example.
+"""Row formats: a raw row of a data file, whose format is recognised by its keys, becomes an Example.
 
     conversations   LLaVA, LLaMA-Factory's sharegpt   [{"from": "human" | "gpt" | "system", "value": str}]
     messages        OpenAI, TRL, ms-swift             [{"role": "user" | "assistant" | "system", "content"}]
     texts           Cauldron, FineVision              [{"user": str, "assistant": str}], beside `images`
     caption, text   captions                          str, beside one image
 
-A message's content is a string or a list of parts, see `message_rows.py`. Beside them stand `id`, `system` (str) and
-`image` or `images`: one picture or a list, see `row_pictures.py`. Tables may have the names of a tar's members instead.
-`<image>` in a text is the place of a picture. A turn's text is stripped at both ends and otherwise kept.
+A message's content is a string or a list of parts, see `message_rows.py`. A row may also have `id`, `system` (str) and
+`image` or `images`: one picture or a list, see `row_pictures.py`. A table may instead have columns that are named like
+the members of a tar. An `<image>` mark in a text is the place of a picture. A turn's text is stripped, nothing else.
 """
 
 from __future__ import annotations
@@ -20,29 +20,34 @@ from uuid import UUID
 
 from mmllm.batch import IMAGE_TOKEN, Example, Message, Role, message
 from mmllm.data.message_rows import message_turns
-from mmllm.data.row_pictures import RowPicture, check_text, find_picture, kind, row_pictures
-from mmllm.data.turns import Context, RowTurn, list_of, object_of, role_of, text_turn
+from mmllm.data.row_pictures import RowPicture, locate_picture, row_pictures
+from mmllm.data.row_values import check_list, check_object, check_role, check_text, json_type
+from mmllm.data.turns import RowTurn, SourceContext, text_turn
 from mmllm.errors import shorten
-from mmllm.readers.files import RowError, Stored
+from mmllm.readers.files import LazyImage, RowError
 from mmllm.readers.index import ROW_LISTS
 from mmllm.readers.tars import CAPTION_SUFFIXES, PICTURE_SUFFIXES, member_row
 
-# LLaVA's names, https://github.com/haotian-liu/LLaVA/blob/main/docs/Finetune_Custom_Data.md
+# LLaVA's role names, https://github.com/haotian-liu/LLaVA/blob/main/docs/Finetune_Custom_Data.md
 ROLES: dict[str, Role] = {"human": "user", "gpt": "assistant", "system": "system"}
-PLAIN_ROLES: dict[str, Role] = {"user": "user", "assistant": "assistant", "system": "system"}
-PAIR: tuple[Role, Role] = ("user", "assistant")
+STANDARD_ROLES: dict[str, Role] = {"user": "user", "assistant": "assistant", "system": "system"}
+PAIR_ROLES: tuple[Role, Role] = ("user", "assistant")
 
 
 def row_id(fields: Any, row: int) -> str:
-    """The row's own id, or `#<row>`. Ids are the files' own: several rows may have the same."""
-    own = _id_text(fields.get("id", fields.get("__key__"))) if isinstance(fields, dict) else None
-    # a log takes no half characters, and nobody reads a picture as an id
-    return f"#{row}" if own is None else shorten(own.encode(errors="replace").decode())
+    """The id that the file gives this row, or `#<row>`. Several rows may have the same id."""
+    id_text = _id_text(fields.get("id", fields.get("__key__"))) if isinstance(fields, dict) else None
+    # Logs take no lone surrogates, and an id may be a whole picture by mistake.
+    return f"#{row}" if id_text is None else shorten(id_text.encode(errors="replace").decode())
 
 
 def _id_text(value: Any) -> str | None:
-    """An id as text: 1.0 of a table with gaps is 1, and bytes are their text, or as UUIDs their hexadecimal digits."""
-    if isinstance(value, Stored):
+    """An id as text; None for a value that is no id.
+
+    A whole float is an integer: tables with gaps hold 1.0 for 1. Bytes are decoded as text, or printed in hexadecimal
+    where they are none, as the bytes of a UUID.
+    """
+    if isinstance(value, LazyImage):
         value = value.load()
     if isinstance(value, bytes):
         try:
@@ -56,165 +61,181 @@ def _id_text(value: Any) -> str | None:
     return str(value) if is_id else None
 
 
-def to_example(fields: Any, row: int, source: str, context: Context) -> Example:
-    """The Example of a raw row, its pictures not yet read. Raises RowError with the reason where it cannot be one."""
+def to_example(fields: Any, row: int, source: str, context: SourceContext) -> Example:
+    """The Example of a raw row, pictures not yet read. Raises RowError with the reason where the row cannot be used."""
     if not isinstance(fields, dict):
-        raise RowError(f"the row is {kind(fields)}; it must be an object with {' or '.join(SHAPES)}")
+        raise RowError(f"the row is {json_type(fields)}; it must be an object with {' or '.join(ROW_FORMATS)}")
     fields = _row_of_columns({key: value for key, value in fields.items() if value is not None})
-    own = fields.get("id", "")
-    if own != "" and _id_text(own) is None:
-        raise RowError(f"id is {kind(own)}; it must be a string or a whole number")
-    shapes = [name for name in SHAPES if fields.get(name, "") != ""] or [name for name in SHAPES if name in fields]
-    if len(shapes) != 1:
-        raise RowError(
-            f"the row has {' and '.join(shapes)}, which say the same thing twice; keep one of them"
-            if shapes
-            else f"the row has none of {', '.join(SHAPES)}; its keys: {', '.join(map(str, fields)) or 'none'}"
-        )
-    for key in UNSUPPORTED & fields.keys():
+    id_value = fields.get("id", "")
+    if id_value != "" and _id_text(id_value) is None:
+        raise RowError(f"id is {json_type(id_value)}; it must be a string or a whole number")
+    row_format = _row_format(fields)
+    for key in UNSUPPORTED_KEYS & fields.keys():
         if fields[key]:
-            raise RowError(f"the row has {key}, which cannot be learnt from here; take the key or the row out")
-    fields[shapes[0]] = _parsed(fields[shapes[0]], shapes[0])
+            raise RowError(f"the row has {key}, which is not trained on; remove the key or the row")
+    fields[row_format] = _parse_turns(fields[row_format], row_format)
     pictures = row_pictures(fields)
-    turns = SHAPES[shapes[0]](fields, context)
+    turns = ROW_FORMATS[row_format](fields, context)
     if system := fields.get("system"):
         turns.insert(0, text_turn("system", "system", system, "system"))
-    names = {role: name for name, role in (ROLES if shapes[0] == "conversations" else PLAIN_ROLES).items()}
+    names = {role: name for name, role in (ROLES if row_format == "conversations" else STANDARD_ROLES).items()}
     messages = _messages(turns, names)
-    # what is `Stored` is read before an example leaves this room
-    images: Any = tuple(_place(turns, pictures, names["user"], context))
+    # A LazyImage is no ImageSource: `load_pictures` reads it before the example leaves this room.
+    images: Any = tuple(_pictures_in_order(turns, pictures, names["user"], context))
     return Example(row_id(fields, row), source, messages, images)
 
 
-def _parsed(value: Any, key: str) -> Any:
-    """The turns of a row; tables have them as JSON in a column of text. Raises RowError."""
-    if key not in ROW_LISTS or not isinstance(value, str | Stored):
+def _row_format(fields: Mapping[str, Any]) -> str:
+    """The one key of ROW_FORMATS that the row has. Raises RowError for none or several; empty texts do not count."""
+    keys = [key for key in ROW_FORMATS if fields.get(key, "") != ""] or [key for key in ROW_FORMATS if key in fields]
+    if not keys:
+        has_keys = ", ".join(map(str, fields)) or "none"
+        raise RowError(f"the row has none of {', '.join(ROW_FORMATS)}; its keys: {has_keys}")
+    if len(keys) > 1:
+        raise RowError(f"the row has {' and '.join(keys)}, which say the same thing twice; keep one of them")
+    return keys[0]
+
+
+def _parse_turns(value: Any, key: str) -> Any:
+    """The turns of a row as a list; some tables hold them as JSON text. Raises RowError."""
+    if key not in ROW_LISTS or not isinstance(value, str | LazyImage):
         return value
-    text = value.load().decode(errors="replace") if isinstance(value, Stored) else value
+    text = value.load().decode(errors="replace") if isinstance(value, LazyImage) else value
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         if text.lstrip().startswith(("[{'", "{'")):
-            raise RowError(f"{key} is a list as Python prints it; write json.dumps of it") from error
+            raise RowError(f"{key} is a list as Python prints it; write it with json.dumps") from error
         raise RowError(f"{key} is a string; it must be a list, or JSON text of one ({error})") from error
 
 
 def _row_of_columns(fields: dict[str, Any]) -> dict[str, Any]:
-    """The row of a table that has the names of a tar's members as columns: `jpg`, `txt`, `json`, `__key__`."""
+    """The row of a table whose columns are named like a tar's members: `jpg`, `txt`, `json`, `__key__`."""
     endings = {key: key.rsplit(".", 1)[-1].lower() for key in fields}
     has_picture = any(ending in PICTURE_SUFFIXES for ending in endings.values())
     if not (has_picture or "__key__" in fields) or fields.get("image") or fields.get("images"):
         return fields
-    members = {key: value for key, value in fields.items() if endings[key] in COLUMNS and not key.startswith("__")}
-    own = _id_text(fields.get("id", fields.get("__key__")))
-    row = member_row({"__key__": own, **members}, _column_text)
+    members = {key: value for key, value in fields.items() if endings[key] in TAR_COLUMNS and not key.startswith("__")}
+    id_text = _id_text(fields.get("id", fields.get("__key__")))
+    row = member_row({"__key__": id_text, **members}, _read_column)
     others = {key: value for key, value in fields.items() if key not in members and not key.startswith("__")}
     return {key: value for key, value in {**others, **row}.items() if value is not None}
 
 
-def _column_text(value: Any) -> Any:
-    """A column as `add_member` takes it: what is parsed already stays."""
-    return value.load() if isinstance(value, Stored) else value
+def _read_column(value: Any) -> Any:
+    """A column's value as `add_member` takes it: bytes, or what the table has parsed already."""
+    return value.load() if isinstance(value, LazyImage) else value
 
 
 # Pictures
 
 
-def _place(turns: list[RowTurn], pictures: list[RowPicture], user: str, context: Context) -> Iterator[RowPicture]:
-    """One picture a mark, in order. LLaVA lets one image without a mark pass, and then trains blind on that row."""
-    places = [place for turn in turns for place in turn.pictures]
-    numbers = {place for place in places if isinstance(place, int)}
-    num_open, num_images = sum(place is None for place in places), len(pictures)
-    if numbers and (num_open or numbers != set(range(num_images))):
-        given = ", ".join(map(str, sorted(numbers)))
+def _pictures_in_order(
+    turns: list[RowTurn], pictures: list[RowPicture], user: str, context: SourceContext
+) -> Iterator[RowPicture]:
+    """One picture for each mark, in order. Raises RowError where marks and pictures do not match.
+
+    LLaVA's code accepts a row with one image and no mark, and then trains on it without the image.
+    """
+    marks = [picture for turn in turns for picture in turn.pictures]
+    indices = {mark for mark in marks if isinstance(mark, int)}
+    num_open, num_images = sum(mark is None for mark in marks), len(pictures)
+    if indices and (num_open or indices != set(range(num_images))):
+        listed = ", ".join(map(str, sorted(indices)))
         raise RowError(
-            f"the parts have the index {given} and {num_open} have none, but the row has {num_images} pictures; give "
-            "every part the number of one, from 0, and use each"
+            f"parts have the index {listed} and {num_open} have none, but the row has {num_images} pictures; give "
+            "every part the index of a picture, from 0, and use each picture"
         )
-    if not numbers and num_open != num_images:
-        marks = f"{num_open} {IMAGE_TOKEN} mark{'s' * (num_open != 1)}"
-        images = f"{num_images} image{'s' * (num_images != 1)}"
+    if not indices and num_open != num_images:
+        marks_counted = f"{num_open} {IMAGE_TOKEN} mark{'s' * (num_open != 1)}"
+        images_counted = f"{num_images} image{'s' * (num_images != 1)}"
         raise RowError(
-            f"{marks} in the {user} turns but {images}; write {IMAGE_TOKEN} once for each image, where it stands"
+            f"{marks_counted} in the {user} turns but {images_counted}; write {IMAGE_TOKEN} once for each image, in "
+            "its place"
         )
-    waiting = iter(pictures)
-    for place in places:
-        held = pictures[place] if isinstance(place, int) else next(waiting) if place is None else place
-        yield find_picture(held, context.images)
+    remaining = iter(pictures)
+    for mark in marks:
+        picture = pictures[mark] if isinstance(mark, int) else next(remaining) if mark is None else mark
+        yield locate_picture(picture, context.image_folder)
 
 
 # Turns
 
 
-def _conversations(fields: Mapping[str, Any], context: Context) -> list[RowTurn]:
+def _conversations(fields: Mapping[str, Any], context: SourceContext) -> list[RowTurn]:
     turns = []
-    for index, value in enumerate(list_of(fields["conversations"], "conversations", "turns")):
-        turn = object_of(value, f"turn {index}", "from and value")
-        role = role_of(turn.get("from"), ROLES, f"turn {index}")
+    for index, value in enumerate(check_list(fields["conversations"], "conversations", "turns")):
+        turn = check_object(value, f"turn {index}", "from and value")
+        role = check_role(turn.get("from"), ROLES, f"turn {index}")
         turns.append(text_turn(role, turn["from"], turn.get("value"), f"value of turn {index}"))
     return turns
 
 
-def _texts(fields: Mapping[str, Any], context: Context) -> list[RowTurn]:
-    """Cauldron's pairs. Its texts have no marks: the pictures come first, as its own loaders place them."""
+def _texts(fields: Mapping[str, Any], context: SourceContext) -> list[RowTurn]:
+    """Cauldron's pairs. Its texts have no marks, so the pictures come first, where Cauldron's own loaders put them."""
     turns = []
-    for index, value in enumerate(list_of(fields["texts"], "texts", "pairs")):
-        pair = object_of(value, f"text {index}", "user and assistant")
-        turns += [text_turn(role, role, pair.get(role), f"{role} of text {index}") for role in PAIR]
+    for index, value in enumerate(check_list(fields["texts"], "texts", "pairs")):
+        pair = check_object(value, f"text {index}", "user and assistant")
+        turns += [text_turn(role, role, pair.get(role), f"{role} of text {index}") for role in PAIR_ROLES]
     num_images = len(row_pictures(fields))
     if num_images and not any(turn.pictures for turn in turns):
         turns[0] = text_turn("user", "user", IMAGE_TOKEN * num_images + "\n" + turns[0].text, "text 0")
     return turns
 
 
-def _caption(key: str, fields: Mapping[str, Any], context: Context) -> list[RowTurn]:
+def _caption(key: str, fields: Mapping[str, Any], context: SourceContext) -> list[RowTurn]:
     if not row_pictures(fields):
-        raise RowError(f"the row has {key} but no image; a caption needs the picture that it tells about")
+        raise RowError(f"the row has {key} but no image; a caption needs the picture that it describes")
     answer = check_text(fields[key], key)
-    if reason := _unfinished(fields):
+    if reason := _why_unfinished(fields):
         raise RowError(reason)
     if IMAGE_TOKEN in answer:
-        raise RowError(f"{key} holds {IMAGE_TOKEN}; a caption is text alone")
+        raise RowError(f"{key} holds {IMAGE_TOKEN}; a caption must be text alone")
     return [
-        RowTurn("user", "user", f"{IMAGE_TOKEN}\n{context.prompt}", (None,)),
+        RowTurn("user", "user", f"{IMAGE_TOKEN}\n{context.caption_prompt}", (None,)),
         RowTurn("assistant", key, answer, ()),
     ]
 
 
-def _unfinished(fields: Mapping[str, Any]) -> str | None:
-    """Why a line of `mmllm caption` is no answer to learn; None where it is one, or a row of something else."""
+def _why_unfinished(fields: Mapping[str, Any]) -> str | None:
+    """Why a caption that `mmllm caption` wrote must not be learnt; None where it may be, and for other rows."""
     if "model_hash" not in fields or "num_new_tokens" not in fields:
         return None
     if fields.get("finish") == "length":
         return (
             f"the caption was cut off after {fields['num_new_tokens']} tokens; run the same `mmllm caption` with a "
-            "larger --max-new-tokens, which writes it anew"
+            "larger --max-new-tokens, which writes it again"
         )
     return "the caption has no words" if fields.get("finish") == "empty" else None
 
 
 # A row has exactly one of these keys.
-SHAPES: dict[str, Callable[[Mapping[str, Any], Context], list[RowTurn]]] = {
+ROW_FORMATS: dict[str, Callable[[Mapping[str, Any], SourceContext], list[RowTurn]]] = {
     "conversations": _conversations,
     "messages": message_turns,
     "texts": _texts,
     "caption": functools.partial(_caption, "caption"),
     "text": functools.partial(_caption, "text"),
 }
-# Keys of the same formats that change what is to be learnt, so that leaving them out would be wrong.
-UNSUPPORTED = {"videos", "video", "audios", "audio", "tools", "objects", "chosen", "rejected", "rejected_response"}
-COLUMNS = {*PICTURE_SUFFIXES, *CAPTION_SUFFIXES, "json"}  # of tables that were made out of tars
-READ = {*SHAPES, *UNSUPPORTED, "id", "image", "images", "system"}
+# Keys of these formats that change what is to be learnt, so it would be wrong to ignore them.
+UNSUPPORTED_KEYS = {"videos", "video", "audios", "audio", "tools", "objects", "chosen", "rejected", "rejected_response"}
+TAR_COLUMNS = {*PICTURE_SUFFIXES, *CAPTION_SUFFIXES, "json"}  # of tables that were made from tars
+KNOWN_KEYS = {*ROW_FORMATS, *UNSUPPORTED_KEYS, "id", "image", "images", "system"}
 
 
 def unread_keys(fields: Any) -> list[str]:
-    """The keys of a row that say something which is not read, such as `source` or ratings."""
-    said = (shorten(str(key)) for key, value in fields.items() if key not in READ and value not in (None, "", [], {}))
-    return [key for key in said if not key.startswith("__") and key.rsplit(".", 1)[-1].lower() not in COLUMNS]
+    """The keys of a row that have a value but are not read, such as `source` or ratings."""
+    keys = (
+        shorten(str(key)) for key, value in fields.items() if key not in KNOWN_KEYS and value not in (None, "", [], {})
+    )
+    return [key for key in keys if not key.startswith("__") and key.rsplit(".", 1)[-1].lower() not in TAR_COLUMNS]
 
 
 def _messages(turns: list[RowTurn], names: Mapping[Role, str]) -> tuple[Message, ...]:
-    """An optional system turn, then user and assistant in turn, ending with an answer."""
+    """The messages of the turns: an optional system turn, then user and assistant in turn, the assistant last.
+
+    `names` are what the row format calls the roles, for errors. Raises RowError for another order or an empty turn.
+    """
     messages: list[Message] = []
     num_images = 0
     expected: tuple[Role, ...] = ("system", "user")
@@ -229,7 +250,7 @@ def _messages(turns: list[RowTurn], names: Mapping[Role, str]) -> tuple[Message,
             raise RowError(f"turn {index}, from {turn.name}, is empty; every turn needs a text")
         if turn.pictures and turn.role != "user":
             raise RowError(
-                f"turn {index}, from {turn.name}, holds {IMAGE_TOKEN}; images stand in {names['user']} turns"
+                f"turn {index}, from {turn.name}, holds {IMAGE_TOKEN}; images belong in {names['user']} turns"
             )
         expected = ("assistant",) if turn.role == "user" else ("user",)
         messages.append(message(turn.role, text, num_images))

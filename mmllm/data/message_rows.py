@@ -1,7 +1,7 @@
-"""Messages as OpenAI's client, TRL and transformers write them: a role, and text or a list of parts.
+"""Rows of `messages` as OpenAI's client, TRL and transformers write them: a role, and text or a list of parts.
 
-A key that holds null, an empty list or an empty text says nothing, and exporters write many of them. One that says
-something which is not learnt here, such as the call of a tool, makes the row unusable, with the reason.
+Exporters write many keys that hold null, an empty list or an empty text; these are ignored. A key with a value that is
+not trained on, such as a tool call, makes the row unusable.
 """
 
 from __future__ import annotations
@@ -10,33 +10,34 @@ from collections.abc import Mapping
 from typing import Any
 
 from mmllm.batch import IMAGE_TOKEN, Role
-from mmllm.data.row_pictures import RowPicture, check_text, kind, picture, picture_of_base64
-from mmllm.data.turns import Context, RowTurn, list_of, object_of, role_of, text_turn
+from mmllm.data.row_pictures import RowPicture, parse_base64_picture, parse_picture
+from mmllm.data.row_values import check_list, check_object, check_role, check_text, json_type
+from mmllm.data.turns import RowTurn, SourceContext, text_turn
 from mmllm.readers.files import RowError
 
-# OpenAI's models of today call the system's role developer.
+# "developer" is what OpenAI calls the system role of its newer models.
 MESSAGE_ROLES: dict[str, Role] = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
 _TOOL_ROLES = {"tool", "function", "ipython", "tool_result"}
-_UNIMPORTANT = {"name", "index", "id"}  # of a message, whatever they say
-# What a message or part says by default, where it says it at all: OpenAI's and axolotl's marks of what is learnt.
-_DEFAULTS = {"weight": (1,), "loss": (True, 1), "train": (True,), "end_turn": (True,)}
+_IGNORED_KEYS = {"name", "index", "id"}  # of a message
+# Values of OpenAI's and axolotl's keys that mean: train on this message.
+_TRAINED_VALUES = {"weight": (1,), "loss": (True, 1), "train": (True,), "end_turn": (True,)}
 _TEXT_TYPES = ("text", "input_text", "output_text")
 _IMAGE_TYPES = ("image", "image_url", "input_image")
 PART_TYPES = (*_TEXT_TYPES, *_IMAGE_TYPES)
 _IMAGE_KEYS = ("image", "image_url", "path", "url", "base64", "bytes", "source")
 
 
-def message_turns(fields: Mapping[str, Any], context: Context) -> list[RowTurn]:
+def message_turns(fields: Mapping[str, Any], context: SourceContext) -> list[RowTurn]:
     """The turns of `messages`. Raises RowError."""
     turns = []
-    for index, value in enumerate(list_of(fields["messages"], "messages", "turns")):
+    for index, value in enumerate(check_list(fields["messages"], "messages", "turns")):
         where = f"turn {index}"
-        turn = object_of(value, where, "role and content")
+        turn = check_object(value, where, "role and content")
         if turn.get("role") in _TOOL_ROLES:
-            raise RowError(f"{where} is from {turn['role']}: what tools answer is not learnt here; take the row out")
-        role = role_of(turn.get("role"), MESSAGE_ROLES, where)
-        if others := sorted(key for key in turn if key not in ("role", "content") and _says_something(key, turn[key])):
-            raise RowError(f"{where} has {', '.join(others)}, which is not learnt here; allowed: role, content")
+            raise RowError(f"{where} is from {turn['role']}: answers of tools are not trained on; remove the row")
+        role = check_role(turn.get("role"), MESSAGE_ROLES, where)
+        if others := sorted(key for key in turn if key not in ("role", "content") and _has_meaning(key, turn[key])):
+            raise RowError(f"{where} has {', '.join(others)}, which is not trained on; allowed: role, content")
         content = turn.get("content")
         if isinstance(content, list):
             turns.append(_parts_turn(role, content, where))
@@ -45,8 +46,11 @@ def message_turns(fields: Mapping[str, Any], context: Context) -> list[RowTurn]:
     return turns
 
 
-def _says_something(key: str, value: Any) -> bool:
-    if key in _UNIMPORTANT or any(value == default and type(value) is not str for default in _DEFAULTS.get(key, ())):
+def _has_meaning(key: str, value: Any) -> bool:
+    """Whether a key of a message says something that training would have to respect."""
+    if key in _IGNORED_KEYS or any(
+        value == default and type(value) is not str for default in _TRAINED_VALUES.get(key, ())
+    ):
         return False
     return value not in (None, "", [], {}) and not (isinstance(value, dict) and all(v is None for v in value.values()))
 
@@ -55,14 +59,14 @@ def _parts_turn(role: Role, parts: list[Any], where: str) -> RowTurn:
     text, pictures = "", list[RowPicture | int | None]()
     for number, value in enumerate(parts):
         here = f"part {number} of {where}"
-        part = object_of(value, here, "a type")
+        part = check_object(value, here, "a type")
         type_ = part.get("type")
         if not isinstance(type_, str) or type_ not in PART_TYPES:
             raise RowError(f"{here} is of type {type_!r}; allowed: {', '.join(PART_TYPES)}")
-        given = [key for key in _IMAGE_KEYS if part.get(key) not in ("", [], {}, None)]
+        image_keys = [key for key in _IMAGE_KEYS if part.get(key) not in ("", [], {}, None)]
         if type_ in _TEXT_TYPES:
-            if given:
-                raise RowError(f"{here} is of type {type_} but has {', '.join(given)}; make it two parts")
+            if image_keys:
+                raise RowError(f"{here} is of type {type_} but has {', '.join(image_keys)}; make it two parts")
             piece = check_text(part.get("text"), f"text of {here}")
             text += piece
             pictures += [None] * piece.count(IMAGE_TOKEN)
@@ -70,37 +74,37 @@ def _parts_turn(role: Role, parts: list[Any], where: str) -> RowTurn:
         if part.get("text"):
             raise RowError(f"{here} is of type {type_} but has a text; make it two parts")
         text += IMAGE_TOKEN
-        pictures.append(_part_picture(part, given, here))
+        pictures.append(_part_picture(part, image_keys, here))
     return RowTurn(role, role, text, tuple(pictures))
 
 
-def _part_picture(part: Mapping[str, Any], given: list[str], where: str) -> RowPicture | int | None:
-    """The picture of a part, the number of one of the row's, or None for the row's next one."""
-    if set(given) == {"bytes", "path"}:
-        return picture({"bytes": part["bytes"], "path": part["path"]}, where)
-    if len(given) > 1:
-        raise RowError(f"{where} has {' and '.join(given)}; keep one of them")
-    if not given and part["type"] != "image":
-        raise RowError(f"{part['type']} of {where} is an empty path; give the picture's")
-    if not given:
+def _part_picture(part: Mapping[str, Any], image_keys: list[str], where: str) -> RowPicture | int | None:
+    """The picture of a part, the index of one of the row's pictures, or None for the next of them."""
+    if set(image_keys) == {"bytes", "path"}:
+        return parse_picture({"bytes": part["bytes"], "path": part["path"]}, where)
+    if len(image_keys) > 1:
+        raise RowError(f"{where} has {' and '.join(image_keys)}; keep one of them")
+    if not image_keys and part["type"] != "image":
+        raise RowError(f"{part['type']} of {where} is an empty path; write the path of a picture")
+    if not image_keys:
         number = part.get("index")
         if number is None:
             return None
-        if isinstance(number, float) and number.is_integer():  # of a table in which other rows have none
+        if isinstance(number, float) and number.is_integer():  # of a column in which other rows are empty
             number = int(number)
         if not isinstance(number, int) or isinstance(number, bool):
-            raise RowError(f"index of {where} is {kind(number)}; it must be the number of a picture, from 0")
+            raise RowError(f"index of {where} is {json_type(number)}; it must be the index of a picture, from 0")
         return number
-    (key,) = given
+    (key,) = image_keys
     value = part[key]
     if key == "base64":
-        return picture_of_base64(value, f"base64 of {where}")
+        return parse_base64_picture(value, f"base64 of {where}")
     if key == "source" and isinstance(value, dict):  # Anthropic's
         if value.get("data"):
-            return picture_of_base64(value["data"], f"data of {where}")
+            return parse_base64_picture(value["data"], f"data of {where}")
         value = value.get("url")
     if isinstance(value, dict) and "url" in value:
         value = value["url"]
     if value in ("", None):
-        raise RowError(f"{key} of {where} is an empty path; give the picture's")
-    return picture(value, f"{key} of {where}")
+        raise RowError(f"{key} of {where} is an empty path; write the path of a picture")
+    return parse_picture(value, f"{key} of {where}")

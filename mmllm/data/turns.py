@@ -1,21 +1,21 @@
-"""A row's turns while it is read: who speaks, which text, and which picture each `<image>` in it stands for."""
+"""A row's turns while it is read: who speaks, which text, and which picture each `<image>` mark in it stands for."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from mmllm.batch import IMAGE_TOKEN, Role
-from mmllm.data.row_pictures import RowPicture, check_text, kind
-from mmllm.readers.files import RowError
+from mmllm.data.row_pictures import RowPicture
+from mmllm.data.row_values import check_text
 
 
 @dataclass(frozen=True)
 class RowTurn:
-    """Who speaks, under which name, and what.
+    """One turn: its role, the name that the file has for the role, and its text.
 
-    `pictures` has one place a mark: a picture, the number of one of the row's, or None for the row's next one.
+    `pictures` has one entry for each mark: a picture, the index of one of the row's pictures, or None for the next of
+    the row's pictures.
     """
 
     role: Role
@@ -25,39 +25,14 @@ class RowTurn:
 
 
 @dataclass(frozen=True)
-class Context:
-    """What a row does not say itself: where image paths start from, and the question that a caption answers."""
+class SourceContext:
+    """What a row gets from its source: the folder that image paths start from, and the question of a bare caption."""
 
-    images: str
-    prompt: str
+    image_folder: str
+    caption_prompt: str
 
 
 def text_turn(role: Role, name: str, value: Any, where: str) -> RowTurn:
-    """A turn of text alone, whose marks stand for pictures of the row."""
+    """A turn of text, whose marks stand for the row's pictures in order. Raises RowError."""
     text = check_text(value, where)
     return RowTurn(role, name, text, (None,) * text.count(IMAGE_TOKEN))
-
-
-def list_of(value: Any, key: str, what: str) -> list[Any]:
-    """A list that is not empty; older `datasets` wrote a list of objects as an object of lists. Raises RowError."""
-    if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
-        lengths = {len(column) for column in value.values()}
-        if len(lengths) == 1:
-            value = [dict(zip(value, one, strict=True)) for one in zip(*value.values(), strict=True)]
-    if not isinstance(value, list) or not value:
-        raise RowError(f"{key} is {'empty' if value == [] else kind(value)}; it must be a list of {what}")
-    return value
-
-
-def object_of(value: Any, where: str, keys: str) -> dict[str, Any]:
-    """An object without the keys that are null. Raises RowError."""
-    if not isinstance(value, dict):
-        raise RowError(f"{where} is {kind(value)}; it must be an object with {keys}")
-    return {key: one for key, one in value.items() if one is not None}
-
-
-def role_of(name: Any, roles: Mapping[str, Role], where: str) -> Role:
-    """Who speaks. Raises RowError for anybody else."""
-    if not isinstance(name, str) or name not in roles:
-        raise RowError(f"{where} is from {name!r}; allowed: {', '.join(roles)}")
-    return roles[name]

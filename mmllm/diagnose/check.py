@@ -15,12 +15,12 @@ from rich.table import Table
 
 from mmllm.config import ConfigError, SourceConfig, StageConfig
 from mmllm.config.file import load_config
-from mmllm.data.check import Report, inspect_sources, num_shared, refusal
-from mmllm.data.inspection import Part, Rules, positions_note
-from mmllm.data.quarantine import Writer
+from mmllm.data.check import DataReport, inspect_sources, num_shared_contents, refusal_reason
+from mmllm.data.inspection import PartReport, RowRules, positions_note
+from mmllm.data.quarantine import QuarantineWriter
 from mmllm.data.sources import Examples
 from mmllm.diagnose.prompt_setup import PromptSetup, load_prompt_setup
-from mmllm.readers.folders import tell_passed_over
+from mmllm.readers.folders import describe_passed_over
 
 MAX_REASONS_SHOWN = 12
 TABLE_WIDTH = 140  # in characters, where the output is not a terminal
@@ -30,7 +30,7 @@ TABLE_WIDTH = 140  # in characters, where the output is not a terminal
 class SplitReport:
     """The inspection of one split of the data."""
 
-    report: Report
+    report: DataReport
     examples: Examples
     refusal: str | None  # why a run would not start with this split; None where it would
 
@@ -60,23 +60,25 @@ def check_data(config_path: Path, overrides: list[str], *, as_json: bool) -> boo
     except (ValueError, OSError, RuntimeError, KeyError) as error:
         problems.append(f"model: {error}\nso no tokens are counted")
     sources = _splits(config)
-    writer = Writer(config.out, [source for files in sources.values() for source in files])
+    writer = QuarantineWriter(config.out, [source for files in sources.values() for source in files])
     renderer, max_positions = (setup.renderer, setup.max_positions) if setup else (None, None)
-    rules = Rules(renderer, config.data.max_length_tokens, decode=True, max_positions=max_positions)
+    rules = RowRules(renderer, config.data.max_length_tokens, decode=True, max_positions=max_positions)
     if max_positions and max_positions < config.data.max_length_tokens:
         notes.append(positions_note(config.data.max_length_tokens, max_positions))
     splits = {}
     for name, files in sources.items():
         with _progress(f"inspecting {name}") as advance:
 
-            def watch(source: SourceConfig, part: Part, name: str = name, advance: Any = advance) -> None:
+            def watch(source: SourceConfig, part: PartReport, name: str = name, advance: Any = advance) -> None:
                 writer.add(name, source, part)
                 advance(len(part.ids))
 
-            examples, report = inspect_sources(files, rules, watch=watch)
-        splits[name] = SplitReport(report, examples, refusal(report, config.data))
+            examples, report = inspect_sources(files, rules, on_part=watch)
+        splits[name] = SplitReport(report, examples, refusal_reason(report, config.data))
         _judge(name, splits[name], setup, problems, notes)
-    if "val" in splits and (shared := num_shared(splits["val"].report.contents, splits["train"].report.contents)):
+    if "val" in splits and (
+        shared := num_shared_contents(splits["val"].report.contents, splits["train"].report.contents)
+    ):
         notes.append(f"{shared} val examples are in train too, so val overstates how well the model generalises")
     result = {
         "config": str(config_path),
@@ -110,7 +112,7 @@ def _judge(name: str, split: SplitReport, setup: PromptSetup | None, problems: l
     longest, limit = int(report.lengths.max(initial=0)), setup.trained_length_tokens if setup else None
     if limit and longest > limit:
         notes.append(f"{name}: the longest example has {longest} tokens, but the LLM was made for {limit}")
-    if passed_over := tell_passed_over(report.passed_over):
+    if passed_over := describe_passed_over(report.passed_over):
         notes.append(f"{name}: {passed_over}")
     if report.unread:
         keys = ", ".join(f"{key} ({count:,} rows)" for key, count in report.unread.most_common(8))
@@ -172,7 +174,7 @@ def _print(result: Mapping[str, Any], splits: Mapping[str, SplitReport]) -> None
     console.print(verdict, style="bold green" if result["starts"] else "bold red")
 
 
-def _print_reasons(console: Console, name: str, report: Report) -> None:
+def _print_reasons(console: Console, name: str, report: DataReport) -> None:
     if not report.num_bad:
         return
     groups = report.by_reason()

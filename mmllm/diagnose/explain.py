@@ -26,10 +26,10 @@ from mmllm.batch import (
     picture_marks,
 )
 from mmllm.chat.conversation import Conversation
-from mmllm.chat.renderer import Rendered, Renderer
+from mmllm.chat.renderer import RenderedConversation, Renderer
 from mmllm.config import ConfigError, DataConfig, ModelConfig, StageConfig
 from mmllm.config.file import load_config
-from mmllm.data.check import left_out
+from mmllm.data.check import why_left_out
 from mmllm.data.sources import DataError, read_source
 from mmllm.diagnose.prompt_setup import load_prompt_setup
 from mmllm.images import image_size, load_image
@@ -183,7 +183,7 @@ def explain(config_path: Path, overrides: list[str], *, sample: str | None = Non
     split, example, also_in = _find(config.data, sample)
     setup = load_prompt_setup(config.model)
     renderer = setup.renderer
-    if reason := left_out(example, renderer, config.data, max_positions=setup.max_positions):
+    if reason := why_left_out(example, renderer, config.data, max_positions=setup.max_positions):
         raise DataError(f"{example.source}: the run would leave out {example.id}: {reason}")
     transform = _transform(config.model, setup.layout)
     rendered = renderer.render_example(example)
@@ -216,7 +216,7 @@ def _transform(config: ModelConfig, layout: Layout) -> Any:
     if config.checkpoint:
         return VisionLanguageProcessor.from_pretrained(config.checkpoint).image_processor
     assert config.vision
-    return layout.image_processor(load_tower(config.vision).spec, config.vision.fit)
+    return layout.image_processor(load_tower(config.vision).spec, config.vision.image_mode)
 
 
 def _find(data: DataConfig, sample: str | None) -> tuple[str, Example, list[str]]:
@@ -255,7 +255,7 @@ def _near(sample: str, ids: Sequence[str]) -> list[str]:
     return [other for other in heapq.nlargest(5, ids, key=likeness) if 2 * likeness(other) >= len(sample)]
 
 
-def tokenise(rendered: Rendered, image_token_id: int) -> list[Token]:
+def tokenise(rendered: RenderedConversation, image_token_id: int) -> list[Token]:
     """The tokens of a rendered conversation, each with its text, its kind, and whether it has a label."""
     kinds: list[Kind] = ["prompt"] * len(rendered.input_ids)
     for answer in rendered.answers:
@@ -281,7 +281,9 @@ def _words(message: Message, label: str) -> str | None:
     return marked.removeprefix(marks) if marked.startswith(marks) else None
 
 
-def _prompts(renderer: Renderer, example: Example, rendered: Rendered, label: str) -> list[PromptComparison]:
+def _prompts(
+    renderer: Renderer, example: Example, rendered: RenderedConversation, label: str
+) -> list[PromptComparison]:
     """Compares, for each answer, the tokens before it in training with the prompt of a chat that reaches this turn."""
     conversation = Conversation(label=label)
     comparisons: list[PromptComparison] = []

@@ -53,11 +53,13 @@ EXTRAS = {
     "quant": {"bitsandbytes": "8-bit optimizers, QLoRA"},
     "scale": {"deepspeed": "ZeRO", "ninja": "DeepSpeed's kernels"},
     "bench": {"trl": "side-by-side measurements"},
+    "docs": {"mkdocs-material": "the documentation site"},
     "tars": {"webdataset": "tar files of examples"},
     "track": {"tensorboard": "curves in TensorBoard"},
     "trackio": {"trackio": "curves in trackio"},
     "wandb": {"wandb": "curves in Weights & Biases"},
     "dev": {
+        "hatchling": "tests of the wheel",
         "hypothesis": "property tests",
         "mypy": "type checks",
         "playwright": "tests of the page",

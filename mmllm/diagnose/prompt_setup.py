@@ -11,10 +11,10 @@ from mmllm.config import ModelConfig
 from mmllm.model.build import count_image_tokens, fitting_projector
 from mmllm.model.language import load_tokenizer
 from mmllm.model.layout import Layout, new_layout
+from mmllm.model.model_config import VisionLanguageConfig
 from mmllm.model.positions import position_limit_of
 from mmllm.model.processor import VisionLanguageProcessor
 from mmllm.model.vision import load_tower
-from mmllm.model.vlm import VisionLanguageConfig
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,9 @@ def load_prompt_setup(config: ModelConfig) -> PromptSetup:
         assert config.language
         assert config.template
         language = config.language
-        tokenizer = load_tokenizer(language.source, revision=language.revision, add_tokens=language.add_tokens)
+        tokenizer = load_tokenizer(
+            language.source, revision=language.revision, extra_special_tokens=language.extra_special_tokens
+        )
         text_config = AutoConfig.from_pretrained(language.source, revision=language.revision)
         tower = load_tower(config.vision)
         projector = fitting_projector(config.projector, tower, text_config.hidden_size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from mmllm.config import RunConfig
+from mmllm.errors import MmllmError
 
 _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
@@ -19,7 +21,7 @@ LONGEST_WAIT = timedelta(hours=2)  # of a process for another one, which may val
 
 
 def build_accelerator(config: RunConfig) -> Any:
-    """accelerate's Accelerator for this launch. Raises ValueError where fewer processes came up than were asked for."""
+    """accelerate's Accelerator for this launch. Raises MmllmError where fewer processes came up than were asked for."""
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs, patch_environment
 
@@ -27,26 +29,29 @@ def build_accelerator(config: RunConfig) -> Any:
     # mmllm/distributed/strategy.py shards the model itself, on CPU too; accelerate only brings the processes up
     with patch_environment(ACCELERATE_USE_FSDP="false", ACCELERATE_USE_DEEPSPEED="false"):
         accelerator = Accelerator(
-            mixed_precision="bf16" if config.optim.precision == "bf16" else "no",
+            mixed_precision="bf16" if config.compute.precision == "bf16" else "no",
             kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
         )
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != asked:
-        raise ValueError(f"{asked} processes were launched but accelerate runs {accelerator.num_processes}; "
+        raise MmllmError(f"{asked} processes were launched but accelerate runs {accelerator.num_processes}; "
                          "on CPU set ACCELERATE_USE_CPU=true")  # fmt: skip
     return accelerator
 
 
 def all_reduce_sum(accelerator: Any, value: float) -> float:
     """The sum of a number over all ranks."""
-    total = torch.tensor(float(value), dtype=torch.float64, device=_float64_device(accelerator.device))
-    if accelerator.num_processes > 1:
-        torch.distributed.all_reduce(total)
-    return float(total)
+    return all_reduce_sums(accelerator, [value])[0]
 
 
-def _float64_device(device: torch.device) -> torch.device:
-    return torch.device("cpu") if device.type == "mps" else device
+def all_reduce_sums(accelerator: Any, values: Sequence[float]) -> list[float]:
+    """The sum of each number over all ranks, in one exchange."""
+    if accelerator.num_processes == 1:
+        return [float(value) for value in values]
+    totals = torch.tensor([float(one) for one in values], dtype=torch.float64, device=accelerator.device)
+    torch.distributed.all_reduce(totals)
+    sums: list[float] = totals.tolist()
+    return sums
 
 
 _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
@@ -63,12 +68,12 @@ def cores_of_process() -> int:
 
 
 def set_threads(config: RunConfig) -> None:
-    """`num_threads`; or torch's own number, but no more than the cores that this process may use.
+    """`compute.num_threads`; or torch's own number, but no more than the cores that this process may use.
 
     torch counts the machine's cores, of which a container may have a few: threads beyond them wait for each other.
     """
-    if config.num_threads:
-        torch.set_num_threads(config.num_threads)
+    if config.compute.num_threads:
+        torch.set_num_threads(config.compute.num_threads)
     elif torch.get_num_threads() > (cores := cores_of_process()):
         torch.set_num_threads(cores)
 

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mmllm.batching.sampler import rank_items
+from mmllm.batching.sampler import rank_slice
 from mmllm.checkpoint.adapter import file_hash
 from mmllm.distributed.ranks import gather_all
 
 
 def _share(names: list[str], accelerator: Any) -> list[str]:
-    return rank_items(sorted(names), accelerator.process_index, accelerator.num_processes)
+    return rank_slice(sorted(names), accelerator.process_index, accelerator.num_processes)
 
 
 def shard_sums(folder: Path, accelerator: Any) -> dict[str, str]:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmllm.config import ConfigError, OptimConfig
+from mmllm.config import ConfigError, OptimConfig, RunConfig
 from mmllm.optimizers.optim import Parts, build_optimizers, group_norms, set_learning_rates
 
 
@@ -36,9 +36,7 @@ class Strategy:
     has_shards = False  # each rank saves a part of the state
     is_sharded = False
 
-    def __init__(
-        self, accelerator: Any, module: nn.Module, parts: Parts, config: OptimConfig, depths: Mapping[str, int]
-    ):
+    def __init__(self, accelerator: Any, module: nn.Module, parts: Parts, config: RunConfig, depths: Mapping[str, int]):
         self.accelerator, self.config, self.depths = accelerator, config, depths
         self.parts: dict[str, list[tuple[str, nn.Parameter]]] = {part: list(named) for part, named in parts.items()}
         self.optimizers: list[torch.optim.Optimizer] = []
@@ -46,7 +44,7 @@ class Strategy:
 
     def _prepare(self, module: nn.Module) -> nn.Module:
         prepared: nn.Module = self.accelerator.prepare(module)
-        self.optimizers = build_optimizers(module, self.parts, self.config, depths=self.depths)
+        self.optimizers = build_optimizers(module, self.parts, self.config.optim, depths=self.depths)
         return prepared
 
     @property
@@ -61,7 +59,7 @@ class Strategy:
 
     def autocast(self) -> torch.autocast:
         """What accelerate lays around a module's forward under DDP: weights as they are held, computed in bf16."""
-        is_bf16 = self.config.precision == "bf16"
+        is_bf16 = self.config.compute.precision == "bf16"
         return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=is_bf16)
 
     def backward(self, loss: Tensor) -> None:
@@ -70,9 +68,9 @@ class Strategy:
     def set_rates(self, factor: float) -> None:
         set_learning_rates(self.optimizers, factor)
 
-    def clip(self) -> float:
-        """Scales the gradients of the step down to `max_grad_norm`. Gives their norm before that, over all ranks."""
-        return float(torch.nn.utils.clip_grad_norm_(list(self.trained.values()), self.config.max_grad_norm))
+    def clip(self) -> Tensor:
+        """Scales the gradients of the step down to `max_grad_norm`. Gives their norm before, over all ranks: []."""
+        return torch.nn.utils.clip_grad_norm_(list(self.trained.values()), self.config.optim.max_grad_norm)
 
     def gradient_norms(self, groups: Sequence[Sequence[nn.Parameter]]) -> list[float] | None:
         """The gradient's norm over each group of parameters; None where it cannot be known."""

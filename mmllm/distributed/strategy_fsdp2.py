@@ -60,7 +60,7 @@ class FSDP2(Strategy):
     def _prepare(self, module: nn.Module) -> nn.Module:
         from accelerate import FullyShardedDataParallelPlugin
 
-        check_divisible("FSDP2", module, self.config)
+        check_divisible("FSDP2", module, self.config.optim)
         plugin = FullyShardedDataParallelPlugin()
         names = {id(parameter): name for name, parameter in module.named_parameters()}
         device = self.accelerator.device
@@ -80,7 +80,7 @@ class FSDP2(Strategy):
             part: [(name, sharded[names[id(parameter)]]) for name, parameter in named]
             for part, named in self.parts.items()
         }
-        self.optimizers = build_optimizers(module, self.parts, self.config, depths=self.depths)
+        self.optimizers = build_optimizers(module, self.parts, self.config.optim, depths=self.depths)
         return module
 
     @contextlib.contextmanager
@@ -90,9 +90,9 @@ class FSDP2(Strategy):
         with self.autocast():
             yield
 
-    def clip(self) -> float:
-        norm = torch.nn.utils.clip_grad_norm_(list(self.trained.values()), self.config.max_grad_norm)
-        return float(_whole(norm))
+    def clip(self) -> Tensor:
+        norm = torch.nn.utils.clip_grad_norm_(list(self.trained.values()), self.config.optim.max_grad_norm)
+        return _whole(norm)
 
     def gradient_norms(self, groups: Sequence[Sequence[nn.Parameter]]) -> list[float] | None:
         total = torch.zeros(len(groups), device=self.accelerator.device)

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mmllm.config import ConfigError
@@ -34,26 +35,27 @@ class ZeRO(Strategy):
             raise ConfigError("ZeRO needs DeepSpeed: install mmllm[scale]") from error
         from accelerate import DeepSpeedPlugin
 
-        check_divisible("ZeRO", module, self.config)
+        check_divisible("ZeRO", module, self.config.optim)
         settings = DeepSpeedPlugin().deepspeed_config
         self.stage = int(settings["zero_optimization"]["stage"])
         self.is_sharded = self.stage == 3
         if self.is_sharded and hasattr(module, "always_runs_tower"):
             conversations: Any = module
             conversations.always_runs_tower = True  # its weights are divided as well, also where it is frozen
+        compute = self.config.compute
         settings = {
             **settings,
-            "train_micro_batch_size_per_gpu": self.config.batch_size,
-            "gradient_accumulation_steps": self.config.accumulate_steps,
-            "train_batch_size": self.config.batch_size * self.config.accumulate_steps * self.accelerator.num_processes,
-            "gradient_clipping": self.config.max_grad_norm,
+            "train_micro_batch_size_per_gpu": compute.batch_size,
+            "gradient_accumulation_steps": compute.accumulate_steps,
+            "train_batch_size": compute.batch_size * compute.accumulate_steps * self.accelerator.num_processes,
+            "gradient_clipping": self.config.optim.max_grad_norm,
             "bf16": {"enabled": False},  # see `autocast`
             "zero_optimization": {**settings["zero_optimization"], "memory_efficient_linear": False},
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 10**9,
         }
-        (optimizer,) = self.optimizers = build_optimizers(module, self.parts, self.config, depths=self.depths)
+        (optimizer,) = self.optimizers = build_optimizers(module, self.parts, self.config.optim, depths=self.depths)
         module.to(self.accelerator.device)
         self.engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=settings, dist_init_required=False
@@ -75,11 +77,11 @@ class ZeRO(Strategy):
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss, scale_wrt_gas=False)
 
-    def clip(self) -> float:
+    def clip(self) -> Tensor:
         """The engine clips and steps in one: this is where the update is made."""
         self.engine.step()
         norm = self.engine.get_global_grad_norm()
-        return math.nan if norm is None else float(norm)
+        return torch.as_tensor(math.nan if norm is None else norm)
 
     def gradient_norms(self, groups: Sequence[Sequence[nn.Parameter]]) -> list[float] | None:
         return None

@@ -9,7 +9,7 @@ from typing import Any
 
 from mmllm.batch import picture_marks
 from mmllm.evaluation.tasks import CAPTION, Question, TaskError
-from mmllm.scenes.tell import fact_counts
+from mmllm.scenes.captions import fact_counts
 from mmllm.scenes.world import Scene
 
 TASKS: dict[str, Path] = {

@@ -1,4 +1,4 @@
-"""The tasks of `log.tasks`, of which each validation asks a few questions, so that it stays short."""
+"""What `validation.tasks` asks at each validation: a few of a task's questions, so that a validation stays short."""
 
 from __future__ import annotations
 

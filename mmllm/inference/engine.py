@@ -16,7 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from mmllm.batch import Example, ImageSource, PreparedImage
-from mmllm.chat.renderer import Rendered
+from mmllm.chat.conversation import Conversation
+from mmllm.chat.renderer import RenderedConversation
 from mmllm.checkpoint.folder import load_checkpoint, stored_dtypes
 from mmllm.checkpoint.generation_settings import end_token_ids
 from mmllm.checkpoint.golden import require_golden
@@ -31,7 +32,17 @@ from mmllm.model.vlm import VisionLanguageModel
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a reply is chosen. `temperature` 0 is greedy; `seed` makes a sampled reply repeatable."""
+    """How a reply is chosen. `temperature` 0 is greedy; `seed` makes a sampled reply repeatable.
+
+    Raises MmllmError for a value that is out of range.
+
+    Example:
+        import mmllm
+
+        model = mmllm.load("runs/tiny/stage2")
+        sampling = mmllm.Sampling(temperature=0.7, top_p=0.9, max_new_tokens=32, seed=1)
+        print(model.ask("Describe the picture.", ["data/scenes/val/images/000003.png"], sampling).text)
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -52,7 +63,19 @@ GREEDY = Sampling()
 
 @dataclass(frozen=True)
 class Reply:
-    """A reply, whole or as far as it is written; `finish_reason` is None until it is whole."""
+    """A reply, or what there is of it so far: then `finish_reason` is None.
+
+    `finish_reason` is `end` where the model ended its answer, `length` where `max_new_tokens` did, and `stopped` where
+    the caller did.
+
+    Example:
+        import mmllm
+
+        model = mmllm.load("runs/tiny/stage2")
+        reply = model.ask("Describe the picture.", ["data/scenes/val/images/000003.png"])
+        if reply.finish_reason == "length":
+            print("cut off after", reply.num_new_tokens, "tokens")
+    """
 
     text: str
     finish_reason: Literal["end", "length", "stopped"] | None
@@ -80,7 +103,20 @@ class _Streamer:
 
 
 class Engine:
-    """A model, its processor and its renderer. One generation at a time; safe to call from several threads."""
+    """A model, its processor and its renderer. One generation at a time; safe to call from several threads.
+
+    `mmllm.load` makes one. `ask` answers one question, `reply` and `reply_batch` answer conversations, `stream` yields
+    the answer as it is written.
+
+    Example:
+        import mmllm
+
+        model = mmllm.load("runs/tiny/stage2")
+        talk = mmllm.Conversation(label=model.picture_label)
+        question = talk.ask("Describe the picture.", ["data/scenes/val/images/000003.png"])
+        for reply in model.stream(question, mmllm.Sampling(max_new_tokens=16)):
+            print(reply.text)
+    """
 
     def __init__(self, model: VisionLanguageModel, processor: VisionLanguageProcessor, *, name: str):
         self.model, self.processor, self.name = model, processor, name
@@ -130,7 +166,7 @@ class Engine:
         """The picture as the vision tower sees it: resized, cropped or padded, values back in 0-255."""
         return preview(self.processor.image_layout, self.processor.image_processor, self.prepare(image))
 
-    def inputs(self, rendered: Sequence[Rendered], images: Sequence[ImageSource]) -> dict[str, Tensor]:
+    def inputs(self, rendered: Sequence[RenderedConversation], images: Sequence[ImageSource]) -> dict[str, Tensor]:
         """Prompts padded on the left, whatever the tokenizer says, and their pictures one behind the other."""
         device = self.model.device
         longest = max(len(one.input_ids) for one in rendered)
@@ -144,7 +180,7 @@ class Engine:
             inputs |= {name: value.to(device) for name, value in self.processor.load_pixels(images).items()}
         return inputs
 
-    def _render(self, example: Example, sampling: Sampling) -> Rendered:
+    def _render(self, example: Example, sampling: Sampling) -> RenderedConversation:
         if not example.messages or example.messages[-1].role != "user":
             raise MmllmError("the last message must be the user's: there is nothing to answer")
         rendered = self.renderer.render_example(example)
@@ -222,6 +258,14 @@ class Engine:
         if ids and ids[-1] in self.end_token_ids:
             return "end"
         return "stopped" if stop is not None and stop.is_set() else "length"
+
+    def ask(self, question: str, pictures: Sequence[ImageSource | Path] = (), sampling: Sampling = GREEDY) -> Reply:
+        """The reply to one question about pictures: paths, the bytes of files, or Pillow's images.
+
+        Raises MmllmError for a question without words, ImageError for a picture that cannot be read.
+        """
+        images = [str(picture) if isinstance(picture, Path) else picture for picture in pictures]
+        return self.reply(Conversation(label=self.picture_label).ask(question, images), sampling)
 
     def reply(self, example: Example, sampling: Sampling = GREEDY) -> Reply:
         """The whole reply to one conversation."""

@@ -45,8 +45,8 @@ def export_hf(model: str | Path, out: str | Path) -> TransformersComparison:
         layout = engine.model.layout
         if isinstance(layout, Native):
             raise ExportError(
-                "pictures: this model takes them in their own aspect ratio (fit: native), which neither Llava nor "
-                "LlavaNext does"
+                "pictures: this model sees them in their own aspect ratio (image_mode: native), which neither Llava "
+                "nor LlavaNext does"
             )
         encoder = encoder_in_transformers(engine.model.vision_tower)
         projector, activation = projector_in_llava(engine.model.projector)

@@ -262,8 +262,8 @@ def _layout(config: Any, transform: Any, source: str) -> VisionConfig:
             )
         return tiled_layout(source, sizes, int(config.vision_config.image_size))
     if getattr(transform, "do_pad", False):
-        return VisionConfig(source=source, fit="pad")
-    return VisionConfig(source=source, fit="square" if getattr(transform, "do_center_crop", False) else "stretch")
+        return VisionConfig(source=source, image_mode="pad")
+    return VisionConfig(source=source, image_mode="crop" if getattr(transform, "do_center_crop", False) else "stretch")
 
 
 def _projector(theirs: Any, activation: str, width: int) -> tuple[Projector, ProjectorConfig]:

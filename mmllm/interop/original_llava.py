@@ -86,7 +86,7 @@ def read_original(folder: Path, config: dict[str, Any], *, vision: str | None, b
     }
     layout = _layout(folder, config, tower)
     newline = next((value for key, value in weights.items() if key.endswith(NEWLINE)), None)
-    if layout.fit == "tiles" and newline is None:
+    if layout.image_mode == "anyres" and newline is None:
         raise ModelImportError(f"{folder} cuts pictures into tiles but lacks the weight {NEWLINE}")
     return ModelParts(tower, projector, projector_config, language_model, tokenizer, layout, None, origin, newline)
 
@@ -95,7 +95,7 @@ def _layout(folder: Path, config: dict[str, Any], tower: VisionTower) -> VisionC
     """How the model lays out pictures. LLaVA lists the sizes of tiled pictures as [width, height]."""
     aspect, side = str(config.get("image_aspect_ratio")), tower.spec.image_size_px
     if aspect != "anyres":
-        return VisionConfig(source=tower.spec.source, fit="pad" if aspect == "pad" else "square")
+        return VisionConfig(source=tower.spec.source, image_mode="pad" if aspect == "pad" else "crop")
     sizes: Any = config.get("image_grid_pinpoints")
     try:
         listed = ast.literal_eval(sizes) if isinstance(sizes, str) else sizes
@@ -128,7 +128,7 @@ def _tower(folder: Path, config: dict[str, Any], vision: str | None) -> VisionTo
     name = vision or f"transformers:{config.get('mm_vision_tower')}"
     layer = int(config.get("mm_vision_select_layer", -2))
     try:
-        return load_tower(VisionConfig(source=name, layer=layer))
+        return load_tower(VisionConfig(source=name, feature_layer=layer))
     except ConfigError as error:
         raise ModelImportError(
             f"{folder} names the vision tower {config.get('mm_vision_tower')!r}: {error}. Give a folder that has it, "

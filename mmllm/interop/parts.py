@@ -48,7 +48,7 @@ def tiled_layout(source: str, sizes: Sequence[Sequence[int]], side: int) -> Visi
     if wrong := [list(pair) for pair in sizes if any(value % side or value < side for value in pair)]:
         raise ModelImportError(f"{source} resizes pictures to {wrong[0]} pixels, which views of {side} do not fill")
     grids = tuple((height // side, width // side) for height, width in sizes)
-    return VisionConfig(source=source, fit="tiles", tile_grids=grids)
+    return VisionConfig(source=source, image_mode="anyres", tile_grids=grids)
 
 
 def main_dtype(weights: Mapping[str, Tensor]) -> torch.dtype:

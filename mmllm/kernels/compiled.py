@@ -40,5 +40,5 @@ def use_liger(language_model: Any) -> None:
 
     base = language_model.get_base_model() if hasattr(language_model, "peft_config") else language_model
     if base.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
-        raise ConfigError(f"optim.liger: there are no kernels for {base.config.model_type}; leave it out")
+        raise ConfigError(f"compute.liger: there are no kernels for {base.config.model_type}; leave it out")
     _apply_liger_kernel_to_instance(model=base, cross_entropy=False, fused_linear_cross_entropy=False)

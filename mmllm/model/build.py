@@ -9,12 +9,14 @@ from torch import Tensor
 
 from mmllm.batch import IMAGE_TOKEN, PICTURE_LABEL, TEXT_ENCODING
 from mmllm.config import ConfigError, ModelConfig, ProjectorConfig, VisionConfig
-from mmllm.model.language import check_backbone, find_architecture, load_language
+from mmllm.model.capabilities import check_backbone
+from mmllm.model.language import find_architecture, load_language
 from mmllm.model.layout import new_layout
+from mmllm.model.model_config import VisionLanguageConfig
 from mmllm.model.processor import VisionLanguageProcessor
 from mmllm.model.tower import VisionTower
 from mmllm.model.vision import load_tower
-from mmllm.model.vlm import VisionLanguageConfig, VisionLanguageModel
+from mmllm.model.vlm import VisionLanguageModel
 from projector import Projector, build_projector
 
 
@@ -71,7 +73,7 @@ def join_parts(
     image_newline: Tensor | None = None,
     picture_label: str | None = None,
 ) -> tuple[VisionLanguageModel, VisionLanguageProcessor]:
-    """The model of these parts, none of them copied, and the processor beside it. Of `vision`, `fit` is read."""
+    """The model of these parts, none of them copied, and the processor beside it. Of `vision`, `image_mode` is read."""
     num_image_tokens = count_image_tokens(tower, projector)
     layout = new_layout(vision, tower, projector, num_image_tokens)
     config = VisionLanguageConfig(
@@ -85,7 +87,7 @@ def join_parts(
     model = VisionLanguageModel.assemble(config, tower, projector, language_model, image_newline=image_newline)
     check_backbone(model)
     processor = VisionLanguageProcessor(
-        layout.image_processor(tower.spec, vision.fit),
+        layout.image_processor(tower.spec, vision.image_mode),
         tokenizer,
         chat_template=tokenizer.chat_template,
         template=template,

@@ -1,32 +1,27 @@
 """The LLM backbone and its tokenizer: any AutoModelForCausalLM, with `<image>` as a real token of the vocabulary.
 
 What can be known without loading weights is checked before they are loaded: the folder or repository, the
-architecture, its attention. `check_backbone` tries the rest on the model that was built.
+architecture, its attention. `check_backbone` of capabilities.py tries the rest on the model that was built.
 """
 
 from __future__ import annotations
 
-import math
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import __version__ as transformers_version
 
 from mmllm.batch import IMAGE_TOKEN
 from mmllm.config import ConfigError, LanguageConfig
 from mmllm.kernels.attention import caps_scores, keep_score_cap
 from mmllm.model.hub import check_source, quiet_transformers
-from mmllm.model.probing import HALF_TYPES, held_in_float32, probing, spread_of
-from mmllm.model.vlm import VisionLanguageModel
 
 PLAIN_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")  # all there is to them is in tokenizer.json
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# How far logits that should be equal may lie apart, as a share of the largest. The 16-bit types round at every step.
-_TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.1}
 # What an architecture that cannot do what is asked of it answers with.
 _FAILURES = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
@@ -46,12 +41,12 @@ def _read_tokenizer(source: str, revision: str | None) -> Any:
         raise ConfigError(f"model.language.source: no tokenizer at {source}: {error}") from error
 
 
-def load_tokenizer(source: str, *, revision: str | None = None, add_tokens: Sequence[str] = ()) -> Any:
-    """The tokenizer, with `<image>` and `add_tokens` as special tokens, and padding that is not the end token."""
+def load_tokenizer(source: str, *, revision: str | None = None, extra_special_tokens: Sequence[str] = ()) -> Any:
+    """The tokenizer, with `<image>` and these special tokens, and with padding that is not the end token."""
     tokenizer = _read_tokenizer(source, revision)
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
-    tokenizer.add_tokens(list(add_tokens), special_tokens=True)
+    tokenizer.add_tokens(list(extra_special_tokens), special_tokens=True)
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer of {source} has no end token, so answers could never stop; give it one")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
@@ -143,11 +138,13 @@ def grow_vocabulary(model: Any, num_tokens: int, new_ids: Sequence[int], multipl
 def load_language(config: LanguageConfig) -> tuple[Any, Any]:
     """(causal LM in `config.dtype` on the CPU, tokenizer), with a row for every token of it.
 
-    `model.config.trained_token_ids` are those of `add_tokens`: LoRA trains their rows, and no others.
+    `model.config.trained_token_ids` are those of `extra_special_tokens`: LoRA trains their rows, and no others.
     """
     architecture: Any = find_architecture(config)
     known = set(_read_tokenizer(config.source, config.revision).get_vocab().values())
-    tokenizer = load_tokenizer(config.source, revision=config.revision, add_tokens=config.add_tokens)
+    tokenizer = load_tokenizer(
+        config.source, revision=config.revision, extra_special_tokens=config.extra_special_tokens
+    )
     try:
         with quiet_transformers():
             model, report = architecture.from_pretrained(
@@ -172,7 +169,7 @@ def load_language(config: LanguageConfig) -> tuple[Any, Any]:
     keep_score_cap(model)
     new_ids = sorted(set(tokenizer.get_vocab().values()) - known)
     fit_vocabulary(model, tokenizer, new_ids=new_ids, multiple=config.vocab_multiple)
-    model.config.trained_token_ids = [tokenizer.convert_tokens_to_ids(token) for token in config.add_tokens]
+    model.config.trained_token_ids = [tokenizer.convert_tokens_to_ids(token) for token in config.extra_special_tokens]
     return model, tokenizer
 
 
@@ -188,72 +185,6 @@ def _set_padding(model: Any, pad_token_id: int) -> None:
     embedding = model.get_input_embeddings()
     if embedding.padding_idx is not None:
         embedding.padding_idx = pad_token_id
-
-
-def check_backbone(model: VisionLanguageModel) -> None:
-    """Raises ConfigError for an LLM that answers otherwise from embeddings, in a padded batch, or with its cache.
-
-    Tried on a few tokens: architectures do not say what they do with padding, and a wrong answer is no error. Tried in
-    the precision that the LLM is held in; where that rounds too coarsely to tell, its answers in fp32 decide.
-    """
-    name = type(model.language_model).__name__
-    try:
-        with quiet_transformers(), probing(model):
-            other = _beyond(_TOLERANCES[model.dtype], _spreads(model))
-            if other and model.dtype in HALF_TYPES and math.isfinite(other[1]):
-                with held_in_float32(model):
-                    other = _beyond(_TOLERANCES[torch.float32], _spreads(model))
-    except _FAILURES as error:
-        raise ConfigError(f"model.language: {name} cannot be used here: {error}; choose another LLM") from error
-    if other:
-        raise ConfigError(
-            f"model.language: {name} answers otherwise {other[0]} than alone: its logits differ by {other[1]:.1%} of "
-            "the largest, so training or generation would be wrong; choose another LLM"
-        )
-
-
-def _beyond(tolerance: float, spreads: dict[str, float]) -> tuple[str, float] | None:
-    return next(((how, spread) for how, spread in spreads.items() if not spread <= tolerance), None)
-
-
-def _spreads(model: VisionLanguageModel) -> dict[str, float]:
-    """How far an LLM's logits are from those of the same tokens alone, by the way in which it is asked."""
-    ends = model.config.text_config.eos_token_id
-    special = {model.config.image_token_id, *(ends if isinstance(ends, list) else [ends])}
-    words = [index for index in range(model.config.text_config.vocab_size) if index not in special][:9]
-    long, short, follow = torch.tensor([words[:6]]), torch.tensor([words[3:6]]), words[6:]
-    padding = torch.full((1, 3), words[0])
-    mask = torch.tensor([[1] * 6, [1] * 3 + [0] * 3])
-    plain = [model.language_model(input_ids=ids, use_cache=False).logits for ids in (long, short)]
-    right = torch.cat([long, torch.cat([short, padding], 1)])
-    padded = model(input_ids=right, attention_mask=mask, use_cache=False).logits
-    alone = torch.cat([_follow(model, ids, None, follow, use_cache=False) for ids in (long, short)])
-    cached = torch.cat([_follow(model, ids, None, follow, use_cache=True) for ids in (long, short)])
-    left = torch.cat([long, torch.cat([padding, short], 1)])
-    return {
-        "from embeddings": spread_of(plain[0], model(input_ids=long, use_cache=False).logits),
-        "in a batch that is padded on the right": spread_of(plain[1], padded[1:, :3]),
-        "with its cache": spread_of(alone, cached),
-        "in a batch that is padded on the left": spread_of(
-            alone, _follow(model, left, mask.flip(1), follow, use_cache=True)
-        ),
-    }
-
-
-def _follow(model: Any, ids: Tensor, mask: Tensor | None, follow: Sequence[int], *, use_cache: bool) -> Tensor:
-    """Logits [B, T, V] while generation is made to say these tokens."""
-    start = ids.shape[1]
-    out = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids) if mask is None else mask,
-        prefix_allowed_tokens_fn=lambda _, so_far: [follow[len(so_far) - start]],
-        max_new_tokens=len(follow),
-        do_sample=False,
-        use_cache=use_cache,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    return torch.stack(out.logits, 1)
 
 
 def decoder_layers(language_model: Any) -> list[nn.Module]:

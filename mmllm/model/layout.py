@@ -50,6 +50,12 @@ class Layout:
         """Tokens of a picture of this shape."""
         return self.num_view_tokens
 
+    def shapes(self, image_sizes: Tensor | None) -> list[Pair]:
+        """`image_sizes` [N, 2] as pairs; none where tokens do not depend on them. Raises ValueError where they lack."""
+        if image_sizes is None and self.has_newline:
+            raise ValueError(f"pictures laid out as {self.kind} need image_sizes beside pixel_values")
+        return [] if image_sizes is None else [(int(one), int(two)) for one, two in image_sizes.tolist()]
+
     def inputs(self, processed: Mapping[str, Any]) -> dict[str, Any]:
         """What the model takes of what the image processor gives."""
         return {"pixel_values": processed["pixel_values"]}
@@ -87,15 +93,15 @@ class Layout:
         tokens: Tensor = projector(features)
         return tokens.flatten(0, 1)
 
-    def image_processor(self, spec: TowerSpec, fit: str) -> Any:
-        """The tower's transform: `square` crops, `pad` pads with the mean color, `stretch` ignores the aspect."""
+    def image_processor(self, spec: TowerSpec, image_mode: str) -> Any:
+        """The tower's transform: `crop` cuts the middle out, `pad` pads with the mean color, `stretch` squeezes."""
         from transformers import LlavaImageProcessor
 
         side = {"height": spec.image_size_px, "width": spec.image_size_px}
         return LlavaImageProcessor(
-            do_pad=fit == "pad",
-            size={"shortest_edge": spec.image_size_px} if fit == "square" else side,
-            do_center_crop=fit == "square",
+            do_pad=image_mode == "pad",
+            size={"shortest_edge": spec.image_size_px} if image_mode == "crop" else side,
+            do_center_crop=image_mode == "crop",
             crop_size=side,
             **_normalisation(spec),
         )
@@ -190,7 +196,7 @@ class Tiles(Layout):
         lines = torch.cat([grid, newline[:, None, None].expand(-1, grid.shape[1], 1)], 2)
         return torch.cat([views[0], lines.flatten(1).T])
 
-    def image_processor(self, spec: TowerSpec, fit: str) -> Any:
+    def image_processor(self, spec: TowerSpec, image_mode: str) -> Any:
         from transformers import LlavaNextImageProcessor
 
         side = self.view_size_px
@@ -287,7 +293,7 @@ class Native(Layout):
             found.update(zip(numbers, lines.flatten(1, 2), strict=True))
         return torch.cat([found[number] for number in range(len(shapes))])
 
-    def image_processor(self, spec: TowerSpec, fit: str) -> Any:
+    def image_processor(self, spec: TowerSpec, image_mode: str) -> Any:
         from transformers import Siglip2ImageProcessor
 
         return Siglip2ImageProcessor(patch_size=self.unit_px, max_num_patches=self.max_tokens, **_normalisation(spec))
@@ -345,15 +351,15 @@ def build_layout(num_view_tokens: int, values: Mapping[str, Any] | None) -> Layo
 
 def new_layout(config: VisionConfig, tower: VisionTower, projector: Projector, num_view_tokens: int) -> Layout:
     """The layout of a run's settings. Raises ConfigError where tower or projector cannot do it."""
-    if config.fit not in ("tiles", "native"):
+    if config.image_mode not in ("anyres", "native"):
         return Layout(num_view_tokens)
     side, stride = tower.spec.image_size_px, projector.token_stride
     if stride is None:
         raise ConfigError(
-            f"model.vision.fit: {config.fit} needs tokens that stand where their patches are, which those of this "
-            "projector do not; take mlp, linear, downsample, or c_abstractor without num_tokens"
+            f"model.vision.image_mode: {config.image_mode} needs tokens that stand where their patches are, which "
+            "those of this projector do not; take mlp, linear, downsample, or c_abstractor without num_tokens"
         )
-    if config.fit == "tiles":
+    if config.image_mode == "anyres":
         return Tiles(num_view_tokens, side, config.tile_grids or NEXT_GRIDS)
     patches = math.isqrt(tower.num_patches)
     layout = Native(num_view_tokens, side // patches, stride, config.max_image_tokens or num_view_tokens)
@@ -374,6 +380,7 @@ def _try_native(layout: Native, tower: VisionTower) -> None:
         found = str(error).splitlines()[0]
     if found != (wanted := rows * columns * layout.token_stride**2):
         raise ConfigError(
-            f"model.vision.fit: native needs a tower that takes pictures of any shape, and {tower.spec.source} does "
-            f"not: of {height} x {width} pixels it gives {found}, where {wanted} patches are due; take fit: tiles"
+            f"model.vision.image_mode: native needs a tower that takes pictures of any shape, and {tower.spec.source} "
+            f"does not: of {height} x {width} pixels it gives {found}, where {wanted} patches are due; "
+            "take image_mode: anyres"
         )

@@ -71,7 +71,7 @@ class VisionTower(nn.Module):
         """
         if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.modules()):
             raise ConfigError(
-                f"optim.gradient_checkpointing: the encoder of {self.spec.source} has batch norm, which would count "
+                f"compute.gradient_checkpointing: the encoder of {self.spec.source} has batch norm, which would count "
                 "every batch twice; take vision out of the list"
             )
         for block in self.blocks():
@@ -81,7 +81,9 @@ class VisionTower(nn.Module):
         """The layers to read, counted from 0. Raises ConfigError where there is no such layer."""
         for layer in self.spec.layers:
             if not -num_layers <= layer < 0:
-                raise ConfigError(f"model.vision.layer: {layer} is not a layer; this tower has -{num_layers} to -1")
+                raise ConfigError(
+                    f"model.vision.feature_layer: {layer} is not a layer; this tower has -{num_layers} to -1"
+                )
         return [num_layers + layer for layer in self.spec.layers]
 
     @torch.no_grad()
@@ -120,5 +122,5 @@ def concatenate(maps: Sequence[Tensor]) -> Tensor:
     """Layers' outputs [N, P, width] side by side. Raises ConfigError where their grids differ."""
     if len({one.shape[1] for one in maps}) > 1:
         counts = ", ".join(str(one.shape[1]) for one in maps)
-        raise ConfigError(f"model.vision.layer: these layers have {counts} patches; read layers of one size")
+        raise ConfigError(f"model.vision.feature_layer: these layers have {counts} patches; read layers of one size")
     return torch.cat(list(maps), dim=2) if len(maps) > 1 else maps[0]

@@ -199,7 +199,7 @@ def _spec(config: TowerConfig, model_cfg: dict[str, Any], clip: Any) -> TowerSpe
     kept["vision_cfg"]["image_size"] = side
     return TowerSpec(
         model_cfg=kept,
-        layer=config.layer,
+        layer=config.feature_layer,
         image_size_px=side,
         mean=tuple(preprocess["mean"]),
         std=tuple(preprocess["std"]),

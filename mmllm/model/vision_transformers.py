@@ -140,7 +140,7 @@ def load_transformers_tower(config: TowerConfig) -> TransformersTower:
         )
     side = config.image_size_px or _image_size(transform, encoder_config)
     source = config.source + (f"@{config.revision}" if config.revision else "")
-    spec = transformers_spec(encoder_config, transform, layer=config.layer, image_size_px=side, source=source)
+    spec = transformers_spec(encoder_config, transform, layer=config.feature_layer, image_size_px=side, source=source)
     weights = encoder.state_dict()
     if (positions := _positions(encoder, side)) is not None:
         spec.model_cfg["image_size"] = side

@@ -47,17 +47,22 @@ def parameter_rates(
 ) -> dict[str, float]:
     """The peak learning rate of every trained parameter by its name.
 
-    That of `rates_of`, or else its part's (`matrices`, which Muon takes, have their own), times `layer_decay` for each
-    layer between it and the top of its part, as in BEiT (https://arxiv.org/abs/2106.08254). Raises ConfigError.
+    That of `learning_rate_overrides`, or else its part's (`matrices`, which Muon takes, have their own), times
+    `layer_decay` for each layer between it and the top of its part, as in BEiT (https://arxiv.org/abs/2106.08254).
+    Raises ConfigError.
     """
     names = [name for named in parts.values() for name, _ in named]
-    special = match(list(config.rates_of), names, setting="optim.rates_of")
+    special = match(list(config.learning_rate_overrides), names, setting="optim.learning_rate_overrides")
     rates = {}
     for part, named in parts.items():
         decay = config.layer_decay if isinstance(config.layer_decay, float) else config.layer_decay.get(part, 1.0)
         for name, parameter in named:
-            rate = config.matrix_learning_rate if id(parameter) in matrices else config.learning_rates[part]
-            rates[name] = config.rates_of[special[name]] if name in special else rate * decay ** depths.get(name, 0)
+            rate = config.muon_learning_rate if id(parameter) in matrices else config.learning_rates[part]
+            rates[name] = (
+                config.learning_rate_overrides[special[name]]
+                if name in special
+                else rate * decay ** depths.get(name, 0)
+            )
     return rates
 
 
@@ -107,7 +112,7 @@ def _adamw(kind: str) -> Any:
     ]
 
 
-def rate_factor(step: int, config: OptimConfig) -> float:
+def lr_multiplier(step: int, config: OptimConfig) -> float:
     """Linear warm-up from zero, a plateau, then a cosine to zero over the last `decay_fraction` of the run."""
     warmup_steps = max(1, round(config.warmup_fraction * config.max_steps))
     if step < warmup_steps:

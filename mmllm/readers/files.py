@@ -1,4 +1,4 @@
-"""Data files wherever they are: local paths and fsspec URLs, patterns of several files, pictures inside them."""
+"""Data files: local paths and fsspec URLs, patterns of several files, and pictures inside data files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from mmllm.errors import MmllmError
 
-SAMPLED_BLOCKS = 1024  # of large files, read to tell their contents from others
+SAMPLED_BLOCKS = 1024  # blocks of a source's files that its fingerprint reads
 BLOCK_BYTES = 1 << 20
 
 
@@ -24,14 +24,17 @@ class RowError(MmllmError):
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A picture inside a data file, or behind a URL: `read` gives its bytes, when they are needed."""
+class LazyImage:
+    """A picture inside a data file or behind a URL, whose bytes are read only when they are needed.
+
+    In tables any column of bytes is one: whether it is a picture shows later.
+    """
 
     name: str
     read: Callable[[], bytes] = field(compare=False)
 
     def load(self) -> bytes:
-        """The picture's bytes. Raises RowError where they cannot be had."""
+        """The picture's bytes. Raises RowError where they cannot be read."""
         try:
             return self.read()
         except OSError as error:
@@ -39,7 +42,7 @@ class Stored:
 
 
 def is_url(path: str) -> bool:
-    """Whether fsspec is needed: `s3://`, `memory://`, `zip://...::` and the like. A plain path needs it not."""
+    """Whether fsspec is needed: for `s3://`, `memory://`, `zip://...::` and the like, but not for a plain path."""
     return "://" in path
 
 
@@ -49,7 +52,7 @@ def local_path(path: str) -> str:
 
 
 def filesystem(path: str) -> tuple[Any, str]:
-    """fsspec's file system of a URL, and the path there. Raises DataError with the name of a missing package."""
+    """(fsspec's file system, path in it) of a URL. Raises DataError, with the name of a package that is missing."""
     from fsspec.core import url_to_fs
 
     try:
@@ -57,12 +60,12 @@ def filesystem(path: str) -> tuple[Any, str]:
     except ImportError as error:
         raise DataError(f"{path} needs a package that is not installed: {error}") from error
     except ValueError as error:
-        raise DataError(f"{path} has an address that fsspec does not know: {error}") from error
+        raise DataError(f"{path} is a URL that fsspec does not know: {error}") from error
     return fs, inner
 
 
 def open_file(path: str) -> IO[bytes]:
-    """A data file for reading. Raises DataError where it is not there or may not be read."""
+    """A data file for reading. Raises DataError where it does not exist or may not be read."""
     try:
         if is_url(path):
             fs, inner = filesystem(path)
@@ -72,11 +75,11 @@ def open_file(path: str) -> IO[bytes]:
     except FileNotFoundError as error:
         raise DataError(f"no data file at {path}; check `path` of this source (now in {Path.cwd()})") from error
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror or error}); check the path and its rights") from error
+        raise DataError(f"{path} cannot be read ({error.strerror or error}); check the path and permissions") from error
 
 
 def read_range(path: str, start: int = 0, end: int | None = None) -> bytes:
-    """The bytes of a file from `start` to before `end`. Raises OSError."""
+    """The bytes of a file from `start` up to `end`, exclusive. Raises OSError."""
     if is_url(path):
         fs, inner = filesystem(path)
         data: bytes = fs.cat_file(inner, start=start, end=end)
@@ -86,9 +89,9 @@ def read_range(path: str, start: int = 0, end: int | None = None) -> bytes:
         return file.read(-1 if end is None else end - start)
 
 
-def stored_part(path: str, start: int, size: int, name: str) -> Stored:
-    """A picture that stands in a file without compression, such as in a tar."""
-    return Stored(name, functools.partial(read_range, path, start, start + size))
+def lazy_image_at(path: str, start: int, size: int, name: str) -> LazyImage:
+    """A picture that is stored uncompressed inside a file, such as a tar."""
+    return LazyImage(name, functools.partial(read_range, path, start, start + size))
 
 
 def is_folder(path: str) -> bool:
@@ -98,32 +101,32 @@ def is_folder(path: str) -> bool:
     return Path(path).is_dir()
 
 
-def _exists(path: str) -> bool:
+def _is_file(path: str) -> bool:
     if is_url(path):
         fs, inner = filesystem(path)
         return bool(fs.isfile(inner))
     return Path(path).is_file()
 
 
-def join(folder: str, name: str) -> str:
+def join_path(folder: str, name: str) -> str:
     """A path inside a folder or under a URL; an absolute local path stays as it is."""
     return f"{folder.rstrip('/')}/{name}" if is_url(folder) else str(Path(folder) / name)
 
 
-def parent(path: str) -> str:
-    """The folder that a file, or all files of a pattern, are in."""
-    whole = path
-    while "{" in path or "*" in path or path == whole:
+def parent_folder(path: str) -> str:
+    """The folder of a file, or of all files of a pattern."""
+    original = path
+    while "{" in path or "*" in path or path == original:
         path = path.rpartition("/")[0] if is_url(path) else str(Path(path).parent)
     return path
 
 
 def list_folder(folder: str, *, recursive: bool = False) -> list[str]:
-    """The files of a folder, sorted, as paths from there."""
+    """The files of a folder, sorted, as paths relative to it."""
     if is_url(folder):
         fs, inner = filesystem(folder)
-        found = fs.find(inner, maxdepth=None if recursive else 1)
-        names = [str(path).removeprefix(str(inner)).lstrip("/") for path in found]
+        paths = fs.find(inner, maxdepth=None if recursive else 1)
+        names = [str(path).removeprefix(str(inner)).lstrip("/") for path in paths]
     else:
         root = Path(folder)
         names = [
@@ -132,46 +135,46 @@ def list_folder(folder: str, *, recursive: bool = False) -> list[str]:
     return sorted(names)
 
 
-def expand(path: str) -> list[str]:
-    """The files that a path names: itself, those of a brace pattern `{000..123}`, or those of a `*`, sorted.
+def matching_files(path: str) -> list[str]:
+    """The files that a path stands for: itself, those of a brace pattern `{000..123}`, or those of a `*`, sorted.
 
-    Raises DataError where there is none.
+    Raises DataError where there is no file, or one of a brace pattern is missing.
     """
     try:
-        if _exists(path):
+        if _is_file(path):
             return [path]
-        paths = _braces(path) if "{" in path else [path]
-        files = [file for one in paths for file in (_glob(one) if "*" in one else [one])]
-        missing = [file for file in files if not _exists(file)]
+        paths = _expand_braces(path) if "{" in path else [path]
+        files = [file for each in paths for file in (_expand_stars(each) if "*" in each else [each])]
+        missing = [file for file in files if not _is_file(file)]
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror or error}); check the path and its rights") from error
+        raise DataError(f"{path} cannot be read ({error.strerror or error}); check the path and permissions") from error
     if missing or not files:
-        one = missing[0] if missing else path
-        of = f", of {path}" if one != path else ""
-        raise DataError(f"no data file at {one}{of}; check `path` of this source (now in {Path.cwd()})")
+        first = missing[0] if missing else path
+        of_pattern = f", of {path}" if first != path else ""
+        raise DataError(f"no data file at {first}{of_pattern}; check `path` of this source (now in {Path.cwd()})")
     return files
 
 
-def _braces(path: str) -> list[str]:
+def _expand_braces(path: str) -> list[str]:
     try:
         from webdataset.shardlists import expand_urls
     except ImportError as error:
         raise DataError(f"{path} is a pattern of several files: pip install 'mmllm[tars]'") from error
-    return [str(one) for one in expand_urls(path)]
+    return [str(file) for file in expand_urls(path)]
 
 
-def _glob(path: str) -> list[str]:
+def _expand_stars(path: str) -> list[str]:
     if not is_url(path):
         root = Path(path)
         depth = next(number for number, part in enumerate(root.parts) if "*" in part)
         start = Path(*root.parts[:depth])
-        return sorted(str(found) for found in start.glob(str(Path(*root.parts[depth:]))))
+        return sorted(str(file) for file in start.glob(str(Path(*root.parts[depth:]))))
     fs, inner = filesystem(path)
-    return sorted(str(fs.unstrip_protocol(found)) for found in fs.glob(inner))
+    return sorted(str(fs.unstrip_protocol(file)) for file in fs.glob(inner))
 
 
 def fingerprint(files: Sequence[str], names: Sequence[str] = ()) -> str:
-    """A hash of what the files hold, and of names. Of more than a gigabyte, blocks are taken that lie evenly."""
+    """A hash of the contents of files, and of names. Of more than a gigabyte, evenly spaced blocks are hashed."""
     digest = hashlib.blake2b("\0".join(names).encode(errors="replace"), digest_size=16)
     num_blocks = max(1, SAMPLED_BLOCKS // max(1, len(files)))
     for path in files:

@@ -1,6 +1,6 @@
 """Folders of pictures as people have them: which files are pictures, by their names, and why others are passed over.
 
-One list of endings serves training, captioning, checks and the page. What a file truly is, its content says.
+Training, captioning, checks and the page share this one list of endings. The content decides what a file really is.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PICTURE_ENDINGS = (
     ".apng", ".avif", ".bmp", ".dib", ".gif", *HEIF_ENDINGS, ".j2c", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpf",
     ".jpg", ".jpx", ".mpo", ".pbm", ".pgm", ".pjp", ".pjpeg", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp",
 )
-SIDECAR_ENDINGS = (".json", ".txt", ".text", ".caption")  # what may stand beside a picture and tell about it
+SIDECAR_ENDINGS = (".json", ".txt", ".text", ".caption")  # of files that describe the picture beside them
 _UNREAD_ENDINGS = {
     "JPEG XL": (".jxl",),
     "JPEG XR": (".hdp", ".jxr", ".wdp"),
@@ -28,7 +28,7 @@ _UNREAD_ENDINGS = {
     "a drawing": (".ai", ".eps", ".emf", ".svg", ".svgz", ".wmf"),
     "a picture in a rare format": (".exr", ".hdr", ".ico", ".pcx", ".qoi", ".tga"),
 }
-# Folders and files that systems and their tools leave beside people's own.
+# Folders and files that operating systems and their tools leave among people's own.
 _SYSTEM_FOLDERS = ("$recycle.bin", "#recycle", "@eadir", "lost+found", "system volume information")
 _SYSTEM_FILES = ("desktop.ini", "ehthumbs.db", "icon\r", "thumbs.db")
 # fmt: on
@@ -40,26 +40,26 @@ class FolderFiles:
 
     pictures: list[str] = field(default_factory=list)
     sidecars: list[str] = field(default_factory=list)
-    unread: dict[str, str] = field(default_factory=dict)  # looks like a picture, but cannot be read: the reason
-    passed_over: Counter[str] = field(default_factory=Counter)  # all other files; reason: how many
+    unread: dict[str, str] = field(default_factory=dict)  # {picture that cannot be read: the reason}
+    passed_over: Counter[str] = field(default_factory=Counter)  # {reason: how many of all other files}
 
     def unread_by_reason(self) -> Counter[str]:
-        """How many there are of each kind, with the name of one."""
-        first = {reason: name for name, reason in reversed(self.unread.items())}
+        """{reason, with one file as an example: how many}."""
+        examples = {reason: name for name, reason in reversed(self.unread.items())}
         counts = Counter(self.unread.values())
-        return Counter({f"{reason} (such as {first[reason]})": count for reason, count in counts.items()})
+        return Counter({f"{reason} (such as {examples[reason]})": count for reason, count in counts.items()})
 
 
 def ending_of(name: str) -> str:
     return PurePath(name).suffix.lower()
 
 
-def sort_files(names: Iterable[str]) -> FolderFiles:
-    """Pictures, what stands beside them, and the rest; `names` are paths inside the folder, and keep their order."""
+def classify_files(names: Iterable[str]) -> FolderFiles:
+    """The pictures, sidecars and other files among `names`, which are paths inside a folder and keep their order."""
     files = FolderFiles()
     for name in names:
         ending = ending_of(name)
-        if reason := _is_nobodys(name):
+        if reason := _why_passed_over(name):
             files.passed_over[reason] += 1
         elif ending in PICTURE_ENDINGS:
             files.pictures.append(name)
@@ -72,8 +72,8 @@ def sort_files(names: Iterable[str]) -> FolderFiles:
     return files
 
 
-def _is_nobodys(name: str) -> str | None:
-    """Why a file is none that a person put there as a picture or a caption; None where it may be."""
+def _why_passed_over(name: str) -> str | None:
+    """Why a person did not put this file there as a picture or a caption; None where they may have."""
     parts = PurePosixPath(name.replace("\\", "/")).parts
     if "__MACOSX" in parts:
         return "in __MACOSX, where a Mac keeps attributes"
@@ -87,14 +87,14 @@ def _is_nobodys(name: str) -> str | None:
 
 
 def missing_package(name: str) -> str | None:
-    """What has to be installed before a picture of this ending can be read; None where nothing has."""
+    """What to install before a picture with this ending can be read; None where nothing is missing."""
     if ending_of(name) in HEIF_ENDINGS and importlib.util.find_spec("pillow_heif") is None:
         return f"{name} is HEIF, as phones write it, which needs {HEIF_INSTALL}; or convert it"
     return None
 
 
-def tell_passed_over(counts: Mapping[str, int]) -> str:
-    """One sentence: how many files, and why. Nothing where there are none."""
+def describe_passed_over(counts: Mapping[str, int]) -> str:
+    """One sentence that says how many files were passed over, and why; empty where none was."""
     if not (total := sum(counts.values())):
         return ""
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.items(), key=lambda row: -row[1]))

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mmllm.readers.arrow_to_python import plain_copy
+from mmllm.readers.compression import decoded_copy
 from mmllm.readers.files import RowError, open_file, read_range
 from mmllm.readers.index import json_offsets
 
@@ -17,14 +17,14 @@ _BLOCK_BYTES = 1 << 20
 
 
 def parse_row(data: bytes, line: Callable[[], int] = lambda: 1) -> Any:
-    """One row of JSON; NaN and Infinity, which other programs write, are null. `line` is the one that it begins in.
+    """One row of JSON. NaN and Infinity, which some programs write, become null.
 
-    Raises RowError.
+    `line` returns the number of the line that the row begins in, for errors. Raises RowError.
     """
     try:
         text = data.decode("utf-8-sig")
         if not text.strip():
-            raise RowError(f"nothing stands before a comma or a bracket in line {line()}; take the comma out")
+            raise RowError(f"a value is missing before a comma or a bracket in line {line()}; remove the comma")
         return json.loads(text, parse_constant=lambda _: None)
     except json.JSONDecodeError as error:
         place = f"line {line() + error.lineno - 1}, column {error.colno}"
@@ -36,7 +36,7 @@ def parse_row(data: bytes, line: Callable[[], int] = lambda: 1) -> Any:
         ) from error
     except RowError:
         raise
-    except (RecursionError, ValueError) as error:  # nested too deep, a number of too many digits
+    except (RecursionError, ValueError) as error:  # nested too deeply, or a number with too many digits
         raise RowError(f"the row cannot be read as JSON: {error}") from error
 
 
@@ -47,35 +47,35 @@ def _hint(text: str, at: int) -> str:
 
 
 class JsonRows:
-    """JSON of any layout, held as two positions a row. `is_lines`: where nothing else is seen, a row is a line."""
+    """JSON of any layout, as two byte positions a row. `is_lines`: as in `json_offsets`."""
 
     def __init__(self, files: list[str], *, is_lines: bool):
-        self._files = [plain_copy(path) for path in files]
-        found = []
+        self._files = [decoded_copy(path) for path in files]
+        offsets = []
         for name, path in zip(files, self._files, strict=True):
             with open_file(path) as file:
-                found.append(json_offsets(file, name, is_lines=is_lines))
-        self._starts = np.concatenate([starts for starts, _ in found])
-        self._ends = np.concatenate([ends for _, ends in found])
-        self._behind = np.cumsum([len(starts) for starts, _ in found])  # how many rows lie before each next file
-        self._counted = ("", 0, 1)  # (file, place, its line): where lines were last counted
+                offsets.append(json_offsets(file, name, is_lines=is_lines))
+        self._starts = np.concatenate([starts for starts, _ in offsets])
+        self._ends = np.concatenate([ends for _, ends in offsets])
+        self._file_ends = np.cumsum([len(starts) for starts, _ in offsets])  # the row after the last one of each file
+        self._last_line = ("", 0, 1)  # (file, place, line): up to where lines were last counted
 
     def __len__(self) -> int:
         return len(self._starts)
 
     def __getitem__(self, index: int) -> Any:
-        path = self._files[int(np.searchsorted(self._behind, index, "right"))]
+        path = self._files[int(np.searchsorted(self._file_ends, index, "right"))]
         start = int(self._starts[index])
         return parse_row(read_range(path, start, int(self._ends[index])), lambda: self._line(path, start))
 
     def _line(self, path: str, place: int) -> int:
-        """The line of a place, counted from where the last one was, since rows are mostly looked at in order."""
-        counted, at, line = self._counted
-        if counted != path or at > place:
-            at, line = 0, 1
-        while at < place:
-            block = read_range(path, at, min(place, at + _BLOCK_BYTES))
+        """The line number of a byte position. Counting goes on from the last call, since rows mostly come in order."""
+        last_path, position, line = self._last_line
+        if last_path != path or position > place:
+            position, line = 0, 1
+        while position < place:
+            block = read_range(path, position, min(place, position + _BLOCK_BYTES))
             line += block.count(b"\n")
-            at += len(block)
-        self._counted = (path, place, line)
+            position += len(block)
+        self._last_line = (path, place, line)
         return line

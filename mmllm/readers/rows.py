@@ -1,6 +1,6 @@
-"""Rows of data files by number: a raw row is what its file says, parsed when asked for, its pictures not yet read.
+"""Raw rows of data files by number, each parsed when it is indexed, its pictures not yet read.
 
-JSON is indexed (`index.py`); parquet, arrow and CSV are memory maps of `datasets`; of a tar only the headers are read.
+JSON is indexed (`index.py`); parquet, Arrow and CSV are memory-mapped by `datasets`; of a tar only headers are read.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from collections.abc import Callable, Sequence
 from pathlib import PurePosixPath
 from typing import Any, Protocol
 
-from mmllm.locks import NO_LOCKS
-from mmllm.readers.arrow_to_python import inner_suffix
-from mmllm.readers.files import DataError, RowError, expand, is_folder, join, list_folder, read_range
-from mmllm.readers.folders import SIDECAR_ENDINGS, ending_of, missing_package, sort_files, tell_passed_over
+from mmllm.locks import NO_LOCK_ERRNOS
+from mmllm.readers.compression import inner_suffix
+from mmllm.readers.files import DataError, RowError, is_folder, join_path, list_folder, matching_files, read_range
+from mmllm.readers.folders import SIDECAR_ENDINGS, classify_files, describe_passed_over, ending_of, missing_package
 from mmllm.readers.json_rows import JsonRows
 from mmllm.readers.tables import arrow_rows, csv_rows, parquet_rows, saved_dataset
 from mmllm.readers.tars import TarRows, add_member
 
-METADATA = ("metadata.jsonl", "metadata.csv")  # of datasets' imagefolder
+METADATA_FILES = ("metadata.jsonl", "metadata.csv")  # of the imagefolder of `datasets`
 
 
 class Rows(Protocol):
@@ -32,13 +32,13 @@ class Rows(Protocol):
 
 
 class FolderRows:
-    """Pictures with a caption or a row beside each: `a.png` with `a.txt` or `a.json`."""
+    """Pictures with a sidecar each, which holds a caption or a row: `a.png` with `a.txt` or `a.json`."""
 
     def __init__(self, folder: str):
         self.folder = folder
-        files = sort_files(list_folder(folder, recursive=True))
+        files = classify_files(list_folder(folder, recursive=True))
         self._pictures = files.pictures
-        self._beside = {name[: -len(ending_of(name))] + ending_of(name): name for name in files.sidecars}
+        self._sidecars = {name[: -len(ending_of(name))] + ending_of(name): name for name in files.sidecars}
         self.passed_over = files.passed_over + files.unread_by_reason()
 
     def __len__(self) -> int:
@@ -50,16 +50,16 @@ class FolderRows:
             raise RowError(reason)
         stem = name.rsplit(".", 1)[0]
         row: dict[str, Any] = {"id": stem}
-        found = [ending for ending in SIDECAR_ENDINGS if stem + ending in self._beside]
-        if not found:
+        endings = [ending for ending in SIDECAR_ENDINGS if stem + ending in self._sidecars]
+        if not endings:
             raise RowError(f"no {stem}.txt or {stem}.json beside {name}, so there is nothing to learn about it")
-        for ending in found:
-            add_member(row, ending[1:], read_range(join(self.folder, self._beside[stem + ending])))
+        for ending in endings:
+            add_member(row, ending[1:], read_range(join_path(self.folder, self._sidecars[stem + ending])))
         return {**{key: value for key, value in row.items() if key not in ("image", "images")}, "image": name}
 
 
 class MetadataRows:
-    """The rows of an imagefolder's metadata, whose pictures are called `file_name` or `file_names`."""
+    """The rows of an imagefolder's metadata, with `file_name` renamed to `image` and `file_names` to `images`."""
 
     def __init__(self, rows: Rows):
         self._rows = rows
@@ -77,20 +77,21 @@ def _open_folder(folder: str) -> Rows:
     names = list_folder(folder)
     if "state.json" in names or "dataset_dict.json" in names:
         return saved_dataset(folder)
-    for name in METADATA:
+    for name in METADATA_FILES:
         if name in names:
-            return MetadataRows(READERS[PurePosixPath(name).suffix]([join(folder, name)]))
+            return MetadataRows(READERS[PurePosixPath(name).suffix]([join_path(folder, name)]))
     rows = FolderRows(folder)
     if not len(rows):
-        others = tell_passed_over(rows.passed_over)
+        passed_over = describe_passed_over(rows.passed_over)
+        note = f" ({passed_over})" if passed_over else ""
         raise DataError(
-            f"{folder} is a folder without pictures or {', '.join(METADATA)}{f' ({others})' if others else ''}; give a "
+            f"{folder} is a folder without pictures or {', '.join(METADATA_FILES)}{note}; give a "
             "folder that holds them, one that `datasets` saved, or the path of the data file in it"
         )
     return rows
 
 
-# Which reader
+# The reader of a file
 
 
 READERS: dict[str, Callable[[list[str]], Rows]] = {
@@ -106,7 +107,7 @@ READERS: dict[str, Callable[[list[str]], Rows]] = {
 
 
 def suffix_of(path: str, allowed: Sequence[str]) -> str:
-    """The suffix that decides the reader, that of a compression left out. Raises DataError for another one."""
+    """The suffix that decides the reader, without that of a compression. Raises DataError for one not allowed."""
     suffix = inner_suffix(path)
     if suffix not in allowed:
         raise DataError(
@@ -120,12 +121,12 @@ def open_rows(path: str) -> Rows:
     try:
         rows = _open_folder(path) if is_folder(path) else _open_files(path)
     except OSError as error:
-        if error.errno in NO_LOCKS:  # of `datasets`, which locks its cache
+        if error.errno in NO_LOCK_ERRNOS:  # `datasets` locks its cache
             raise DataError(
-                f"{path} needs a cache on a disk with locks, and that of `datasets` has none ({error.strerror}); set "
+                f"{path} needs a cache on a disk with locks, but that of `datasets` has none ({error.strerror}); set "
                 "HF_DATASETS_CACHE to a folder of a local disk"
             ) from error
-        raise DataError(f"{path} cannot be read ({error.strerror or error}); check the path and its rights") from error
+        raise DataError(f"{path} cannot be read ({error.strerror or error}); check the path and permissions") from error
     if not len(rows):
         raise DataError(f"{path} holds no rows; give a file with at least one conversation")
     return rows
@@ -133,4 +134,4 @@ def open_rows(path: str) -> Rows:
 
 def _open_files(path: str) -> Rows:
     reader = READERS[suffix_of(path, list(READERS))]
-    return reader(expand(path))
+    return reader(matching_files(path))

@@ -1,7 +1,7 @@
-"""WebDataset tars: pictures with what stands beside them under the same name, by number or from front to back.
+"""WebDataset tars: samples of files that share a name, read by number or from front to back.
 
-A sample's name ends at the first dot, as WebDataset has it: `7.left.png`, `7.right.png`, `7.json` are one. Where a
-picture has a text of its own under its longer name, as `cat.v2.jpg` with `cat.v2.txt`, the name ends at the last dot.
+The name of a sample ends at the first dot, as in WebDataset: `7.left.png`, `7.right.png` and `7.json` are one sample.
+Where a picture has a text of its own under a longer name, as `cat.v2.jpg` with `cat.v2.txt`, it ends at the last dot.
 """
 
 from __future__ import annotations
@@ -14,28 +14,28 @@ from typing import IO, Any
 
 import numpy as np
 
-from mmllm.readers.arrow_to_python import DAMAGE, open_decompressed, plain_copy
-from mmllm.readers.files import DataError, RowError, open_file, stored_part
+from mmllm.readers.compression import DECOMPRESSION_ERRORS, decoded_copy, open_decompressed
+from mmllm.readers.files import DataError, RowError, lazy_image_at, open_file
 from mmllm.readers.folders import PICTURE_ENDINGS, SIDECAR_ENDINGS
 from mmllm.readers.json_rows import parse_row
 
 PICTURE_SUFFIXES = tuple(ending[1:] for ending in PICTURE_ENDINGS)
 CAPTION_SUFFIXES = tuple(ending[1:] for ending in SIDECAR_ENDINGS if ending != ".json")
-# What systems leave beside people's files: macOS its forks, Finder and Explorer their views.
+# What operating systems leave among people's files: macOS its forks, Finder and Explorer their settings.
 _SYSTEM_FILES = {"__MACOSX", ".DS_Store", "Thumbs.db", "desktop.ini"}
 
 
-def _plain_name(name: str) -> str:
+def _relative_name(name: str) -> str:
     """A member's name without the `./` that `tar -C folder .` puts before it."""
     return PurePosixPath(name).as_posix().lstrip("/")
 
 
-def _is_of_the_system(name: str) -> bool:
+def _is_system_file(name: str) -> bool:
     return any(part in _SYSTEM_FILES or part.startswith("._") for part in name.split("/"))
 
 
 def _key(name: str) -> tuple[str | None, str]:
-    """WebDataset's key and what follows it, of which the ending is in small letters; no key for a hidden file."""
+    """(WebDataset's key, the rest of the name with its ending in lower case); None as the key of a hidden file."""
     from webdataset.tariterators import base_plus_ext
 
     base, suffix = base_plus_ext(name)
@@ -44,24 +44,24 @@ def _key(name: str) -> tuple[str | None, str]:
 
 
 def group_members(members: Iterable[tuple[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Samples, {"__key__", suffix: value}, out of (name, value) in the order of a tar."""
+    """Samples, {"__key__": key, suffix: value, ...}, from the (name, value) of a tar's members in their order."""
     try:
         from webdataset.tariterators import group_by_keys
     except ImportError as error:
         raise DataError("tars are read with webdataset: pip install 'mmllm[tars]'") from error
-    named = ((_plain_name(name), value) for name, value in members)
-    files = ({"fname": name, "data": value, "__url__": ""} for name, value in named if not _is_of_the_system(name))
+    named = ((_relative_name(name), value) for name, value in members)
+    files = ({"fname": name, "data": value, "__url__": ""} for name, value in named if not _is_system_file(name))
     try:
         for sample in group_by_keys(files, keys=_key, lcase=False):
-            yield from _split(sample)
+            yield from _split_by_stem(sample)
     except DataError:
         raise
     except ValueError as error:
         raise DataError(f"a tar holds the same name twice: {error.args[0]}") from error
 
 
-def _split(sample: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The samples under one key: several where pictures have texts of their own under longer names."""
+def _split_by_stem(sample: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The samples under one key: several, where pictures have texts of their own under longer names."""
     members = {suffix: value for suffix, value in sample.items() if not suffix.startswith("__")}
     parts: dict[str, dict[str, Any]] = {}
     has_own_text = False
@@ -79,19 +79,22 @@ def _split(sample: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def tar_row(sample: dict[str, Any], read: Callable[[Any], Any]) -> dict[str, Any]:
-    """The raw row of a tar's sample. Raises RowError where nothing is said about its pictures."""
+    """The raw row of a tar's sample. Raises RowError where no text belongs to its pictures."""
     row = member_row(sample, read)
     endings = {suffix.split(".")[-1] for suffix in sample}
     if row["images"] and not endings & {"json", *CAPTION_SUFFIXES}:
         raise RowError(
-            f"no .txt or .json with the picture {sample['__key__']}, so there is nothing to learn about it; in a tar "
-            "the files of one name follow each other (`tar --sort=name`)"
+            f"no .txt or .json with the picture {sample['__key__']}, so there is nothing to learn about it; in a tar, "
+            "the files of one name must follow each other (`tar --sort=name`)"
         )
     return row
 
 
 def member_row(sample: dict[str, Any], read: Callable[[Any], Any]) -> dict[str, Any]:
-    """A raw row out of what stands under one name: pictures in their order, .json fields, and a caption."""
+    """A raw row of the members of one sample: pictures in their order, the fields of a .json, and a caption.
+
+    `read` returns the bytes of a member.
+    """
     row: dict[str, Any] = {"id": sample["__key__"]}
     members = [(suffix, value) for suffix, value in sample.items() if not suffix.startswith("__")]
     row["images"] = [value for suffix, value in members if suffix.split(".")[-1] in PICTURE_SUFFIXES]
@@ -106,9 +109,9 @@ def member_row(sample: dict[str, Any], read: Callable[[Any], Any]) -> dict[str, 
 
 
 def add_member(row: dict[str, Any], suffix: str, data: Any) -> None:
-    """Puts what stands beside a picture into its row: the fields of a .json, or a caption, which goes before theirs.
+    """Adds to a row what a file beside its picture holds: the fields of a .json, or a caption.
 
-    `data` is bytes, or what a table has parsed already.
+    A caption file wins over a caption in the .json. `data` is bytes, or what a table has parsed already.
     """
     if suffix == "json":
         data = data.encode() if isinstance(data, str) else data
@@ -126,10 +129,13 @@ def add_member(row: dict[str, Any], suffix: str, data: Any) -> None:
 
 
 class TarRows:
-    """WebDataset tars: where each member lies, three numbers a member. Compressed ones are unpacked into the cache."""
+    """WebDataset tars by number. Of each member three numbers stay in memory: its suffix, offset and size.
+
+    A compressed tar is decompressed into the cache.
+    """
 
     def __init__(self, files: list[str]):
-        self._files = [plain_copy(path, is_text=False) for path in files]
+        self._files = [decoded_copy(path, is_text=False) for path in files]
         self._names = files
         self._suffixes: dict[str, int] = {}
         keys, ends, tars = bytearray(), array("q"), array("q")
@@ -158,30 +164,31 @@ class TarRows:
         for suffix_id, start, size in self._members[self._first[index] : self._first[index + 1]].tolist():
             suffix = self._suffix_names[suffix_id]
             name = f"{self._names[number]}/{sample['__key__']}.{suffix}"
-            sample[suffix] = stored_part(self._files[number], start, size, name)
+            sample[suffix] = lazy_image_at(self._files[number], start, size, name)
         return tar_row(sample, lambda stored: stored.load())
 
 
 def _check_size(file: IO[bytes], name: str) -> None:
-    """Raises DataError for a tar that is cut off; `tarfile` takes a header that is cut in two for the end."""
+    """Raises DataError for a tar that is cut off: `tarfile` takes half a header for the end of the tar."""
     if file.seek(0, 2) % tarfile.BLOCKSIZE:
         raise DataError(f"{name} is cut off: a tar is made of blocks of {tarfile.BLOCKSIZE} bytes; copy it again")
 
 
-def _is_data(member: tarfile.TarInfo) -> bool:
-    """Whether a member is a file, and not one of WebDataset's own notes."""
-    first = _plain_name(member.name).split("/")[0]
+def _is_data_file(member: tarfile.TarInfo) -> bool:
+    """Whether a member is a file with data, and not WebDataset's own metadata (`__name__`)."""
+    first = _relative_name(member.name).split("/")[0]
     return member.isreg() and not (first.startswith("__") and first.endswith("__"))
 
 
 def _headers(path: str, name: str) -> Iterator[tuple[str, tuple[int, int]]]:
+    """(name, (offset, size)) of each member. Raises DataError where the tar is damaged."""
     try:
         with open_file(path) as file:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:
-                    if _is_data(member):
+                    if _is_data_file(member):
                         yield member.name, (member.offset_data, member.size)
-                    tar.members = []  # type: ignore[attr-defined]  # it would keep them all
+                    tar.members = []  # type: ignore[attr-defined]  # or the tar would remember them all
             _check_size(file, name)
     except tarfile.TarError as error:
         raise DataError(f"{name} is not a tar that can be read to its end: {error}") from error
@@ -193,12 +200,12 @@ def read_members(path: str) -> Iterator[tuple[str, bytes]]:
         with open_decompressed(path) as file:
             with tarfile.open(fileobj=file, mode="r|") as tar:
                 for member in tar:
-                    if _is_data(member):
-                        held = tar.extractfile(member)
-                        assert held is not None
-                        yield member.name, held.read()
+                    if _is_data_file(member):
+                        content = tar.extractfile(member)
+                        assert content is not None
+                        yield member.name, content.read()
                     tar.members = []  # type: ignore[attr-defined]
             if path.endswith(".tar") and file.seekable():
                 _check_size(file, path)
-    except (tarfile.TarError, *DAMAGE) as error:
+    except (tarfile.TarError, *DECOMPRESSION_ERRORS) as error:
         raise DataError(f"{path} is not a tar that can be read to its end: {error}") from error

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmllm.config import LogConfig, RunConfig
+from mmllm.config import AlarmsConfig, RunConfig
 from mmllm.evaluation.reliance import RELIANCE, RELIANCE_ERROR
 from mmllm.runs.run_log import figures_of
 
 TEXT_LOSS = "text_loss"
 NUM_ERRORS = 2  # standard errors below and above a figure that make its interval of 95%
-LOW = 5  # times `log.min_image_reliance`: above it answers that gain nothing by the picture are no sign of blindness
+LOW = 5  # times `alarms.min_image_reliance`: above it answers that gain nothing by the picture are no sign of blindness
 
 
 def _task_gains(row: Mapping[str, float]) -> dict[str, tuple[float, float]]:
@@ -28,17 +28,17 @@ def _task_gains(row: Mapping[str, float]) -> dict[str, tuple[float, float]]:
     }
 
 
-def _blindness(row: Mapping[str, float], log: LogConfig) -> str | None:
+def _blindness(row: Mapping[str, float], alarms: AlarmsConfig) -> str | None:
     """Why this validation gives no proof that the model looks at the picture; None where it does."""
     reliance, error = row[RELIANCE], row.get(RELIANCE_ERROR, 0.0)
-    if reliance - NUM_ERRORS * error < log.min_image_reliance:
+    if reliance - NUM_ERRORS * error < alarms.min_image_reliance:
         spread = f" (+-{NUM_ERRORS * error:.2g})" if error else ""
         return (
             f"with those of other examples its loss changes by {reliance:+.3g}{spread} nats per token; a rise above "
-            f"{log.min_image_reliance:g} would be looking (log.min_image_reliance)"
+            f"{alarms.min_image_reliance:g} would be looking (alarms.min_image_reliance)"
         )
     gains = _task_gains(row)
-    if not gains or reliance >= LOW * log.min_image_reliance:
+    if not gains or reliance >= LOW * alarms.min_image_reliance:
         return None
     if any(gain > NUM_ERRORS * error for gain, error in gains.values()):
         return None
@@ -52,19 +52,19 @@ def _blindness(row: Mapping[str, float], log: LogConfig) -> str | None:
 def reliance_alarm(rows: Sequence[Mapping[str, Any]], config: RunConfig) -> str | None:
     """What to say where the newest validation cannot show that the model looks at the picture.
 
-    It cannot where the interval of 95% of image reliance reaches below `log.min_image_reliance`; nor where reliance is
-    low and the tasks have no more right answers with the right pictures. Said once, after `log.reliance_validations`
-    such validations in a row, all of them after `log.reliance_after` of the run; until one was better again. At the
-    end of the run, where there were fewer validations, those there were are enough.
+    It cannot where the interval of 95% of image reliance reaches below `alarms.min_image_reliance`; nor where reliance
+    is low and the tasks have no more right answers with the right pictures. Said once, until it was better again: after
+    `alarms.reliance_validations` such validations in a row, all of them after `alarms.reliance_after` of the run. At
+    the end of the run, where there were fewer validations, those there were are enough.
     """
-    log, max_steps = config.log, config.optim.max_steps
-    late = [row for row in rows if RELIANCE in row and row["step"] > log.reliance_after * max_steps]
-    reasons = [_blindness(row, log) for row in late]
+    alarms, max_steps = config.alarms, config.optim.max_steps
+    late = [row for row in rows if RELIANCE in row and row["step"] > alarms.reliance_after * max_steps]
+    reasons = [_blindness(row, alarms) for row in late]
     num_flat = 0
     while num_flat < len(late) and reasons[-1 - num_flat] is not None:
         num_flat += 1
-    is_end = bool(late) and late[-1]["step"] == max_steps and 0 < num_flat < log.reliance_validations
-    if num_flat != log.reliance_validations and not is_end:
+    is_end = bool(late) and late[-1]["step"] == max_steps and 0 < num_flat < alarms.reliance_validations
+    if num_flat != alarms.reliance_validations and not is_end:
         return None
     trained = getattr(config, "train", ())
     advice = "does its learning rate fit" if "projector" in trained else "should `train` list projector"
@@ -94,16 +94,16 @@ def _against_forgetting(config: Any) -> list[str]:
 
 
 def forgetting_alarm(rows: Sequence[Mapping[str, Any]], config: RunConfig) -> str | None:
-    """What to say where the newest look at text alone goes over `log.forgetting_budget`, said once until it is back."""
+    """What to say where the newest look at text alone goes over `alarms.forgetting_budget`, once until it is back."""
     curve = [value for _, value in figures_of(rows).get(TEXT_LOSS, [])]
-    budget = config.log.forgetting_budget
+    budget = config.alarms.forgetting_budget
     is_over = [value - curve[0] > budget for value in curve]
     if not is_over or not is_over[-1] or is_over[-2]:  # the first is never over
         return None
     *advice, last = _against_forgetting(config)
     return (
         f"the LLM forgets how to talk: on text alone its loss is {curve[-1] - curve[0]:.3f} nats per token above that "
-        f"of the beginning (log.forgetting_budget is {budget:g}). To keep more of it {', '.join(advice)}, or {last}"
+        f"of the beginning (alarms.forgetting_budget is {budget:g}). To keep more of it {', '.join(advice)}, or {last}"
     )
 
 

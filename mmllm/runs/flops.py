@@ -347,5 +347,5 @@ def threads_text(device: torch.device, dtype: torch.dtype) -> str | None:
         return None
     return (
         f"one thread computes {alone / together:.1f} times as fast as {num_threads} here: other work keeps the cores "
-        "busy, and threads wait for each other. num_threads=1 is faster as long as that lasts"
+        "busy, and threads wait for each other. compute.num_threads=1 is faster as long as that lasts"
     )

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mmllm.errors import MmllmError
-from mmllm.locks import lock_process, without_locks
+from mmllm.locks import lock_process, no_locks_warning
 
 LOCK_FILE = "run.lock"
 
@@ -51,14 +51,14 @@ def _acquire(path: Path) -> int | None:
 
 
 @contextlib.contextmanager
-def only_run(out: Path) -> Iterator[None]:
+def exclusive_run(out: Path) -> Iterator[None]:
     """Makes the folder, and holds it for this process. Raises LockedError where another process does."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / LOCK_FILE
     descriptor = _acquire(path)
     if descriptor is None:
         path.unlink(missing_ok=True)  # it would say that a run is there, to whom nothing tells otherwise
-        print(without_locks(out), flush=True)
+        print(no_locks_warning(out), flush=True)
         yield
         return
     try:

@@ -12,10 +12,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import yaml
 from PIL import Image
 
 from mmllm.checkpoint.folder import MANIFEST, library_versions
+from mmllm.config.file import saved_settings
+from mmllm.errors import MmllmError
 from mmllm.evaluation.reliance import RELIANCE, RELIANCE_ERROR
 from mmllm.runs.alarms import TEXT_LOSS, forgetting_of
 from mmllm.runs.charts import Curve, chart
@@ -34,9 +35,9 @@ def write_about(out: Path, notes: Sequence[str], machine: str) -> None:
 
 
 def write_report(out: Path) -> Path:
-    """Writes `report.html` into a run's folder. Raises ValueError where that holds no run."""
+    """Writes `report.html` into a run's folder. Raises MmllmError where that holds no run."""
     if not (out / LOG_FILE).is_file() or not (out / SETTINGS).is_file():
-        raise ValueError(f"no run in {out}: it needs {LOG_FILE} and {SETTINGS}, which `mmllm train` writes")
+        raise MmllmError(f"no run in {out}: it needs {LOG_FILE} and {SETTINGS}, which `mmllm train` writes")
     partial = (out / REPORT).with_suffix(".part")
     partial.write_text(_page(out), encoding="utf-8")
     return partial.replace(out / REPORT)
@@ -45,7 +46,7 @@ def write_report(out: Path) -> Path:
 def _page(out: Path) -> str:
     rows = read_log(out / LOG_FILE)
     text = (out / SETTINGS).read_text()
-    settings = yaml.safe_load(text)
+    settings = saved_settings(text)
     about = json.loads((out / ABOUT).read_text()) if (out / ABOUT).is_file() else {}
     style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     title = escape(out.resolve().name)
@@ -77,9 +78,9 @@ def _alarms(rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> str:
 
 def _charts(curves: dict[str, Curve], settings: Any) -> str:
     """What a run is judged by: losses, reliance, text alone and answers. Takes their curves out of `curves`."""
-    log, steps = settings["log"], settings["optim"]["max_steps"]
+    alarms, steps = settings.get("alarms", {}), settings["optim"]["max_steps"]
     text = curves.get(TEXT_LOSS)
-    budget = text[0][1] + log["forgetting_budget"] if text else None
+    budget = text[0][1] + alarms["forgetting_budget"] if text else None
 
     def taken(*parts: str) -> dict[str, Curve]:
         found = [name for part in parts for name in curves if name == part or name.startswith((f"{part}/", f"{part}_"))]
@@ -88,7 +89,7 @@ def _charts(curves: dict[str, Curve], settings: Any) -> str:
 
     groups: list[tuple[str, dict[str, Curve], float | None, str]] = [
         ("Loss, nats per token", taken("loss", "val_loss"), None, ""),
-        ("Image reliance, nats per token", taken(RELIANCE), log.get("min_image_reliance"), "flat below"),
+        ("Image reliance, nats per token", taken(RELIANCE), alarms.get("min_image_reliance"), "flat below"),
         ("Loss on text alone, nats per token", taken(TEXT_LOSS), budget, "forgetting budget"),
         ("Tasks", {name.removeprefix("task/"): curve for name, curve in taken("task").items()}, None, ""),
         ("Answers that are exactly right", taken("exact"), None, ""),

@@ -7,9 +7,9 @@ import shutil
 from importlib.util import find_spec
 
 import torch
-from omegaconf import OmegaConf
 
 from mmllm.config import BITSANDBYTES_KINDS, ConfigError, RunConfig
+from mmllm.config.file import saved_settings
 from mmllm.kernels.precision import multiplies_bf16
 
 
@@ -23,15 +23,15 @@ def check_machine(config: RunConfig) -> None:
             f"optim.kind={kind} pages its state between GPU and main memory, and this machine shows no CUDA GPU; use "
             f"optim.kind={kind.removeprefix('paged_')}"
         )
-    if config.optim.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+    if config.compute.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
         raise ConfigError(
-            "optim.compile needs a C++ compiler, and there is neither g++ nor clang++ on the PATH, nor CXX in the "
+            "compute.compile needs a C++ compiler, and there is neither g++ nor clang++ on the PATH, nor CXX in the "
             "environment; install one (Debian: apt-get install g++), or leave it out"
         )
-    if config.optim.liger:
+    if config.compute.liger:
         if not torch.cuda.is_available():
-            raise ConfigError("optim.liger: its kernels run on a CUDA GPU, and this machine shows none; leave it out")
-        _need_package("liger_kernel", "liger-kernel", "optim.liger")
+            raise ConfigError("compute.liger: its kernels run on a CUDA GPU, and this machine shows none; leave it out")
+        _need_package("liger_kernel", "liger-kernel", "compute.liger")
     lora = getattr(config, "lora", None)
     if lora or getattr(config, "vision_lora", None):
         _need_package("peft", "'mmllm[lora]'", "lora" if lora else "vision_lora")
@@ -40,16 +40,16 @@ def check_machine(config: RunConfig) -> None:
 
 
 def settle(config: RunConfig, begun: str | None = None) -> RunConfig:
-    """The settings with `optim.precision: auto` decided: bf16 where this machine multiplies in it, else fp32.
+    """The settings with `compute.precision: auto` decided: bf16 where this machine multiplies in it, else fp32.
 
     `begun` are the dumped settings of a run that is to go on: it keeps the precision that it began with.
     """
-    if config.optim.precision != "auto":
+    if config.compute.precision != "auto":
         return config
     precision = "bf16" if multiplies_bf16(_device()) else "fp32"
     if begun is not None:
-        precision = str(OmegaConf.select(OmegaConf.create(begun), "optim.precision", default=precision))
-    return config.model_copy(update={"optim": config.optim.model_copy(update={"precision": precision})})
+        precision = str(saved_settings(begun).get("compute", {}).get("precision", precision))
+    return config.model_copy(update={"compute": config.compute.model_copy(update={"precision": precision})})
 
 
 def is_slow_in_bf16(device: torch.device | None = None) -> bool:
@@ -60,11 +60,11 @@ def is_slow_in_bf16(device: torch.device | None = None) -> bool:
 
 def slow_precision_text(config: RunConfig, device: torch.device) -> str | None:
     """What to say where bf16 was asked for and is slower than fp32."""
-    if config.optim.precision != "bf16" or not is_slow_in_bf16(device):
+    if config.compute.precision != "bf16" or not is_slow_in_bf16(device):
         return None
     return (
-        "optim.precision=bf16: this CPU has no instructions for bf16 and takes several times as long over a step as in "
-        "fp32; optim.precision=auto takes what the machine is fast in"
+        "compute.precision=bf16: this CPU has no instructions for bf16 and takes several times as long over a step as "
+        "in fp32; compute.precision=auto takes what the machine is fast in"
     )
 
 

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from pydantic import ValidationError
 from torch import Tensor
 
 from mmllm.config import CONFIGS, ConfigError
+from mmllm.config.file import saved_settings
 from mmllm.distributed.ranks import gather_all
 from mmllm.distributed.shards import damaged_shards, shard_sums
 from mmllm.distributed.strategy import Strategy
@@ -41,9 +41,9 @@ class StateError(MmllmError):
 # What may change between two starts of one run, since it decides nothing about the weights but their last bits. The
 # global batch may not, but how it is divided into ranks and micro-steps may, and what is recomputed to save memory.
 _FREE = (
-    "out", "num_threads", "log", "data.num_workers", "data.packing", "data.cache_folder",
-    "optim.batch_size", "optim.accumulate_steps", "optim.gradient_checkpointing", "optim.loss_chunk_tokens",
-    "optim.compile",
+    "out", "log", "validation", "alarms", "data.num_workers", "data.packing", "data.cache_folder",
+    "compute.batch_size", "compute.accumulate_steps", "compute.gradient_checkpointing", "compute.loss_chunk_tokens",
+    "compute.compile", "compute.num_threads",
 )  # fmt: skip
 
 
@@ -59,7 +59,7 @@ def _leaves(tree: Any, path: str = "") -> dict[str, Any]:
 
 def _completed(text: str) -> Any:
     """Dumped settings with the defaults of settings that did not exist yet when they were dumped."""
-    tree: Any = OmegaConf.to_container(OmegaConf.create(text))
+    tree = saved_settings(text)
     if not isinstance(tree, dict) or tree.get("stage") not in CONFIGS:
         return tree
     try:
@@ -195,7 +195,7 @@ def check_room(out: Path, trained_bytes: int, num_states: int) -> None:
         )
 
 
-def rehearse(out: Path, strategy: Strategy, settings: str) -> str:
+def verify_saving(out: Path, strategy: Strategy, settings: str) -> str:
     """Saves the weights as a state is saved, reads them back, compares and removes them; says what it took.
 
     Every rank has to call it. Raises StateError where they come back as others, OSError where they cannot be written.
@@ -297,7 +297,7 @@ def load_state(
     if (saved := state.get("global_batch", global_batch)) != global_batch:
         raise ConfigError(
             f"{out} was saved with {saved} examples a step, now there are {global_batch}; processes x "
-            "optim.batch_size x optim.accumulate_steps must stay the same, so that the same examples follow"
+            "compute.batch_size x compute.accumulate_steps must stay the same, so that the same examples follow"
         )
     if (saved_as := state.get("strategy", strategy.name)) != strategy.name:
         raise ConfigError(

@@ -9,29 +9,8 @@ from typing import Any
 
 import torch
 
-from mmllm.distributed.ranks import all_reduce_sum
+from mmllm.distributed.ranks import all_reduce_sums
 from mmllm.runs.flops import Flops, Peak, StepFlops, device_peak, row_lengths, threads_text
-
-
-def recomputed(config: Any) -> tuple[bool, bool]:
-    """Whether the layers of the LLM, and of the tower, are computed again in the backward."""
-    parts = config.optim.gradient_checkpointing
-    return "language" in parts, "vision" in parts
-
-
-def step_flops(stage: Any) -> StepFlops | None:
-    """The counter of a stage's FLOPs; None for the warm-ups of the small models, whose losses are of other kinds.
-
-    Build it before the model is wrapped for several devices.
-    """
-    if not hasattr(getattr(stage, "model", None), "vision_tower"):
-        return None
-    language, vision = recomputed(stage.config)
-    plain = bool(getattr(stage.module, "plain_head", True))
-    return StepFlops(
-        stage.model, precision=stage.config.optim.precision, plain_head=plain, recomputes_language=language,
-        recomputes_vision=vision,
-    )  # fmt: skip
 
 
 def _speed_text(flops_per_second: float) -> str:
@@ -98,9 +77,7 @@ class Throughput:
             self.samples, self.tokens, self.text_tokens, self.positions, self._waited, counted.model, counted.hardware,
             counted.model_bf16, counted.hardware_bf16,
         )  # fmt: skip
-        samples, tokens, text_tokens, positions, waited, *operations = (
-            all_reduce_sum(self.accelerator, one) for one in mine
-        )
+        samples, tokens, text_tokens, positions, waited, *operations = all_reduce_sums(self.accelerator, mine)
         world = self.accelerator.num_processes
         self.restart()
         found = {"tokens_per_second": tokens / seconds}

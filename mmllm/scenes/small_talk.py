@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from mmllm.scenes.ask import QUESTION_TYPES, QuestionTurn
+from mmllm.scenes.questions import QUESTION_TYPES, QuestionTurn
 from mmllm.scenes.world import MAX_VALUE, Scene
 
 TEXT_ONLY = "text_only"

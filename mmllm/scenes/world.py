@@ -105,24 +105,24 @@ class Scene:
             ) from error
 
 
-def _one_in(fraction: int, text: str) -> bool:
+def _is_one_in(fraction: int, text: str) -> bool:
     return zlib.crc32(text.encode()) % fraction == 0
 
 
 def is_held_out(part: Thing | Line | Bar) -> bool:
     """Whether this combination (color-shape-place, color-word, color-value) is shown in `compositions` only."""
     if isinstance(part, Thing):
-        return _one_in(7, f"{part.color} {part.shape} {part.place}")
+        return _is_one_in(7, f"{part.color} {part.shape} {part.place}")
     if isinstance(part, Line):
-        return _one_in(7, f"{part.color} {part.text}")
-    return _one_in(7, f"{part.color} {part.value}")
+        return _is_one_in(7, f"{part.color} {part.text}")
+    return _is_one_in(7, f"{part.color} {part.value}")
 
 
 def split_of(scene: Scene) -> Split:
     """`compositions` where any held-out combination is shown; of the rest one scene in 16 is `val`."""
     if any(is_held_out(part) for part in scene.parts):
         return "compositions"
-    return "val" if _one_in(16, json.dumps(scene.to_json(), sort_keys=True)) else "train"
+    return "val" if _is_one_in(16, json.dumps(scene.to_json(), sort_keys=True)) else "train"
 
 
 KIND_WEIGHTS: dict[Kind, int] = {"objects": 70, "text": 15, "chart": 15}
@@ -165,11 +165,11 @@ def sample_any_scene(rng: random.Random, kind: Kind | None = None) -> Scene:
     return Scene("chart", bars=_sample_bars(rng))
 
 
-def _other(rng: random.Random, values: Iterable[Any], old: Any) -> Any:
+def _other_value(rng: random.Random, values: Iterable[Any], old: Any) -> Any:
     return rng.choice([value for value in values if value != old])
 
 
-def change_one(scene: Scene, rng: random.Random) -> Scene:
+def change_one_attribute(scene: Scene, rng: random.Random) -> Scene:
     """The same scene but for one attribute of one part: a near miss, of any split."""
     if scene.kind == "objects":
         things = list(scene.things)
@@ -180,28 +180,30 @@ def change_one(scene: Scene, rng: random.Random) -> Scene:
         if taken == set(PLACES):
             name, taken = "size", set()
         old = getattr(things[index], name)
-        things[index] = replace(things[index], **{name: _other(rng, [v for v in values[name] if v not in taken], old)})
+        things[index] = replace(
+            things[index], **{name: _other_value(rng, [v for v in values[name] if v not in taken], old)}
+        )
         return replace(scene, things=tuple(sorted(things, key=lambda t: list(PLACES).index(t.place))))
     if scene.kind == "text":
         lines = list(scene.lines)
         index = rng.randrange(len(lines))
         line = lines[index]
         if rng.random() < 0.3:
-            lines[index] = replace(line, color=_other(rng, COLORS, line.color))
+            lines[index] = replace(line, color=_other_value(rng, COLORS, line.color))
         elif line.kind == "word":
-            lines[index] = replace(line, text=_other(rng, WORDS, line.text))
+            lines[index] = replace(line, text=_other_value(rng, WORDS, line.text))
         else:
-            lines[index] = replace(line, text=str(_other(rng, range(MAX_NUMBER + 1), int(line.text))))
+            lines[index] = replace(line, text=str(_other_value(rng, range(MAX_NUMBER + 1), int(line.text))))
         return replace(scene, lines=tuple(lines))
     bars = list(scene.bars)
     index = rng.randrange(len(bars))
     if rng.random() < 0.3:
         bars[index] = replace(
             bars[index],
-            color=_other(rng, [c for c in COLORS if c not in {bar.color for bar in bars}], bars[index].color),
+            color=_other_value(rng, [c for c in COLORS if c not in {bar.color for bar in bars}], bars[index].color),
         )
     else:
-        bars[index] = replace(bars[index], value=_other(rng, range(1, MAX_VALUE + 1), bars[index].value))
+        bars[index] = replace(bars[index], value=_other_value(rng, range(1, MAX_VALUE + 1), bars[index].value))
     return replace(scene, bars=tuple(bars))
 
 
@@ -217,9 +219,9 @@ MAX_NEAR_MISSES = 64
 
 
 def near_miss(scene: Scene, rng: random.Random, split: Split) -> Scene:
-    """`change_one` within this split; another scene of this kind where (nearly) every change leads out of the split."""
+    """`change_one_attribute` within this split; a new scene of this kind where (nearly) all changes leave it."""
     for _ in range(MAX_NEAR_MISSES):
-        changed = change_one(scene, rng)
+        changed = change_one_attribute(scene, rng)
         if split_of(changed) == split:
             return changed
     return sample_scene(rng, split, scene.kind)

@@ -18,40 +18,40 @@ from typing import Any
 
 from mmllm.batch import picture_marks
 from mmllm.errors import MmllmError
-from mmllm.scenes.ask import CAPTION_REQUESTS, QUESTION_TYPES, QuestionTurn
+from mmllm.scenes.captions import write_caption
+from mmllm.scenes.conversations import SceneConversation, about_none, about_one, about_two, sample_twin, text_example
 from mmllm.scenes.draw import draw
+from mmllm.scenes.questions import CAPTION_REQUESTS, QUESTION_TYPES, QuestionTurn
 from mmllm.scenes.small_talk import TEXT_ONLY
-from mmllm.scenes.talk import SceneConversation, about_none, about_one, about_two, as_text, twin_of
-from mmllm.scenes.tell import tell
 from mmllm.scenes.world import Kind, Scene, Split, sample_kind, sample_scene
 
 SPLITS: tuple[Split, ...] = ("train", "val", "compositions")
 # Training shows and asks more of what takes longest to learn; the other splits judge all kinds alike.
-SHOWN_IN_TRAINING: dict[Kind, int] = {"objects": 40, "text": 42, "chart": 18}
-ASKED_IN_TRAINING = (*QUESTION_TYPES, *["compare", "count"] * 4, *["relation"] * 2, "follow_up")
+TRAINING_KIND_WEIGHTS: dict[Kind, int] = {"objects": 40, "text": 42, "chart": 18}
+TRAINING_QUESTION_TYPES = (*QUESTION_TYPES, *["compare", "count"] * 4, *["relation"] * 2, "follow_up")
 TURNS_PER_PICTURE = 10
 TWIN_EVERY = 8  # every eighth picture is the twin of the one before it, for questions about two
 TEXT_EVERY = 16  # one conversation without picture for so many pictures
-CHUNK = 250
+PICTURES_PER_CHUNK = 250
 
 
-def _rng(seed: int, split: str, what: str, number: int) -> random.Random:
+def _random_for(seed: int, split: str, what: str, number: int) -> random.Random:
     return random.Random(f"{seed}/{split}/{what}/{number}")
 
 
 def scene_of(seed: int, split: Split, number: int) -> Scene:
     """The scene of a picture. Twins stand behind scenes of objects."""
-    rng = _rng(seed, split, "scene", number)
+    rng = _random_for(seed, split, "scene", number)
     if number % TWIN_EVERY == TWIN_EVERY - 1:
-        return twin_of(scene_of(seed, split, number - 1), rng, split)
+        return sample_twin(scene_of(seed, split, number - 1), rng, split)
     has_twin = number % TWIN_EVERY == TWIN_EVERY - 2
     if has_twin:
         return sample_scene(rng, split, "objects")
-    return sample_scene(rng, split, sample_kind(rng, SHOWN_IN_TRAINING) if split == "train" else None)
+    return sample_scene(rng, split, sample_kind(rng, TRAINING_KIND_WEIGHTS) if split == "train" else None)
 
 
-def _talk_about(scene: Scene, rng: random.Random, split: Split) -> SceneConversation:
-    return about_one(scene, rng, TURNS_PER_PICTURE, ASKED_IN_TRAINING if split == "train" else ())
+def _picture_conversation(scene: Scene, rng: random.Random, split: Split) -> SceneConversation:
+    return about_one(scene, rng, TURNS_PER_PICTURE, TRAINING_QUESTION_TYPES if split == "train" else ())
 
 
 def _turns_json(turns: Sequence[QuestionTurn], opening: str) -> list[dict[str, str]]:
@@ -84,12 +84,12 @@ def _write_chunk(folder: str, seed: int, split: Split, numbers: range) -> tuple[
     for number in numbers:
         scene, name = scene_of(seed, split, number), picture_name(number)
         path = Path(folder) / name
-        draw(scene, _rng(seed, split, "draw", number)).save(path, optimize=False)
+        draw(scene, _random_for(seed, split, "draw", number)).save(path, optimize=False)
         path.with_suffix(".json").write_text(json.dumps(scene.to_json()))
-        rng = _rng(seed, split, "ask", number)
-        caption = QuestionTurn("caption", rng.choice(CAPTION_REQUESTS), tell(scene, rng))
+        rng = _random_for(seed, split, "ask", number)
+        caption = QuestionTurn("caption", rng.choice(CAPTION_REQUESTS), write_caption(scene, rng))
         captions.append(conversation_row(f"{split}-{number:06d}", [name], SceneConversation((scene,), (caption,))))
-        talk = _talk_about(scene, rng, split)
+        talk = _picture_conversation(scene, rng, split)
         conversations.append(conversation_row(f"{split}-{number:06d}", [name], talk))
         if number % TWIN_EVERY == TWIN_EVERY - 1:
             pair = about_two(scene_of(seed, split, number - 1), scene, rng, 4)
@@ -104,8 +104,8 @@ def _text_row(row_id: str, rng: random.Random, split: Split, scene: Scene) -> di
     """A row without picture: small talk, or the scene described in words and asked about, so that reading stays."""
     if rng.random() < 0.5:
         return conversation_row(row_id, [], about_none(rng, split, 5))
-    talk = _talk_about(scene, rng, split)
-    example = as_text(talk, rng, row_id)
+    talk = _picture_conversation(scene, rng, split)
+    example = text_example(talk, rng, row_id)
     turns = tuple(
         # the description stands in the first turn; a retelling of it has no one right answer, and stays a caption
         QuestionTurn(turn.type if turn.type == "caption" else TEXT_ONLY, message.text, turn.answer, number)
@@ -114,7 +114,7 @@ def _text_row(row_id: str, rng: random.Random, split: Split, scene: Scene) -> di
     return conversation_row(row_id, [], SceneConversation((), turns))
 
 
-def _dump(rows: list[Any], path: Path) -> None:
+def _write_json(rows: list[Any], path: Path) -> None:
     partial = path.with_suffix(".part")
     partial.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
     partial.replace(path)
@@ -127,7 +127,7 @@ def write_split(
     folder = out / split
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "images").mkdir(parents=True)
-    chunks = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
+    chunks = [range(start, min(start + PICTURES_PER_CHUNK, count)) for start in range(0, count, PICTURES_PER_CHUNK)]
     captions: list[Any] = []
     conversations: list[Any] = []
     with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as pool:
@@ -137,8 +137,8 @@ def write_split(
             captions += told
             conversations += asked
             advance(len(numbers))
-    _dump(captions, folder / "captions.json")
-    _dump(conversations, folder / "conversations.json")
+    _write_json(captions, folder / "captions.json")
+    _write_json(conversations, folder / "conversations.json")
 
 
 def write_scenes(

@@ -16,18 +16,23 @@ import torch
 from torch import Tensor, nn
 
 from mmllm.batch import Batch
-from mmllm.config import ConfigError, RunConfig
+from mmllm.config import ConfigError, RunConfig, StageConfig
+from mmllm.distributed.ranks import build_accelerator, set_threads
 from mmllm.errors import is_out_of_memory
+from mmllm.runs.requirements import settle
+from mmllm.stages.conversation import ConversationStage
+from mmllm.stages.registry import build_stage
+from mmllm.training.loop import Run
 from mmllm.training.memory import (
-    Change,
     Memory,
     Shape,
+    Suggestion,
     available_bytes,
-    changes,
     forget_peak,
     parameter_bytes,
     peak_bytes,
     size_text,
+    suggestions,
 )
 
 TYPICAL_STEPS = 2  # steps of the run's own order, for its speed
@@ -60,7 +65,7 @@ class Plan:
     epoch_seconds: float | None
     disk: dict[str, int]
     disk_free: int
-    changes: list[Change]
+    changes: list[Suggestion]
     notes: list[str]
 
     @property
@@ -102,15 +107,14 @@ class _Held:
         self.tensor = tensor
 
 
-def longest_batch(stage: Any, batch_size: int, max_length: int) -> Any:
+def longest_batch(stage: ConversationStage, batch_size: int, max_length: int) -> Batch:
     """The longest examples of a run; where they are streamed, some of them made as long as they may be."""
-    report = getattr(getattr(stage, "data", None), "report", None)
-    lengths = getattr(report, "lengths", None)
+    lengths = stage.lengths
     if stage.num_examples is not None and lengths is not None:
         order = sorted(range(stage.num_examples), key=lambda index: -int(lengths[index]))
         return stage.batch(list(itertools.islice(itertools.cycle(order), batch_size)))
-    batch = stage.batch(list(stage.order(batch_size).share(0, 0, 1))[:batch_size])
-    if stage.num_examples is not None or not isinstance(batch, Batch):
+    batch = stage.batch(list(stage.sampler(batch_size).rank_items(0, 0, 1))[:batch_size])
+    if stage.num_examples is not None:
         return batch
     more = max(0, max_length - batch.input_ids.shape[1])
     word = int(batch.labels.max())  # a token that is taught stands in every batch
@@ -122,7 +126,7 @@ def longest_batch(stage: Any, batch_size: int, max_length: int) -> Any:
                    attention_mask=longer(batch.attention_mask, 1))  # fmt: skip
 
 
-def _measure(run: Any, batch: Any) -> Memory:
+def _measure(run: Run, batch: Batch) -> Memory:
     """The parts of memory at the peak of a step, the second one: the optimizer has its state by then.
 
     On a CPU what autograd keeps is counted in the first step, since counting holds some of it for longer.
@@ -130,14 +134,14 @@ def _measure(run: Any, batch: Any) -> Memory:
     device, module = run.accelerator.device, run.stage.module
     saved = _Saved(itertools.chain(module.parameters(), module.buffers()))
     if device.type == "cuda":
-        run.step(0, itertools.repeat(batch))
+        run.stepper.step(0, itertools.repeat(batch))
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
     else:
         with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
-            run.step(0, itertools.repeat(batch))
+            run.stepper.step(0, itertools.repeat(batch))
         forget_peak()
-    run.step(1, itertools.repeat(batch))
+    run.stepper.step(1, itertools.repeat(batch))
     weights = parameter_bytes(itertools.chain(module.parameters(), module.buffers()))
     gradients = parameter_bytes(run.strategy.trained.values())
     states = [value for one in run.strategy.optimizers for state in one.state.values() for value in state.values()]
@@ -156,15 +160,15 @@ def _of_process(parts: Memory, peak: int) -> Memory:
     return replace(parts, process=max(0.0, peak - parts.total))
 
 
-def _shape_of(stage: Any, config: Any, batch: Any) -> Shape:
-    language = getattr(stage.model, "language_model", stage.model)
+def _shape_of(stage: ConversationStage, config: StageConfig, batch: Batch) -> Shape:
+    language: Any = stage.model.language_model
     settings = language.config.get_text_config()
     layers = int(getattr(settings, "num_hidden_layers", 1) or 1)
     numbers = batch.input_ids.numel() * int(getattr(settings, "hidden_size", 0)) * layers
     weights = {id(one): one for one in language.parameters()}.values()
     linear = {id(one.weight): one.weight for one in language.get_decoder().modules() if isinstance(one, nn.Linear)}
     held = sum(one.numel() for one in weights)
-    width = 2 if config.optim.precision == "bf16" else 4
+    width = 2 if config.compute.precision == "bf16" else 4
     return Shape(
         language_trained=parameter_bytes(one for one in weights if one.requires_grad),
         language_numbers=held,
@@ -175,61 +179,55 @@ def _shape_of(stage: Any, config: Any, batch: Any) -> Shape:
     )
 
 
-def _disk(stage: Any, config: Any, memory: Memory | None) -> dict[str, int]:
+def _disk(stage: ConversationStage, config: StageConfig, memory: Memory | None) -> dict[str, int]:
     weights = parameter_bytes(stage.module.parameters())
     trained = parameter_bytes(one for named in stage.parts.values() for _, one in named)
     found = {"checkpoint": weights}
-    if getattr(config, "lora", None):
+    if config.lora:
         base = [one for one in stage.model.language_model.parameters() if not one.requires_grad]
         found["checkpoint"] = weights - parameter_bytes(base)  # the base stays where it is
     if config.log.save_every_steps:
         state = trained + (memory.optimizer if memory else 2 * trained)
         found["states"] = int(state * (config.log.keep_checkpoints + 1))  # one more while the newest is written
-    features = getattr(stage, "features", None)
-    if features is not None:
-        found["feature cache, still to write"] = features.missing_bytes
+    if stage.features is not None:
+        found["feature cache, still to write"] = stage.features.missing_bytes
     return found
 
 
-def make_plan(
-    config: RunConfig, *, gpus: int = 1, memory: int | None = None
-) -> Plan:  # fmt: skip
+def make_plan(config: RunConfig, *, gpus: int = 1, memory: int | None = None) -> Plan:
     """Builds the run's stage and model, makes a few steps that are thrown away, and measures them.
 
     On a CPU the memory is the peak of this process, which loads, trains and validates as the run will.
     """
-    from mmllm.distributed.ranks import build_accelerator, set_threads
-    from mmllm.runs.requirements import settle
-    from mmllm.stages.registry import build_stage
-    from mmllm.training.loop import Run
-
-    if not hasattr(config, "data"):
+    if not isinstance(config, StageConfig):
         raise ConfigError(f"stage: mmllm plan is for stage1 and stage2; {config.stage} trains a small model in minutes")
     config = settle(config)
+    assert isinstance(config, StageConfig)
     set_threads(config)
     forget_peak()
     accelerator = build_accelerator(config)
-    stage: Any = build_stage(config)
+    stage = build_stage(config)
+    assert isinstance(stage, ConversationStage)
     limit = memory or available_bytes(accelerator.device)
     measured: Memory | None = None
     speed: dict[str, float] = {}
     seconds, batch, notes = None, None, []
-    features = getattr(stage, "features", None)
+    features = stage.features
     if features is not None and features.num_missing:
         features.blank = True  # a plan encodes nothing: rows of zeros take as much memory
         notes.append("the feature cache is not filled yet; its time is not counted")
     try:
         run = Run(config, stage, accelerator, lambda: build_stage(config))
-        batch = longest_batch(stage, config.optim.batch_size, stage.data.max_length_tokens)
+        batch = longest_batch(stage, config.compute.batch_size, stage.data.max_length_tokens)
         loading = peak_bytes()
         measured = _measure(run, batch)
         run.throughput.figures()
         last = min(TYPICAL_STEPS + 1, config.optim.max_steps)
         first = min(1, last - 1)  # step 0 has the longest example
-        data = run.batches(first)
+        data = run.batches.start(first)
         begun = time.monotonic()
         for step in range(first, last):
-            run.step(step, data)
+            run.stepper.step(step, data)
         seconds = (time.monotonic() - begun) / (last - first)
         speed = run.throughput.figures()
         stage.rehearse_validation()
@@ -249,7 +247,8 @@ def make_plan(
 
 
 def _assemble(
-    config: Any, stage: Any, batch: Any, measured: Memory | None, speed: dict[str, float], seconds: float | None,
+    config: StageConfig, stage: ConversationStage, batch: Batch | None, measured: Memory | None,
+    speed: dict[str, float], seconds: float | None,
     limit: int, gpus: int, notes: list[str], device: torch.device,
 ) -> Plan:  # fmt: skip
     shape = _shape_of(stage, config, batch) if batch is not None else None
@@ -257,7 +256,7 @@ def _assemble(
         if name in speed:
             speed[name] *= gpus
     rate = speed.get("samples_per_second")
-    found = changes(config, measured, shape)
+    found = suggestions(config, measured, shape)
     folder = next(one for one in (Path(config.out).resolve(), *Path(config.out).resolve().parents) if one.is_dir())
     size = "" if batch is None else f"{len(batch.input_ids)} x {batch.input_ids.shape[1]} tokens"
     return Plan(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from mmllm.config import ConfigError, RunConfig, StageConfig, WarmupLanguageConfig, WarmupVisionConfig
 from mmllm.runs.requirements import check_machine
 from mmllm.stages.conversation import ConversationStage
-from mmllm.training.loop import Stage
+from mmllm.training.stage import Stage
 from mmllm.warmup.language import WarmupLanguage
 from mmllm.warmup.vision import WarmupVision
 

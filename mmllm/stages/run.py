@@ -51,11 +51,11 @@ def run(config: RunConfig) -> None:
     """
     from mmllm.evaluation.validation_tasks import check_tasks
     from mmllm.runs.experiment_trackers import check_trackers
-    from mmllm.runs.lock import only_run
+    from mmllm.runs.lock import exclusive_run
 
     check_trackers(config.log.trackers)
-    check_tasks(config.log.tasks)
-    with only_run(Path(config.out)) if is_first_process() else contextlib.nullcontext():
+    check_tasks(config.validation.tasks)
+    with exclusive_run(Path(config.out)) if is_first_process() else contextlib.nullcontext():
         _run(config)
 
 
@@ -67,7 +67,8 @@ def _run(config: RunConfig) -> None:
     from mmllm.runs.state import check_same_run
     from mmllm.stages.registry import build_stage
     from mmllm.training.loop import train
-    from mmllm.training.memory import advised
+    from mmllm.training.memory import explain_out_of_memory
+    from mmllm.training.stage import PreparesFeatures
 
     out = Path(config.out)
     begun, is_finished = begun_settings(out)
@@ -83,14 +84,14 @@ def _run(config: RunConfig) -> None:
     accelerator = build_accelerator(config)
     with accelerator.main_process_first():
         stage = build_stage(config)
-    if features := getattr(stage, "features", None):
+    if isinstance(stage, PreparesFeatures):
         rank, world_size = accelerator.process_index, accelerator.num_processes
-        features.fill(accelerator.device, rank=rank, world_size=world_size)  # the ranks share the work
+        stage.prepare_features(accelerator.device, rank=rank, world_size=world_size)
     if accelerator.is_main_process:
         (out / SETTINGS).write_text(dump_config(config))
         write_about(out, stage.notes, f"{accelerator.num_processes} process(es) on {accelerator.device}")
     try:
-        with advised(config):
+        with explain_out_of_memory(config):
             train(config, stage, accelerator, lambda: build_stage(config))
     finally:
         if accelerator.is_main_process and (out / LOG_FILE).is_file():

@@ -10,17 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmllm.batch import Example
-from mmllm.batching.sampler import Division, Item, Order, Orders, StreamOrder, as_they_come
+from mmllm.batching.sampler import IndexedSampler, Item, Sampler, StepSplitter, StreamSampler, in_order
 from mmllm.chat.renderer import Renderer
 from mmllm.config import SourceConfig, StageConfig
-from mmllm.data.check import Report, load_examples
-from mmllm.data.inspection import Rules, positions_note
-from mmllm.data.mix import mix
-from mmllm.data.quarantine import BAD_LIST, FOLDER, read_quarantine
+from mmllm.data.check import DataReport, load_examples
+from mmllm.data.inspection import RowRules, positions_note
+from mmllm.data.mix import epoch_counts
+from mmllm.data.quarantine import BAD_LIST_FILE, CHECK_FOLDER, read_quarantine
 from mmllm.data.sources import DataError, Examples
 from mmllm.data.stream import Stream
 from mmllm.distributed.ranks import cores_of_process
-from mmllm.readers.folders import tell_passed_over
+from mmllm.readers.folders import describe_passed_over
 
 
 class TrainingData:
@@ -39,15 +39,15 @@ class TrainingData:
         self._all = (*data.train, *data.val, *replay)
         self.quarantine = read_quarantine(config.out, self._all)
         indexed = [*([] if data.is_streamed else data.train), *replay]
-        self.examples, self.report = self._load(indexed) if indexed else (Examples(), Report())
+        self.examples, self.report = self._load(indexed) if indexed else (Examples(), DataReport())
         self.stream: Stream | None = None
         if data.is_streamed:
-            rules = Rules(renderer, data.max_length_tokens, quarantine=self.quarantine, max_positions=max_positions)
+            rules = RowRules(renderer, data.max_length_tokens, quarantine=self.quarantine, max_positions=max_positions)
             self.stream = Stream(data.train, rules, seed=config.seed, max_bad_fraction=data.max_bad_fraction)
         self.num_examples = None if self.stream else len(self.examples)
         self.lengths: NDArray[np.int64] | None = None if self.stream else self.report.lengths
 
-    def _load(self, sources: list[SourceConfig]) -> tuple[Examples, Report]:
+    def _load(self, sources: list[SourceConfig]) -> tuple[Examples, DataReport]:
         """Raises DataError where too much cannot be used; where less cannot, says so."""
         try:
             found, report = load_examples(
@@ -59,13 +59,15 @@ class TrainingData:
                 max_positions=self.max_positions,
             )
         except DataError as error:
-            listed = f"\n{len(self.quarantine)} rows stand in {Path(self.config.out) / FOLDER / BAD_LIST}, which "
+            listed = (
+                f"\n{len(self.quarantine)} rows stand in {Path(self.config.out) / CHECK_FOLDER / BAD_LIST_FILE}, which "
+            )
             listed += "`mmllm check` wrote; run it again where pictures were mended"
             raise DataError(f"{error}{listed if self.quarantine else ''}") from error
         if report.num_bad:
             told = f"left out: {report.num_bad} of {report.num_rows} rows; `mmllm check` lists them with their reasons"
             print(told, file=sys.stderr)
-        if passed_over := tell_passed_over(report.passed_over):
+        if passed_over := describe_passed_over(report.passed_over):
             print(passed_over, file=sys.stderr)
         return found, report
 
@@ -77,7 +79,7 @@ class TrainingData:
         """The examples that the run is judged by."""
         if not self.config.data.val:
             return []
-        return spread(self._load(list(self.config.data.val))[0], self.config.log.max_val_examples)
+        return spread(self._load(list(self.config.data.val))[0], self.config.validation.max_examples)
 
     def size_of(self, item: Item) -> tuple[int, int]:
         """Tokens and pictures of an example."""
@@ -87,25 +89,25 @@ class TrainingData:
 
     def text_probe(self, validation: list[Example]) -> list[Example]:
         """Conversations without pictures that show what a trained LLM forgets; none where it is not trained."""
-        log = self.config.log
+        path = self.config.validation.text_probe
         if "language" not in self.config.train:
             return []
-        found = self._load([SourceConfig(path=log.text_probe)])[0] if log.text_probe else validation
+        found = self._load([SourceConfig(path=path)])[0] if path else validation
         text = [example for example in found if not example.images]
-        if log.text_probe and not text:
-            raise DataError(f"log.text_probe: every conversation of {log.text_probe} has a picture; name text alone")
-        return spread(text, log.max_text_examples)
+        if path and not text:
+            raise DataError(f"validation.text_probe: every conversation of {path} has a picture; name text alone")
+        return spread(text, self.config.validation.max_text_examples)
 
-    def order(self, batch_size: int, divide: Division = as_they_come) -> Orders:
+    def sampler(self, batch_size: int, split_step: StepSplitter = in_order) -> Sampler:
         """The order of examples in global batches of this size. Raises DataError where there are too few."""
         data, seed = self.config.data, self.config.seed
         replay = (self.examples.sizes[-1], data.replay.fraction) if data.replay else None
         if self.stream:
-            return StreamOrder(self.stream, batch_size, seed, replay, divide)
+            return StreamSampler(self.stream, batch_size, seed, replay, split_step)
         sizes = self.examples.sizes[: len(data.train)]
-        parts = mix(sizes, [source.weight for source in data.train], replay)
-        return Order(
-            len(self.examples), batch_size, seed, self.lengths, parts, divide, group_by_length=data.group_by_length
+        parts = epoch_counts(sizes, [source.weight for source in data.train], replay)
+        return IndexedSampler(
+            len(self.examples), batch_size, seed, self.lengths, parts, split_step, group_by_length=data.group_by_length
         )
 
 

@@ -38,9 +38,10 @@ class FeatureCache:
         self, model: VisionLanguageModel, processor: VisionLanguageProcessor, examples: Sequence[Example], folder: Path
     ):
         if model.layout.has_newline:
-            fit = model.layout.kind
-            raise ConfigError(f"data.cache_features keeps one view of each picture, but model.vision.fit is {fit}; "
-                              "take one of the two out")  # fmt: skip
+            raise ConfigError(
+                "data.cache_features keeps one view of each picture, but this model has more (model.vision.image_mode "
+                "anyres or native); take one of the two out"
+            )
         tower = self.tower = model.vision_tower
         self.processor, self.shape = processor, (tower.num_patches, tower.width)
         self.blank = False  # whether `get` gives zeros, for a plan of the run

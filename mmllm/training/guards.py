@@ -37,7 +37,7 @@ class Watched(Protocol):
 
     @property
     def parts(self) -> Parts: ...
-    def reaches(self, part: str, batch: Any) -> bool: ...
+    def can_train(self, part: str, batch: Any) -> bool: ...
     def names(self, batch: Any) -> list[str]: ...
     def count(self, batch: Any) -> int: ...
 
@@ -127,7 +127,7 @@ class Guards:
         norms = self.norms(list(self.modules.values()))
         if norms is None:
             return
-        reached = {part: any(self.stage.reaches(part, batch) for batch in batches) for part in self.stage.parts}
+        reached = {part: any(self.stage.can_train(part, batch) for batch in batches) for part in self.stage.parts}
         for key, norm in zip(self.modules, norms, strict=True):
             if norm > 0:
                 self.idle[key] = 0

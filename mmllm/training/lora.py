@@ -1,24 +1,15 @@
-"""LoRA on the LLM through peft: adding adapters, and merging a finished checkpoint's. Paper: https://arxiv.org/abs/2106.09685"""
+"""LoRA on LLM and tower through peft. Paper: https://arxiv.org/abs/2106.09685"""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from mmllm.checkpoint.adapter import merge_adapter, quiet_bitsandbytes, quiet_peft
-from mmllm.checkpoint.card import model_card
-from mmllm.checkpoint.folder import CheckpointError, check_new, load_checkpoint, read_manifest, save_checkpoint
-from mmllm.checkpoint.golden import all_logits, precision_of, read_golden, require_golden, with_logits
+from mmllm.checkpoint.adapter import quiet_bitsandbytes, quiet_peft
 from mmllm.config import ConfigError, LoraConfig
-from mmllm.inference.placement import find_device
 from mmllm.model.tower import VisionTower
 from mmllm.model.vlm import VisionLanguageModel
-
-MERGE_TOLERANCE = 1e-4  # of the largest logit
 
 # Their kernels read these weights past the layer that holds them, so an adapter there does nothing, or only without
 # the kernels: https://github.com/huggingface/transformers/blob/main/src/transformers/models/mamba/modeling_mamba.py
@@ -112,42 +103,3 @@ def _trained_rows(model: VisionLanguageModel) -> dict[str, list[int]] | None:
     embedding, head = language_model.get_input_embeddings(), language_model.get_output_embeddings()
     tables = [embedding] if head.weight is embedding.weight else [embedding, head]
     return {name: rows for name, module in language_model.named_modules() if any(module is table for table in tables)}
-
-
-def merge_checkpoint(source: Path, out: Path, *, device: str | None = None) -> dict[str, float]:
-    """Writes a checkpoint in which a LoRA checkpoint's adapter is part of the LLM; says by how much logits moved.
-
-    Nothing is written where the base is not in full precision, where the adapter's own golden answers do not hold, or
-    where a logit of these answers moves by more than MERGE_TOLERANCE of the largest. Raises CheckpointError or
-    ConfigError.
-    """
-    if "base" not in read_manifest(source):
-        raise CheckpointError(f"{source} holds no adapter: it is whole, and there is nothing to merge")
-    check_new(out)
-    place = find_device(device)
-    model, processor, manifest = load_checkpoint(source, dtype={"language": torch.float32})
-    golden = read_golden(source)
-    if golden is None or not golden.answers:
-        raise CheckpointError(f"{source} has no golden answers, so merged and unmerged cannot be compared")
-    model.to(place)
-    require_golden(model, processor, source, answers=True)
-    pictures = [source / picture.file for picture in golden.pictures]
-    before = all_logits(model, processor, golden, pictures)
-    merge_adapter(model)
-    after = all_logits(model, processor, golden, pictures)
-    finite = [old.isfinite() for old in before]  # all but the image token's, which is never chosen
-    moved = max(float((old - new)[kept].abs().max()) for old, new, kept in zip(before, after, finite, strict=True))
-    largest = max(float(old[kept].abs().max()) for old, kept in zip(before, finite, strict=True))
-    if not moved <= MERGE_TOLERANCE * largest:
-        raise CheckpointError(
-            f"{source} merged is not what it was: a logit moves by {moved:.3g}, and {MERGE_TOLERANCE * largest:.3g} is "
-            f"allowed ({MERGE_TOLERANCE} of the largest); nothing was written"
-        )
-    facts: dict[str, Any] = {name: manifest[name] for name in ("origin", "settings", "figures") if name in manifest}
-    facts["merged_from"] = {"path": str(source), "base": manifest["base"]}
-    made = f"the adapter of `{source}` merged into its base, `{manifest['base']['source']}`"
-    card = model_card(out, made, facts.get("origin", {}), facts.get("figures", {}))
-    golden = replace(golden, precision=precision_of(model))
-    files = with_logits(golden, {str(p.file): (source / p.file).read_bytes() for p in golden.pictures}, after)
-    save_checkpoint(out, model.to("cpu"), processor, card=card, files=files, **facts)
-    return {"largest_logit": largest, "moved": moved}

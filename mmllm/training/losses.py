@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmllm.batch import IGNORE_INDEX, Batch
 from mmllm.kernels.fused_cross_entropy import is_plain_linear, linear_loss_sum
-from mmllm.model.probing import probing, spread_of
+from mmllm.model.capabilities import has_router_loss
 from mmllm.model.vlm import VisionLanguageModel
 
 
@@ -74,59 +74,6 @@ def supervised_counts(batch: Batch) -> list[int]:
     return counts
 
 
-# Of the largest logit. Both sides come out of the same kernels on tensors of one shape, so that rounding moves nothing.
-_OF_LOGITS = 1e-3
-_LARGE_LOGIT = 200.0  # far above any soft cap in use (Gemma 2: 30), far below what fp16 holds
-
-
-def has_plain_head(language_model: Any) -> bool:
-    """Whether logits are just the head applied to the decoder's output: no soft cap, no scale, no loss of a router.
-
-    Only then may the head run on supervised rows alone. Found by trying, since architectures do not say: with a
-    decoder output so large that a soft cap shows, which small logits would pass almost unchanged.
-    """
-    if _has_router_loss(language_model):
-        return False
-    device = language_model.get_input_embeddings().weight.device
-    ids = torch.arange(4, device=device)[None] % language_model.config.vocab_size
-    decoder, head = language_model.get_decoder(), language_model.get_output_embeddings()
-
-    def enlarge(module: Any, args: Any, output: Any) -> Any:
-        hidden = output.last_hidden_state
-        output.last_hidden_state = hidden * (_LARGE_LOGIT / head(hidden).abs().max().clamp(min=1e-6))
-        seen.append(output.last_hidden_state)
-        return output
-
-    seen: list[Tensor] = []
-    with probing(language_model), decoder.register_forward_hook(enlarge):
-        logits = language_model(input_ids=ids, use_cache=False).logits
-        return spread_of(head(seen[0]), logits) <= _OF_LOGITS
-
-
-def _has_router_loss(language_model: Any) -> bool:
-    """Whether the LLM's config asks for the loss that spreads tokens evenly over a mixture's experts."""
-    return bool(getattr(language_model.config, "output_router_logits", False))
-
-
-def needs_mask(language_model: Any) -> bool:
-    """Whether an LLM must be told which positions are padding on the right.
-
-    Where each token sees only those before it, padding is seen by none, and attention without a mask skips half of its
-    work. A router's loss counts padding; flash attention does not compute what a mask leaves out. Found by trying.
-    """
-    attention = getattr(language_model.config, "_attn_implementation", None) or ""
-    if _has_router_loss(language_model) or attention.startswith("flash"):
-        return True
-    device = language_model.get_input_embeddings().weight.device
-    ids = torch.arange(8, device=device)[None] % language_model.config.vocab_size
-    with probing(language_model):
-        one, other = (
-            language_model(input_ids=some, use_cache=False).logits[:, :4]
-            for some in (ids, torch.cat([ids[:, :4], ids[:, 4:].flip(1)], 1))
-        )
-    return not spread_of(one, other) <= _OF_LOGITS
-
-
 def conversation_loss_sum(
     model: VisionLanguageModel,
     batch: Batch,
@@ -170,6 +117,6 @@ def conversation_loss_sum(
         rows = zip(logits.split(counts), targets.split(counts), strict=True)
         return torch.stack([token_loss_sum(some, wanted) for some, wanted in rows])
     loss = token_loss_sum(logits, targets)
-    if _has_router_loss(language_model) and language_model.training:
+    if has_router_loss(language_model) and language_model.training:
         loss = loss + language_model.config.router_aux_loss_coef * outputs.aux_loss * len(targets)
     return loss

@@ -23,7 +23,6 @@ from mmllm.config import ConfigError, RunConfig, StageConfig
 from mmllm.config.file import with_overrides
 from mmllm.distributed.launch import launched_strategy
 from mmllm.errors import is_out_of_memory
-from mmllm.runs.throughput import recomputed
 
 NF4_BYTES = 0.5625  # of a weight: 4 bits, and a scale of 32 bits for 64 of them
 _CGROUP = Path("/sys/fs/cgroup/memory.max")
@@ -57,7 +56,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Change:
+class Suggestion:
     """A setting to change. `saves` bytes, with the changes above it made; None where nothing has been measured."""
 
     setting: str
@@ -117,25 +116,25 @@ def available_bytes(device: torch.device) -> int:
 _Estimate = Callable[[Memory, Shape], Memory]
 
 
-def _smaller_batch(optim: Any) -> Iterator[tuple[list[str], str, _Estimate]]:
+def _smaller_batch(compute: Any) -> Iterator[tuple[list[str], str, _Estimate]]:
     """Smaller micro-batches, the global batch staying what it is: another one would be another recipe."""
 
     def shrunk(factor: int) -> _Estimate:
         return lambda m, _: replace(m, activations=m.activations / factor)
 
-    size, steps = optim.batch_size, optim.accumulate_steps
+    size, steps = compute.batch_size, compute.accumulate_steps
     while size > 1:
         factor = next(number for number in range(2, size + 1) if size % number == 0)
         size, steps = size // factor, steps * factor
-        yield [f"optim.batch_size={size}", f"optim.accumulate_steps={steps}"], "none but time", shrunk(factor)
+        yield [f"compute.batch_size={size}", f"compute.accumulate_steps={steps}"], "none but time", shrunk(factor)
 
 
 def _layers_again(config: Any) -> Iterator[tuple[list[str], str, _Estimate]]:
     """Gradient checkpointing of the LLM, beside that of the tower where it is asked for already."""
-    language, vision = recomputed(config)
-    if language:
+    if config.recomputes_language:
         return
-    value = "'optim.gradient_checkpointing=[language,vision]'" if vision else "optim.gradient_checkpointing=true"
+    both = "'compute.gradient_checkpointing=[language,vision]'"
+    value = both if config.recomputes_vision else "compute.gradient_checkpointing=true"
     yield (
         [value], "a third more time",
         lambda m, s: replace(m, activations=min(m.activations, s.layer_inputs + m.activations / max(1, s.num_layers))),
@@ -173,10 +172,10 @@ def _suggestions(config: Any) -> Iterator[tuple[list[str], str, _Estimate]]:
     is_stage = isinstance(config, StageConfig)
     if is_stage:
         yield from _layers_again(config)
-    yield from _smaller_batch(config.optim)
-    if config.optim.precision == "fp32":
+    yield from _smaller_batch(config.compute)
+    if config.compute.precision == "fp32":
         cost = "rounding to 3 digits in what is computed"
-        yield ["optim.precision=bf16"], cost, lambda m, _: replace(m, activations=m.activations / 2)
+        yield ["compute.precision=bf16"], cost, lambda m, _: replace(m, activations=m.activations / 2)
     works_on_whole_tensors = launched_strategy() == "ddp"  # see check_divisible
     if config.optim.kind == "adamw" and works_on_whole_tensors:
         cost = "coarser averages of gradients; needs the extra `quant`"
@@ -189,12 +188,12 @@ def _suggestions(config: Any) -> Iterator[tuple[list[str], str, _Estimate]]:
         yield [length], "leaves longer examples out", lambda m, _: replace(m, activations=m.activations / 2)
 
 
-def changes(config: RunConfig, memory: Memory | None = None, shape: Shape | None = None) -> list[Change]:
+def suggestions(config: RunConfig, memory: Memory | None = None, shape: Shape | None = None) -> list[Suggestion]:
     """What this run can change to need less memory, what costs least first; with estimates where memory is known.
 
     Each stands on those above it. What the settings do not allow together is left out.
     """
-    found: list[Change] = []
+    found: list[Suggestion] = []
     for settings, cost, estimate in _suggestions(config):
         try:
             changed = with_overrides(config, [shlex.split(setting)[0] for setting in settings])
@@ -202,12 +201,12 @@ def changes(config: RunConfig, memory: Memory | None = None, shape: Shape | None
             continue
         text = " ".join(settings)
         if memory is None or shape is None:
-            found.append(Change(text, cost))
+            found.append(Suggestion(text, cost))
         else:
             after = estimate(memory, shape)
             if (saves := memory.total - after.total) <= 0.005 * (memory.total - memory.process):
                 continue
-            found.append(Change(text, cost, saves, after.total))
+            found.append(Suggestion(text, cost, saves, after.total))
             memory = after
         config = changed
     return found
@@ -215,8 +214,8 @@ def changes(config: RunConfig, memory: Memory | None = None, shape: Shape | None
 
 def out_of_memory_text(config: Any, error: BaseException) -> str:
     """What a run says that was out of memory."""
-    steps = [f"  {change.setting}  (costs: {change.cost})" for change in changes(config)]
-    size = f"optim.batch_size={config.optim.batch_size}"
+    steps = [f"  {change.setting}  (costs: {change.cost})" for change in suggestions(config)]
+    size = f"compute.batch_size={config.compute.batch_size}"
     return (
         f"out of memory: {str(error).splitlines()[0] if str(error) else type(error).__name__}\n"
         f"With {size} it does not fit. What costs least stands first; add until it fits:\n" + "\n".join(steps) + "\n"
@@ -225,9 +224,9 @@ def out_of_memory_text(config: Any, error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def advised(config: RunConfig) -> Iterator[None]:
+def explain_out_of_memory(config: RunConfig) -> Iterator[None]:
     """Turns an error of memory into what to change."""
-    from mmllm.training.loop import TrainingError
+    from mmllm.training.guards import TrainingError
 
     try:
         yield

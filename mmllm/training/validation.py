@@ -68,7 +68,7 @@ class Validation:
         self.collate, self.module = collate, module
         paths = list(dict.fromkeys(example.source for example in examples))
         self.names = short_names(paths) if len(paths) > 1 else {}
-        self.task_names = short_names(config.log.tasks)
+        self.task_names = short_names(config.validation.tasks)
         self.exchanged = exchange_pictures(examples, config.seed, self._fits)
         self.notes = self._notes()
 
@@ -83,13 +83,13 @@ class Validation:
         if "language" in self.config.train and not self.text:
             notes.append(
                 "what the LLM forgets is not measured: data.val has no conversation without a picture; name some in "
-                "log.text_probe"
+                "validation.text_probe"
             )
         return notes
 
     def _losses(self, examples: Sequence[Example]) -> tuple[list[float], list[int]]:
         """Of each example, in their order: its loss summed over supervised tokens, and their number."""
-        losses, counts, size = [0.0] * len(examples), [0] * len(examples), self.config.optim.batch_size
+        losses, counts, size = [0.0] * len(examples), [0] * len(examples), self.config.compute.batch_size
         for start in range(0, len(examples), size):
             batch = self.collate(examples[start : start + size])
             places: dict[str, deque[int]] = defaultdict(deque)  # packing puts the examples of a batch in another order
@@ -111,7 +111,7 @@ class Validation:
             losses, counts = self._losses(self.text)
             found[TEXT_LOSS] = sum(losses) / max(1, sum(counts))
         for task, name in self.task_names.items():
-            scores = task_scores(self.engine, task, self.config.log.task_questions)
+            scores = task_scores(self.engine, task, self.config.validation.task_questions)
             found |= {f"task/{name}/{measure}": value for measure, value in scores.items()}
         if self.examples:
             self._write_samples(step, writes=writes)
@@ -121,11 +121,11 @@ class Validation:
         """What needs most memory of `figures`: the longest batch, the longest prompt, and a batch of each task."""
         examples = [*self.examples, *self.exchanged.values(), *self.text]
         longest = sorted(examples, key=lambda one: -len(self.engine.renderer.render_example(one).input_ids))
-        self._losses(longest[: self.config.optim.batch_size])
-        if self.examples and self.config.log.num_samples:
+        self._losses(longest[: self.config.compute.batch_size])
+        if self.examples and self.config.validation.num_samples:
             self.engine.reply(_first_question(longest[0]), Sampling(max_new_tokens=2))
         for task in self.task_names:
-            task_scores(self.engine, task, min(self.config.log.task_questions, REHEARSED_QUESTIONS))
+            task_scores(self.engine, task, min(self.config.validation.task_questions, REHEARSED_QUESTIONS))
 
     def _validation_losses(self) -> dict[str, float]:
         """The loss, that of each source, and image reliance: the same batches are shown twice, so it costs one pass."""
@@ -156,7 +156,7 @@ class Validation:
         folder.mkdir(parents=True, exist_ok=True)
         samples = [
             self._sample(example, folder, writes=writes)
-            for example in spread(self.examples, self.config.log.num_samples)
+            for example in spread(self.examples, self.config.validation.num_samples)
         ]
         if not writes:
             return

@@ -27,10 +27,11 @@ def mix_of(batches: Sequence[Any]) -> str:
     return f"; {sum(counts)} pictures in {with_pictures} examples, {len(counts) - with_pictures} text-only"
 
 
-class Heartbeat:
-    """Told by `beat` what is done next. Where nothing is told for `stall_seconds`, says what this process waits for.
+class Watchdog:
+    """Reports what this process waits for, where nothing has happened for `stall_seconds`.
 
-    It says so again each time the wait has doubled, and once more when it goes on. 0 seconds: it is silent.
+    The loop says by `waiting_for` what it does next. The report comes again each time the wait has doubled, and once
+    more when the run goes on. 0 seconds: it is silent.
     """
 
     def __init__(
@@ -47,16 +48,16 @@ class Heartbeat:
         self._now: tuple[float, int, str, Sequence[Any]] = (time.monotonic(), 0, "the first step", ())
         self._main = threading.get_ident()
         self._end = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
-    def beat(self, step: int, waits_for: str, batches: Sequence[Any] = ()) -> None:
+    def waiting_for(self, step: int, what: str, batches: Sequence[Any] = ()) -> None:
         """What is done from now on, in which step (from 0), with which micro-batches."""
-        self._now = (time.monotonic(), step, waits_for, batches)
+        self._now = (time.monotonic(), step, what, batches)
 
     def step(self) -> int:
         return self._now[1]
 
-    def __enter__(self) -> Heartbeat:
+    def __enter__(self) -> Watchdog:
         if self.stall_seconds > 0:
             self._thread.start()
         return self

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from mmllm.batch import Batch
 from mmllm.optimizers.layers import OuterModule
-from mmllm.scenes.ask import About
+from mmllm.scenes.questions import About
 
 MAX_PARTS = 10  # of the scenes of one conversation
 REACH = 40  # tokens; the first layer looks no farther back at first

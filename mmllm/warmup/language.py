@@ -19,14 +19,15 @@ from torch import Tensor, nn
 
 from mmllm.batch import IMAGE_TOKEN, Batch
 from mmllm.batching.collate import collate
-from mmllm.batching.sampler import Order
-from mmllm.chat.renderer import OWN_TEMPLATE, Rendered, Renderer
+from mmllm.batching.sampler import IndexedSampler
+from mmllm.chat.renderer import OWN_TEMPLATE, RenderedConversation, Renderer
 from mmllm.config import ConfigError, LanguageConfig, WarmupLanguageConfig
 from mmllm.model.language import load_language, load_tokenizer
-from mmllm.scenes.ask import QUESTION_TYPES
-from mmllm.scenes.talk import SceneConversation, as_text, describe, sample_text
+from mmllm.scenes.conversations import SceneConversation, describe_conversation, sample_text, text_example
+from mmllm.scenes.questions import QUESTION_TYPES
 from mmllm.scenes.world import Split
 from mmllm.training.losses import supervised_rows, token_loss_sum
+from mmllm.training.stage import LossOutput
 from mmllm.warmup.attention_guidance import LookupBatch, ReadOut, guide_bits, guided_attention_sum, init_for_lookup
 
 CHUNK = 500
@@ -93,7 +94,7 @@ class TextRow:
 
 
 def _row(renderer: Renderer, conversation: SceneConversation, rng: random.Random, name: str) -> TextRow:
-    example, parts = describe(conversation, rng, name)
+    example, parts = describe_conversation(conversation, rng, name)
     rendered = renderer.render_example(example)
     told, about = np.full(len(rendered.input_ids), -1, np.int8), np.zeros((len(rendered.input_ids), 2), np.int16)
     named, the = np.full(len(rendered.input_ids), -1, np.int16), _ids(renderer, " the")
@@ -211,6 +212,7 @@ class WarmupLanguage:
         if self.module.read_out is not None:
             self.parts["read_out"] = list(self.module.read_out.named_parameters("read_out"))
         self.notes: list[str] = []
+        self.num_workers = 0
         self.num_examples = len(self.rows)
 
     def _new_model(self, language: dict[str, Any]) -> Any:
@@ -231,7 +233,7 @@ class WarmupLanguage:
         texts = []
         for number in range(count):
             rng = random.Random(f"{self.config.seed}/corpus/{number}")
-            example = as_text(sample_text(rng, "train", self.config.num_turns, retell=0.3), rng, str(number))
+            example = text_example(sample_text(rng, "train", self.config.num_turns, retell=0.3), rng, str(number))
             texts += [message.text for message in example.messages]
         return texts
 
@@ -241,7 +243,7 @@ class WarmupLanguage:
         return [row for task in tasks for row in task.result()]
 
     def _collate(self, rows: Sequence[TextRow], names: Sequence[str]) -> LookupBatch:
-        rendered = [Rendered(row.input_ids.tolist(), row.is_answer.tolist(), 0) for row in rows]
+        rendered = [RenderedConversation(row.input_ids.tolist(), row.is_answer.tolist(), 0) for row in rows]
         batch = collate(rendered, pad_token_id=self.tokenizer.pad_token_id, example_ids=names)
         told, named = torch.full_like(batch.input_ids, -1), torch.full_like(batch.input_ids, -1)
         about = torch.zeros(*batch.input_ids.shape, 2, dtype=torch.long)
@@ -262,11 +264,14 @@ class WarmupLanguage:
             compared=compared,
         )
 
-    def order(self, batch_size: int) -> Order:
-        return Order(len(self.rows), batch_size, self.config.seed, [len(row.input_ids) for row in self.rows])
+    def sampler(self, batch_size: int) -> IndexedSampler:
+        return IndexedSampler(len(self.rows), batch_size, self.config.seed, [len(row.input_ids) for row in self.rows])
 
     def batch(self, indices: Sequence[int]) -> LookupBatch:
         return self._collate([self.rows[index] for index in indices], [f"train-{index}" for index in indices])
+
+    def loss(self, module: nn.Module, batch: Batch) -> LossOutput:
+        return LossOutput(module(batch), self.count(batch))
 
     def count(self, batch: Batch) -> int:
         return batch.num_supervised
@@ -274,7 +279,7 @@ class WarmupLanguage:
     def num_tokens(self, batch: Batch) -> int:
         return int(batch.attention_mask.sum())
 
-    def reaches(self, part: str, batch: Batch) -> bool:
+    def can_train(self, part: str, batch: Batch) -> bool:
         return part != "read_out" or (isinstance(batch, LookupBatch) and bool((batch.compared >= 0).any()))
 
     def names(self, batch: Batch) -> list[str]:

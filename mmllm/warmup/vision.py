@@ -15,12 +15,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mmllm.batching.sampler import Order
+from mmllm.batching.sampler import IndexedSampler
 from mmllm.config import WarmupVisionConfig
 from mmllm.model.language import load_tokenizer
+from mmllm.scenes.captions import write_caption
 from mmllm.scenes.draw import draw
-from mmllm.scenes.tell import tell
 from mmllm.scenes.world import Kind, Scene, Split, near_miss, sample_kind, sample_scene
+from mmllm.training.stage import LossOutput
 from mmllm.warmup.regions import MAX_REGIONS, Box, RegionWords, regions_of
 
 MAX_WORDS = 5  # tokens that say what a part of a scene is
@@ -60,7 +61,7 @@ def _draw_chunk(seed: int, split: Split, numbers: range, side_px: int, num_capti
         scenes, rng = scene_group(seed, split, number)
         for scene in scenes:
             pixels = np.asarray(draw(scene, rng).resize((side_px, side_px), Image.Resampling.BICUBIC))
-            captions = [tell(scene, rng) for _ in range(num_captions)]
+            captions = [write_caption(scene, rng) for _ in range(num_captions)]
             drawn.append(Drawn(pixels, captions, regions_of(scene)))
     return drawn
 
@@ -110,6 +111,7 @@ class WarmupVision:
         self.parts = {"vision": list(self.module.named_parameters())}
         self.depths: dict[str, int] = {}
         self.notes: list[str] = []
+        self.num_workers = 0
         self.num_examples = config.num_scenes
 
     def _ids(self, texts: list[str], length: int, *, end: bool) -> Tensor:
@@ -146,8 +148,8 @@ class WarmupVision:
             "boxes": pairs.boxes[rows], "words": pairs.words[rows], "names": list(names),
         }  # fmt: skip
 
-    def order(self, batch_size: int) -> Order:
-        return Order(self.config.num_scenes, batch_size, self.config.seed)
+    def sampler(self, batch_size: int) -> IndexedSampler:
+        return IndexedSampler(self.config.num_scenes, batch_size, self.config.seed)
 
     def batch(self, indices: Sequence[int]) -> dict[str, Any]:
         size = 1 + NEAR_MISSES
@@ -155,13 +157,16 @@ class WarmupVision:
         caption = sum(indices) % self.NUM_CAPTIONS  # a function of the batch, so that resuming changes nothing
         return self._tensors(self.pairs, rows, [f"train-{index}" for index in indices], caption)
 
+    def loss(self, module: nn.Module, batch: dict[str, Any]) -> LossOutput:
+        return LossOutput(module(batch), self.count(batch))
+
     def count(self, batch: dict[str, Any]) -> int:
         return len(batch["texts"])
 
     def num_tokens(self, batch: dict[str, Any]) -> int:
         return int((batch["texts"] != 0).sum())
 
-    def reaches(self, part: str, batch: dict[str, Any]) -> bool:
+    def can_train(self, part: str, batch: dict[str, Any]) -> bool:
         return True
 
     def names(self, batch: dict[str, Any]) -> list[str]:

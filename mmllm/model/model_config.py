@@ -1,0 +1,74 @@
+"""The config of a model, in plain values: what `config.json` of a checkpoint holds."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PretrainedConfig
+
+
+class VisionLanguageConfig(PretrainedConfig):  # type: ignore[misc]
+    """What a model is made of, in plain values: enough to build it without any part's own files.
+
+    Args:
+        vision: a `TowerSpec` as a dict.
+        projector: `kind` and `options` of one of PROJECTORS.
+        text_config: the LLM's own transformers config.
+        image_token_id: the vocabulary's `<image>`.
+        num_image_tokens: how many of them stand for one view of the tower, counted by probing tower and projector.
+        layout: how an image becomes several views, or one of another shape; None: each is one view.
+        part_dtypes: of each of PARTS the dtype of its weights, such as "bfloat16". A model that is read in another
+            dtype than its LLM's has all parts in that one; None: all parts have the same.
+    """
+
+    model_type = "mmllm"
+    sub_configs = {"text_config": AutoConfig}
+
+    def __init__(
+        self,
+        vision: dict[str, Any] | None = None,
+        projector: dict[str, Any] | None = None,
+        text_config: Any = None,
+        image_token_id: int = 0,
+        num_image_tokens: int = 0,
+        layout: dict[str, Any] | None = None,
+        part_dtypes: dict[str, str] | None = None,
+        **kwargs: Any,
+    ):
+        if isinstance(text_config, dict):
+            text_config = AutoConfig.for_model(**text_config)
+        self.vision = vision
+        self.projector = projector
+        self.text_config = text_config
+        self.image_token_id = image_token_id
+        self.num_image_tokens = num_image_tokens
+        self.layout = layout
+        self.part_dtypes = part_dtypes
+        if text_config is not None:
+            kwargs.setdefault("tie_word_embeddings", text_config.tie_word_embeddings)
+        super().__init__(**kwargs)
+
+    def dtype_of(self, part: str) -> torch.dtype:
+        """The dtype to build a part in: its own, or the one that all parts are asked for in."""
+        own = self.part_dtypes
+        if own is None or str(self.dtype).removeprefix("torch.") != own["language"]:
+            return torch.get_default_dtype()
+        dtype: torch.dtype = getattr(torch, own[part])
+        return dtype
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """New tensors are made in this dtype meanwhile."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+AutoConfig.register(VisionLanguageConfig.model_type, VisionLanguageConfig, exist_ok=True)

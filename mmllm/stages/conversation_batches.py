@@ -1,0 +1,45 @@
+"""Conversations as batches: rendered, packed into rows, their pictures beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from mmllm.batch import Batch, Example
+from mmllm.batching.collate import collate
+from mmllm.batching.packed_rows import Packer
+from mmllm.chat.renderer import Renderer
+from mmllm.model.processor import VisionLanguageProcessor
+from mmllm.training.features import FeatureCache
+
+
+class BatchMaker:
+    """Makes a batch of examples. Pictures come from the feature cache, where there is one and `features` is set."""
+
+    def __init__(
+        self, renderer: Renderer, processor: VisionLanguageProcessor, packer: Packer, features: FeatureCache | None
+    ):
+        self.renderer, self.processor, self.packer, self.features = renderer, processor, packer, features
+
+    def make(self, examples: Sequence[Example], *, use_features: bool) -> Batch:
+        """The examples in rows, in the order of the rows; their pictures in the order of the examples."""
+        rendered = [self.renderer.render_example(example) for example in examples]
+        rows = self.packer.rows([len(conversation.input_ids) for conversation in rendered])
+        if rows:  # pictures follow their examples
+            order = [number for row in rows for number in row]
+            examples, rendered = [examples[number] for number in order], [rendered[number] for number in order]
+        images = [image for example in examples for image in example.images]
+        tensors: dict[str, Tensor] = {}
+        if images:
+            if self.features is not None and use_features:
+                tensors = {"image_features": self.features.get(images)}
+            else:
+                tensors = self.processor.load_pixels(images)
+        return collate(
+            rendered,
+            pad_token_id=int(self.processor.tokenizer.pad_token_id),
+            example_ids=[example.id for example in examples],
+            per_row=[len(row) for row in rows] if rows else None,
+            **tensors,
+        )

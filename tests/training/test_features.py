@@ -1,0 +1,228 @@
+"""The feature cache: whatever is killed, damaged, shared or at work at the same time, a row is what the tower says."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mmllm.batch import Example
+from mmllm.data.sources import DataError
+from mmllm.model.build import build_model
+from mmllm.training import features as features_module
+from mmllm.training.feature_files import RECORD
+from mmllm.training.features import FeatureCache
+from tests.builders.feature_caches import CPU, open_cache
+from tests.builders.tiny import model_config
+
+NUM_PICTURES = 48
+
+# argv: checkpoint, pictures, cache folder, rank, world size, seconds that each chunk takes longer
+FILLS = """
+import sys, time
+from pathlib import Path
+from tests.builders.feature_caches import CPU, open_cache
+from mmllm.training import features
+checkpoint, pictures, folder, rank, world, slowly = sys.argv[1:]
+features.CHUNK = 2
+encode = features.FeatureCache._encode
+def slow(*given):
+    time.sleep(float(slowly))
+    return encode(*given)
+features.FeatureCache._encode = slow
+cache = open_cache(Path(checkpoint), Path(pictures), Path(folder))
+print("ready", flush=True)
+cache.fill(CPU, rank=int(rank), world_size=int(world))
+print("missing", cache.num_missing, flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    for number in range(NUM_PICTURES):
+        Image.new("RGB", (32, 32), (number * 5, 255 - number * 5, 100)).save(folder / f"{number:02}.png")
+    return folder
+
+
+@pytest.fixture
+def opened(tiny_checkpoint: Path, pictures: Path, tmp_path: Path) -> Callable[[], FeatureCache]:
+    return lambda: open_cache(tiny_checkpoint, pictures, tmp_path / "cache")
+
+
+def filler(checkpoint: Path, pictures: Path, folder: Path, *more: object) -> subprocess.Popen[str]:
+    given = [str(one) for one in (checkpoint, pictures, folder, *more)]
+    return subprocess.Popen([sys.executable, "-c", FILLS, *given], stdout=subprocess.PIPE, text=True)
+
+
+def encoded(cache: FeatureCache) -> Tensor:
+    pixels = cache.processor.load_pixels(cache.images)["pixel_values"]
+    with torch.inference_mode():
+        found: Tensor = cache.tower(pixels)
+    return found.bfloat16().float()
+
+
+def rows_written(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("features-*/*.idx")) // RECORD.itemsize
+
+
+def assert_whole(cache: FeatureCache) -> None:
+    assert cache.num_missing == 0
+    assert torch.allclose(cache.get(cache.images), encoded(cache), atol=0.05)
+
+
+def test_what_is_read_is_what_the_tower_says(
+    opened: Callable[[], FeatureCache], capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = opened()
+    assert not cache.root.exists(), "nothing is written before it is asked for"
+    assert cache.num_missing == NUM_PICTURES
+    cache.fill(CPU)
+    told = capsys.readouterr().out
+    assert f"{NUM_PICTURES} pictures x 1.02 kB = 49.2 kB in bf16" in told
+    assert "times as fast" in told or "it gains nothing with this tower; data.cache_features=false" in told
+    assert_whole(cache)
+    assert_whole(opened())
+
+
+def test_pictures_of_one_content_have_one_row_under_any_path(
+    opened: Callable[[], FeatureCache], pictures: Path
+) -> None:
+    opened().fill(CPU)
+    cache = opened()
+    data = (pictures / "03.png").read_bytes()
+    again = FeatureCache(cache.model, cache.processor, [Example("x", "", (), (data,))], cache.root)
+    assert again.num_missing == 0
+    assert torch.equal(again.get([data]), cache.get([str(pictures / "03.png")]))
+
+
+@pytest.mark.parametrize("what", ["bit", "half", "empty index"])
+def test_damaged_rows_are_found_and_encoded_anew(opened: Callable[[], FeatureCache], what: str) -> None:
+    opened().fill(CPU)
+    file = max((opened().folder).glob("*.bin"), key=lambda path: path.stat().st_size)
+    if what == "bit":
+        data = bytearray(file.read_bytes())
+        data[100] ^= 4
+        file.write_bytes(data)
+    elif what == "half":
+        os.truncate(file, file.stat().st_size // 2)
+    else:
+        os.truncate(file.with_suffix(".idx"), 0)
+    cache = opened()
+    assert 0 < cache.num_missing < NUM_PICTURES
+    cache.fill(CPU)
+    assert_whole(cache)
+    assert_whole(opened())
+
+
+def test_a_row_that_is_damaged_while_a_run_reads_is_no_feature(opened: Callable[[], FeatureCache]) -> None:
+    opened().fill(CPU)
+    cache = opened()
+    for file in cache.folder.glob("*.bin"):
+        with file.open("r+b") as data:
+            data.write(b"\x01\x02\x03")
+    with pytest.raises(DataError, match="has been damaged since it was written"):
+        cache.get(cache.images)
+
+
+@pytest.mark.timeout(400)
+def test_what_was_encoded_stays_when_the_process_is_killed(
+    tiny_checkpoint: Path, pictures: Path, tmp_path: Path, opened: Callable[[], FeatureCache]
+) -> None:
+    process = filler(tiny_checkpoint, pictures, tmp_path / "cache", 0, 1, 0.2)
+    while rows_written(tmp_path / "cache") < 5:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    cache = opened()
+    assert 0 < cache.num_missing <= NUM_PICTURES - 5
+    cache.fill(CPU)
+    assert_whole(cache)
+    assert rows_written(tmp_path / "cache") == NUM_PICTURES, "no row is encoded twice"
+
+
+@pytest.mark.timeout(400)  # two processes that load all libraries
+@pytest.mark.parametrize("ranks", [((0, 2), (1, 2)), ((0, 1), (0, 1))], ids=["two ranks", "two runs"])
+def test_two_at_once_share_the_work(
+    tiny_checkpoint: Path, pictures: Path, tmp_path: Path, opened: Callable[[], FeatureCache], ranks: Any
+) -> None:
+    both = [filler(tiny_checkpoint, pictures, tmp_path / "cache", *rank, 0.02) for rank in ranks]
+    told = [process.communicate()[0] for process in both]
+    assert [text.strip().splitlines()[-1].startswith(("missing 0", "feature cache")) for text in told] == [True, True]
+    assert_whole(opened())
+    assert rows_written(tmp_path / "cache") == NUM_PICTURES, "no row is encoded twice"
+
+
+def test_a_cache_that_the_disk_has_no_room_for_is_refused_before_it_is_written(
+    opened: Callable[[], FeatureCache], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = opened()
+    usage = features_module.shutil.disk_usage(cache.root.parent)
+    monkeypatch.setattr(features_module.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(DataError, match=r"48 pictures x 1\.02 kB = 49\.2 kB in bf16; 1 kB free .*data\.cache_folder"):
+        cache.fill(CPU)
+    assert not cache.folder.exists()
+
+
+def key_of(parts: Path, **vision: Any) -> str:
+    model, processor, _ = build_model(model_config(parts, **vision))
+    return features_module._key(model.vision_tower, processor)
+
+
+def test_a_tower_is_known_by_what_it_holds_and_not_by_its_path(tiny_parts: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(tiny_parts, moved)
+    assert key_of(moved) == key_of(tiny_parts)
+    assert key_of(tiny_parts, source=f"local-dir:{tiny_parts}/../{tiny_parts.name}/vision") == key_of(tiny_parts)
+    others = [
+        key_of(tiny_parts, feature_layer=-2),
+        key_of(tiny_parts, image_size_px=16),
+        key_of(tiny_parts, image_mode="pad"),
+    ]
+    weights = moved / "vision" / "open_clip_model.safetensors"
+    changed = {name: value + 0.5 if name == "visual.proj" else value for name, value in load_file(weights).items()}
+    assert len({key_of(tiny_parts), *others}) == 4
+    changed["visual.class_embedding"] = changed["visual.class_embedding"] + 1
+    save_file(changed, weights)
+    assert key_of(moved) != key_of(tiny_parts)
+
+
+def test_the_gain_is_that_of_warm_reads_and_a_loss_is_called_one(
+    opened: Callable[[], FeatureCache], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = opened()
+    cache.fill(CPU)
+    read, reads = cache.get, []
+
+    def first_is_cold(images: Any) -> Tensor:
+        reads.append(images)
+        time.sleep(1 if len(reads) == 1 else 0)
+        return read(images)
+
+    monkeypatch.setattr(cache, "get", first_is_cold)
+    monkeypatch.setattr(cache, "_encode", lambda *given: time.sleep(0.5))
+    assert "times as fast" in cache._gain(CPU), "one cold read does not decide"
+    monkeypatch.setattr(cache, "_encode", lambda *given: None)
+    assert "it gains nothing with this tower; data.cache_features=false" in cache._gain(CPU)
+
+
+def test_folders_of_other_towers_are_told_of_before_a_new_one_is_filled(
+    opened: Callable[[], FeatureCache], capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = opened()
+    (cache.root / "features-0123456789").mkdir(parents=True)
+    cache.fill(CPU)
+    assert f"1 other folder(s) in {cache.root}: of other towers or transforms" in capsys.readouterr().out
