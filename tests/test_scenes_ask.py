@@ -9,11 +9,11 @@ from collections import Counter
 import pytest
 from scene_answers import UnanswerableError, answer, read_caption, the
 
+from mmllm.evaluation.run import f1
 from mmllm.scenes.captions import (
     BAR_WORDINGS,
     LINE_WORDINGS,
     THING_WORDINGS,
-    f1,
     fact_counts,
     facts_in,
     facts_of,
