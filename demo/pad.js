@@ -1,4 +1,4 @@
-// The drawing pad: strokes are kept, so that the last one can be taken back, and sent as one PNG picture.
+// The drawing pad: it keeps the strokes, so that the last one can be undone, and sends them as one PNG picture.
 const INKS = {
   red: "#d92626", orange: "#f28c13", yellow: "#edd11f", green: "#2f9e44",
   blue: "#2f5fd0", purple: "#8a3fb8", black: "#141414", eraser: "#ffffff",

@@ -1,4 +1,4 @@
-// Runs once when the page is there: the light and dark switch, and names for screen readers where Gradio gives none.
+// Runs once when the page has loaded: the light and dark switch, and labels for screen readers where Gradio has none.
 () => {
   document.querySelector(".bar .shade").addEventListener("click", () => document.body.classList.toggle("dark"));
 
@@ -14,7 +14,7 @@
     }
   }
 
-  // Questions are shown as HTML that reads as they were typed (typed_html of chat.py); to edit or copy one is to get it so.
+  // The chat shows questions as HTML (typed_html of chat.py). Editing or copying one must give the text as it was typed.
   const typed = /<div class="typed">([^]*?)<\/div>/g;
   const asTyped = (text) => text.replace(typed, (_, inner) => {
     const holder = document.createElement("textarea");
@@ -34,7 +34,7 @@
     navigator.clipboard.writeText = (text) => write(asTyped(text));
   }
 
-  // A question that was just sent is shown to its end; Gradio follows from there, and not always to there.
+  // Scrolls to the end of a question that was just sent: Gradio does not always do so, but follows the answer from there.
   let numQuestions = 0;
   function showNewest() {
     const count = document.querySelectorAll("#chat .message.user").length;

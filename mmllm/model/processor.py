@@ -136,7 +136,7 @@ class VisionLanguageProcessor(ProcessorMixin):  # type: ignore[misc]
             image_token_id=self.image_token_id,
             num_image_tokens=self.image_layout.num_image_tokens,
             encoding=self.encoding,
-            saved=self.chat_template,
+            saved_jinja=self.chat_template,
         )
 
     def prepare(self, picture: Image.Image, size: tuple[int, int] | None = None) -> PreparedImage:

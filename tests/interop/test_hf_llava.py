@@ -178,7 +178,7 @@ REFUSED = {
     "projector: Llava's is two linear layers with GELU between them, this one is downsample": {
         "projector": {"kind": "downsample", "options": {"factor": 2}}},
     "this one is mlp of depth 3": {"projector": {"kind": "mlp", "options": {"depth": 3}}},
-    "vision tower: patches:8 is no encoder of transformers' CLIP or SigLIP": {
+    "vision tower: patches:8 is not an encoder of transformers' CLIP or SigLIP": {
         "vision": "patches:8", "image_size_px": 32},
 }  # fmt: skip
 
@@ -203,7 +203,7 @@ def test_a_resnet_is_refused() -> None:
 
 
 REFUSED_LLMS = {
-    "gemma2": r"LLM: Gemma2ForCausalLM caps its logits \(final_logit_softcapping\), which Llava's head does not do",
+    "gemma2": r"LLM: Gemma2ForCausalLM caps its logits \(final_logit_softcapping\), which Llava does not",
     "opt": "LLM: opt does not run inside transformers' Llava",
     "gpt_neox": "LLM: Llava's classic names do not cover the weights of GPTNeoXForCausalLM",
     "mamba": "LLM: Llava's classic names do not cover the weights of MambaForCausalLM",
