@@ -9,6 +9,9 @@ SCENES := data/scenes/train/conversations.json
 STAGE1 := runs/tiny/stage1/manifest.json
 STAGE2 := runs/tiny/stage2/manifest.json
 
+# Where bytecode is not written, every process compiles torch and the rest anew, which is most of the time it takes.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := setup
 .PHONY: setup demo test test-oldest bench gpu-wheels lint format weights requirements clean help
 .DELETE_ON_ERROR:
@@ -79,7 +82,7 @@ $(BIN)/uv:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 
 $(READY): requirements.txt tests/parts.txt pyproject.toml | $(BIN)/uv
-	$(BIN)/uv pip sync --python $(BIN)/python requirements.txt
+	$(BIN)/uv pip sync --compile-bytecode --python $(BIN)/python requirements.txt
 	$(BIN)/uv pip install --python $(BIN)/python --no-deps --editable .
 	$(BIN)/uv pip install --python $(BIN)/python --no-deps --target .venv/parts --requirement tests/parts.txt
 	@touch $@

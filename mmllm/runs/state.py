@@ -29,6 +29,7 @@ from mmllm.distributed.ranks import gather_all
 from mmllm.distributed.shards import damaged_shards, shard_sums
 from mmllm.distributed.strategy import Strategy
 from mmllm.errors import MmllmError
+from mmllm.fault_points import reached
 from mmllm.runs.folder import RunFolder
 
 STATE_FILE = "state.pt"
@@ -110,12 +111,14 @@ def _commit(folder: Path, state: Mapping[str, Any]) -> None:
     try:
         with (partial / STATE_FILE).open("wb") as file:  # opened here, so that a full disk is an OSError
             torch.save(dict(state), file)
+        reached(f"{folder.name}: before sync")
         for path in (*partial.rglob("*"), partial):
             sync(path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)  # what cannot be used shall not fill the disk
         raise
     shutil.rmtree(folder, ignore_errors=True)
+    reached(f"{folder.name}: before rename")
     partial.rename(folder)
     sync(folder.parent)
 
@@ -169,6 +172,7 @@ def save_state(
         "best": best,
     }
     _commit(target, state)
+    reached(f"{target.name}: before older states are removed")
     kept = [path for path in saved_steps(out) if _step_of(path) <= step][-keep:]
     for other in RunFolder(out).states.iterdir():  # later ones could not be read, or this run would stand behind them
         if other not in kept:
@@ -212,6 +216,7 @@ def verify_saving(out: Path, strategy: Strategy, settings: str) -> str:
     accelerator.wait_for_everyone()
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     wrong: list[str] = []
+    reached(f"{folder.name}: before it is read back")
     try:
         if strategy.has_shards or accelerator.is_main_process:
             before = strategy.own_weights()

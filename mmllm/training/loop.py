@@ -16,6 +16,7 @@ from mmllm.distributed.launch import STRATEGIES, launched_strategy
 from mmllm.distributed.ranks import all_reduce_sum, gather_all
 from mmllm.distributed.strategy import load_weights
 from mmllm.errors import EXIT_INTERRUPTED, MmllmError
+from mmllm.fault_points import reached
 from mmllm.runs.alarms import new_alarms
 from mmllm.runs.folder import RunFolder
 from mmllm.runs.requirements import slow_precision_text
@@ -127,7 +128,9 @@ class Run:
                 does = "the validation, in which all processes take part, ends first"
             try:
                 with stop.during(does, breaks=not is_sharded), self.strategy.gathered():
+                    reached(f"validation after step {step}: begin")
                     figures = self.stage.validate(step, writes=is_main)
+                    reached(f"validation after step {step}: end")
             except BrokenOffError:
                 is_whole = False
         if all_reduce_sum(self.accelerator, not is_whole):
@@ -164,9 +167,11 @@ class Run:
 
     def finish(self, tracker: Tracker) -> None:
         """The model of the last step in its place; nothing is left to go on from."""
+        reached("end: before the last checkpoint")
         self.save_model(self.out, tracker)
         if self.accelerator.is_main_process:
             os.sync()  # before what the run could go on from is removed
+            reached("end: before the states are removed")
             shutil.rmtree(self.folder.states, ignore_errors=True)
             best = self.best
             if best and best["step"] == self.config.optim.max_steps:
@@ -216,6 +221,7 @@ def _steps(run: Run, first: int, tracker: Tracker, stop: StopSignal) -> None:
             start = run.stepper.begin(step, data, is_stopped=bool(stop.received))
             if start.is_stopped:
                 _stop(run, step, first)
+            reached(f"step {step + 1}: before the update")
             results.append(run.stepper.make(step, start))
             done = step + 1
             if _is_due(done, log.every_steps) or done == max_steps:
