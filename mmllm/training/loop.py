@@ -264,7 +264,8 @@ class Run:
         """The model of the last step in its place; nothing is left to go on from."""
         self.save_model(self.out, tracker)
         if self.accelerator.is_main_process:
-            os.sync()  # before what the run could go on from is removed
+            if hasattr(os, "sync"):  # not on Windows
+                os.sync()  # before what the run could go on from is removed
             shutil.rmtree(self.out / "state", ignore_errors=True)
             best = self.best
             if best and best["step"] == self.config.optim.max_steps:
