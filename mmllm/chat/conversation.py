@@ -61,6 +61,7 @@ class Conversation:
         return Example("question", "chat", tuple(messages), (*images, *pictures))
 
     def add(self, question: str, pictures: Sequence[ImageSource], answer: str) -> None:
+        """Makes a turn of a question, its pictures and its answer."""
         self.turns.append(Turn(question.strip(), tuple(pictures), answer))
 
     def take_back(self) -> Turn | None:
@@ -68,4 +69,5 @@ class Conversation:
         return self.turns.pop() if self.turns else None
 
     def clear(self) -> None:
+        """Removes all turns."""
         self.turns.clear()

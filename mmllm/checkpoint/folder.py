@@ -305,7 +305,7 @@ def _build(
     options = {"config": config, "dtype": dtypes["language"], "output_loading_info": True}
     options["ignore_mismatched_sizes"] = True
     if base_tensors is None:
-        return VisionLanguageModel.from_pretrained(folder, **options)  # type: ignore[no-any-return]
+        return VisionLanguageModel.from_pretrained(folder, use_safetensors=True, **options)  # type: ignore[no-any-return]
     from safetensors.torch import load_file
     from transformers import GenerationConfig
 

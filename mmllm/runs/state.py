@@ -86,8 +86,13 @@ def saved_steps(out: Path) -> list[Path]:
 
 
 def sync(path: Path) -> None:
-    """Has the disk hold what was written to this file or folder, so that a loss of power takes nothing."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Has the disk hold what was written to this file or folder, so that a loss of power takes nothing.
+
+    Windows opens no folder, and writes out no file that is open for reading.
+    """
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

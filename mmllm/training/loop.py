@@ -170,7 +170,8 @@ class Run:
         reached("end: before the last checkpoint")
         self.save_model(self.out, tracker)
         if self.accelerator.is_main_process:
-            os.sync()  # before what the run could go on from is removed
+            if hasattr(os, "sync"):  # not on Windows
+                os.sync()  # before what the run could go on from is removed
             reached("end: before the states are removed")
             shutil.rmtree(self.folder.states, ignore_errors=True)
             best = self.best

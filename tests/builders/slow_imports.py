@@ -5,11 +5,11 @@ from __future__ import annotations
 import accelerate
 import deepspeed
 import matplotlib.figure
+import mmllm.captioning.caption
 import open_clip
 import peft
 import torch
 
-import mmllm.captioning.caption
 import mmllm.evaluation.validation_tasks
 import mmllm.inference.terminal_chat
 import mmllm.stages.conversation
