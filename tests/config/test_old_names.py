@@ -10,7 +10,6 @@ import pytest
 import torch
 import yaml
 from omegaconf import OmegaConf
-from tiny_runs import log_of, losses_of, train_in_process, weights_of
 
 from mmllm.config import ConfigError
 from mmllm.config.file import dump_config, load_config, saved_settings
@@ -19,6 +18,7 @@ from mmllm.runs.report import write_report
 from mmllm.runs.requirements import settle
 from mmllm.runs.state import saved_steps, settings_differences
 from mmllm.training import loop
+from tests.builders.tiny_runs import log_of, losses_of, train_in_process, weights_of
 
 # A value of each old setting that is not its default.
 VALUES: dict[str, Any] = {
