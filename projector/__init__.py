@@ -5,9 +5,9 @@ Every class in PROJECTORS keeps one contract:
     projector = build_projector(kind, vision_dim=Dv, llm_dim=D, **options)
     projector(patches[B, P, Dv], grid=None) -> [B, M, D]        projector.num_tokens(P) -> M
 
-- Patches stand row by row, without CLS. Projectors that know about place take a square grid for granted, or get
-  `grid` (rows, columns), and raise ValueError where the patches do not fill it.
-- `token_stride` is None, or tokens stand row by row too, each for a square of so many patches along each side.
+- Patches come row by row, without CLS. Projectors that use the places of patches assume a square grid, or get `grid`
+  (rows, columns), and raise ValueError where the patches do not fill it.
+- `token_stride` is None, or tokens come row by row too, each from a square of so many patches along each side.
 - Images do not see each other: row b of the output depends on row b of the patches alone.
 - B may be 0 (a batch without images): the output is [0, M, D] and every parameter gets a gradient, of zeros.
 - Weights in fp32 or bf16, and bf16 autocast; no dropout, so the same patches give the same tokens.
@@ -42,9 +42,9 @@ def build_projector(
 ) -> Projector:
     """The projector of PROJECTORS[kind] with its options, freshly initialised.
 
-    With `num_patches`, the patches that the vision tower gives per image, a projector that cannot take so many fails
-    here and not at the first image. Raises ValueError for an unknown kind, an unknown option or a value that is not
-    allowed.
+    With `num_patches`, which is what the vision tower gives per image, a projector that cannot take so many patches
+    fails here and not at the first image. Raises ValueError for an unknown kind, an unknown option, or a value that is
+    not allowed.
     """
     if kind not in PROJECTORS:
         raise ValueError(f"no projector of kind {kind!r}; allowed: {', '.join(PROJECTORS)}")
@@ -55,7 +55,7 @@ def build_projector(
         raise ValueError(f"{kind} projector has no option {', '.join(map(repr, unknown))}; allowed: {listed}")
     check_count(kind, "vision_dim", vision_dim)
     check_count(kind, "llm_dim", llm_dim)
-    projector_class: Any = PROJECTORS[kind]  # each has options of its own, checked above
+    projector_class: Any = PROJECTORS[kind]  # the options of each differ; they are checked above
     projector: Projector = projector_class(vision_dim, llm_dim, **options)
     if num_patches is not None:
         projector.num_tokens(num_patches)

@@ -11,11 +11,11 @@ from projector.contract import Grid, Projector, check_count, grid_side, patch_gr
 
 
 class ConvBlock(nn.Module):
-    """RegNet's residual block with squeeze and excitation, which Honeybee uses; channels stand last.
+    """RegNet's residual block with squeeze and excitation, which Honeybee uses; channels come last.
 
     Papers: RegNet, https://arxiv.org/abs/2003.13678; squeeze and excitation, https://arxiv.org/abs/1709.01507. Unlike
-    RegNet's, the sum goes through no activation (https://arxiv.org/abs/1603.05027): SiLU would damp the identity path
-    anew in every block.
+    RegNet's, no activation follows the sum (https://arxiv.org/abs/1603.05027): SiLU would damp the identity path again
+    in every block.
     """
 
     def __init__(self, width: int) -> None:
@@ -40,7 +40,7 @@ class ConvBlock(nn.Module):
 
 
 def pooling_weights(side: int, token_side: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """[token_side, side]: which part of each row's patches one token takes, with torch's adaptive pooling windows."""
+    """[token_side, side]: the weight of each patch in each token along one side, with torch's adaptive windows."""
     tokens = torch.arange(token_side, device=device)[:, None]
     patches = torch.arange(side, device=device)
     first, end = tokens * side // token_side, -((tokens + 1) * -side // token_side)
@@ -49,7 +49,7 @@ def pooling_weights(side: int, token_side: int, *, device: torch.device, dtype: 
 
 
 def average_pool(grid: Tensor, token_grid: Grid) -> Tensor:  # [B, H, W, Dv] -> [B, *token_grid, Dv]
-    """Adaptive average pooling as two small products: torch's own has no deterministic gradient on CUDA."""
+    """Adaptive average pooling as two small products, since torch's own has no deterministic gradient on CUDA."""
     rows, columns = (
         pooling_weights(side, token_side, device=grid.device, dtype=grid.dtype)
         for side, token_side in zip(grid.shape[1:3], token_grid, strict=True)
@@ -75,7 +75,7 @@ class CAbstractorProjector(Projector):
                     f"c_abstractor projector needs num_tokens to be a square number, got {num_tokens}; "
                     f"nearest: {self.token_side**2} and {(self.token_side + 1) ** 2}"
                 )
-        # The blocks add values of unit size; features of a tower's inner layer may be many times larger.
+        # The blocks add values of unit scale, but features of a tower's inner layer may be many times larger.
         self.norm = nn.LayerNorm(vision_dim)
         self.before = nn.Sequential(*(ConvBlock(vision_dim) for _ in range(depth)))
         self.after = nn.Sequential(*(ConvBlock(vision_dim) for _ in range(depth)))
@@ -91,7 +91,7 @@ class CAbstractorProjector(Projector):
             return math.ceil(side / 2) ** 2
         if self.token_side > side:
             raise ValueError(
-                f"c_abstractor projector cannot make {self.token_side**2} tokens of {num_patches} patches; "
+                f"c_abstractor projector cannot make {self.token_side**2} tokens from {num_patches} patches; "
                 f"set num_tokens to {num_patches} or less"
             )
         return self.token_side**2
@@ -101,7 +101,7 @@ class CAbstractorProjector(Projector):
         if self.token_side is None:
             token_grid = (math.ceil(rows / 2), math.ceil(columns / 2))
         else:
-            self.num_tokens(patches.shape[1])  # raises where the grid cannot be pooled to so many
+            self.num_tokens(patches.shape[1])  # raises if the grid cannot be pooled to so many tokens
             token_grid = (self.token_side, self.token_side)
         mixed = self.before(self.norm(patches).unflatten(1, (rows, columns)))  # [B, H, W, Dv]
         pooled = self.after(average_pool(mixed, token_grid))  # [B, *token_grid, Dv]

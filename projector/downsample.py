@@ -1,4 +1,4 @@
-"""Fewer tokens by place: each square of factor x factor neighbouring patches becomes one token, M == P / factor**2."""
+"""Fewer tokens: each square of factor x factor neighbouring patches becomes one token, M == P / factor**2."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ Mode = Literal["pixel_shuffle", "average"]
 
 def pixel_shuffle(patches: Tensor, factor: int, grid: Grid | None = None) -> Tensor:
     # [B, P, Dv] -> [B, P / factor**2, factor**2 * Dv]
-    """Concatenates factor x factor neighbours row by row, each with all its channels; tokens stand row by row.
+    """Concatenates the channels of factor x factor neighbours, row by row; the tokens are in row order too.
 
-    The same layout as Idefics3's connector, https://arxiv.org/abs/2408.12637
+    The layout is that of Idefics3's connector, https://arxiv.org/abs/2408.12637
     """
     batch, num_patches, width = patches.shape
     rows, columns = (side // factor for side in patch_grid("downsample", num_patches, grid))
@@ -24,10 +24,10 @@ def pixel_shuffle(patches: Tensor, factor: int, grid: Grid | None = None) -> Ten
 
 
 class DownsampleProjector(Projector):
-    """Joins neighbouring patches, then LayerNorm and a two-layer MLP.
+    """Joins neighbouring patches; LayerNorm and a two-layer MLP follow.
 
     `mode` "pixel_shuffle" concatenates the channels of the `factor` x `factor` neighbours and loses nothing (InternVL
-    1.5, https://arxiv.org/abs/2404.16821, where the LayerNorm comes from too); "average" takes their mean (DeCo,
+    1.5, https://arxiv.org/abs/2404.16821, also the source of the LayerNorm); "average" takes their mean (DeCo,
     https://arxiv.org/abs/2405.20985).
     """
 
@@ -59,7 +59,7 @@ class DownsampleProjector(Projector):
 
     def forward(self, patches: Tensor, grid: Grid | None = None) -> Tensor:  # [B, P, Dv] -> [B, M, D]
         if grid is None:
-            self.num_tokens(patches.shape[1])  # raises where the grid cannot be divided
+            self.num_tokens(patches.shape[1])  # raises if the grid cannot be divided
         elif any(side % self.factor for side in patch_grid("downsample", patches.shape[1], grid)):
             raise ValueError(
                 f"downsample projector with factor {self.factor} cannot divide a grid of {grid[0]} x {grid[1]} patches"

@@ -1,4 +1,4 @@
-"""A fixed number of tokens from any number of patches: learned queries look the patches up by cross attention."""
+"""A fixed number of tokens from any number of patches: learned queries read the patches by cross attention."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ class CrossAttention(nn.Module):
     def forward(self, queries: Tensor, patches: Tensor, positions: Tensor) -> Tensor:
         """queries [B, M, Dv], patches [B, P, Dv], positions [P, Dv] -> [B, M, Dv]"""
         queries = self.norm_queries(queries)
-        # Added behind the norm, so that place weighs the same whatever the scale of the tower's features.
-        placed = self.norm_patches(patches) + positions
-        key, value = self.to_key_value(torch.cat([placed, queries], dim=1)).chunk(2, dim=2)
+        # Positions are added after the norm, so that they weigh the same whatever the scale of the tower's features.
+        positioned = self.norm_patches(patches) + positions
+        key, value = self.to_key_value(torch.cat([positioned, queries], dim=1)).chunk(2, dim=2)
         heads = [x.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for x in (self.to_query(queries), key, value)]
-        found = functional.scaled_dot_product_attention(*heads)  # [B, heads, M, Dv / heads]
-        out: Tensor = self.to_out(found.transpose(1, 2).flatten(2))
+        attended = functional.scaled_dot_product_attention(*heads)  # [B, heads, M, Dv / heads]
+        out: Tensor = self.to_out(attended.transpose(1, 2).flatten(2))
         return out
 
 
 class ResamplerBlock(nn.Module):
-    """Cross attention and a feed-forward layer, both residual and normalised before."""
+    """Cross attention and a feed-forward layer, both residual and pre-norm."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -73,8 +73,8 @@ class ResamplerProjector(Projector):
     """`num_queries` learned queries read the patches in `depth` blocks, then one linear layer: M == num_queries.
 
     Papers: Flamingo's Perceiver resampler, https://arxiv.org/abs/2204.14198, which runs at the width of the vision
-    tower. The 2D positions of the patches are Qwen-VL's, https://arxiv.org/abs/2308.12966; attention alone forgets
-    place.
+    tower. The 2D positions of the patches are from Qwen-VL, https://arxiv.org/abs/2308.12966: attention alone does not
+    know where a patch is.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class ResamplerProjector(Projector):
     def forward(self, patches: Tensor, grid: Grid | None = None) -> Tensor:  # [B, P, Dv] -> [B, M, D]
         batch, num_patches, width = patches.shape
         grid = patch_grid("resampler", num_patches, grid)
-        # Computed here, not kept as a buffer: a buffer outside the checkpoint is lost when weights load on `meta`.
+        # Computed here and not a buffer: a buffer outside the checkpoint is lost when weights load on `meta`.
         positions = grid_positions(grid, width, device=patches.device, dtype=patches.dtype)
         queries = self.queries.expand(batch, -1, -1)
         for block in self.blocks:

@@ -45,8 +45,8 @@ def in_order(items: Sequence[Item], count: int) -> list[Sequence[Item]]:
 class Sampler(Protocol):
     """What the training loop needs: this rank's examples for a step, and the state to resume from after it.
 
-    `split_step` divides the rank's examples into micro-batches. Every rank must return as many of them as it was asked
-    for, because ranks wait for each other in each micro-batch.
+    `split_step` divides the rank's examples into micro-batches. Every rank must make the same number of them, because
+    ranks wait for each other in each micro-batch.
     """
 
     split_step: StepSplitter

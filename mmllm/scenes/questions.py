@@ -117,8 +117,8 @@ def ask_relation(scene: Scene, rng: random.Random) -> list[QuestionTurn]:
         if len(related) == 1 and subject:
             about = about_each(scene, anchor)
             return [QuestionTurn("relation", f"what shape is {name} the {subject}?", related[0].shape, about=about)]
-    wanted = rng.random() < 0.5
-    pairs = [(x, y) for x in scene.things for y in scene.things if x != y and RELATIONS[name](x, y) == wanted]
+    is_true = rng.random() < 0.5
+    pairs = [(x, y) for x in scene.things for y in scene.things if x != y and RELATIONS[name](x, y) == is_true]
     if not pairs:
         return []
     x, y = rng.choice(pairs)
@@ -126,7 +126,7 @@ def ask_relation(scene: Scene, rng: random.Random) -> list[QuestionTurn]:
     if not first or not second:
         return []
     return [
-        QuestionTurn("relation", f"is the {first} {name} the {second}?", yes_no(wanted), about=about_each(scene, x, y))
+        QuestionTurn("relation", f"is the {first} {name} the {second}?", yes_no(is_true), about=about_each(scene, x, y))
     ]
 
 
@@ -156,30 +156,30 @@ def _near_misses(scene: Scene) -> list[str]:
 
 
 def ask_exists(scene: Scene, rng: random.Random) -> list[QuestionTurn]:
-    wanted = rng.random() < 0.5
+    is_true = rng.random() < 0.5
     if scene.kind != "objects":
         kinds = {"chart": "bar chart", "text": rng.choice(("word", "number"))}
         noun = kinds[rng.choice(("chart", "text"))]
         shown = {"bar chart"} if scene.kind == "chart" else {line.kind for line in scene.lines}
         if scene.kind == "chart" and rng.random() < 0.7:
             colors = [b.color for b in scene.bars]
-            color = rng.choice(colors if wanted else [c for c in COLORS if c not in colors])
+            color = rng.choice(colors if is_true else [c for c in COLORS if c not in colors])
             return [
                 QuestionTurn(
-                    "exists", f"is there {with_article(color)} bar?", yes_no(wanted), about=about_all(colors, color)
+                    "exists", f"is there {with_article(color)} bar?", yes_no(is_true), about=about_all(colors, color)
                 )
             ]
         return [QuestionTurn("exists", f"is there {with_article(noun)}?", yes_no(noun in shown))]
     form = rng.choice(("pair", "pair", "shape", "color", "place"))
     if form == "place":
         taken = [t.place for t in scene.things]
-        places = [p for p in PLACES if (p in taken) == wanted]
+        places = [p for p in PLACES if (p in taken) == is_true]
         if not places:
             return []
         place = rng.choice(places)
         return [
             QuestionTurn(
-                "exists", f"is there anything {at_place(place)}?", yes_no(wanted), about=about_all(taken, place)
+                "exists", f"is there anything {at_place(place)}?", yes_no(is_true), about=about_all(taken, place)
             )
         ]
     if form == "pair":
@@ -189,29 +189,29 @@ def ask_exists(scene: Scene, rng: random.Random) -> list[QuestionTurn]:
         present, absent = [t.shape for t in scene.things], list(SHAPES)
     else:
         present, absent = [f"{t.color} object" for t in scene.things], [f"{c} object" for c in COLORS]
-    nouns = present if wanted else [noun for noun in absent if noun not in present]
+    nouns = present if is_true else [noun for noun in absent if noun not in present]
     if not nouns:
         return []
     noun = rng.choice(nouns)
-    return [QuestionTurn("exists", f"is there {with_article(noun)}?", yes_no(wanted), about=about_all(present, noun))]
+    return [QuestionTurn("exists", f"is there {with_article(noun)}?", yes_no(is_true), about=about_all(present, noun))]
 
 
-def _compare_bars(scene: Scene, rng: random.Random, wanted: bool) -> list[QuestionTurn]:
+def _compare_bars(scene: Scene, rng: random.Random, is_true: bool) -> list[QuestionTurn]:
     x, y = rng.sample(scene.bars, 2)
     if x.value == y.value:
         return []
     taller = rng.choice(("taller", "shorter"))
-    if (x.value > y.value) != (wanted == (taller == "taller")):
+    if (x.value > y.value) != (is_true == (taller == "taller")):
         x, y = y, x
     question = f"is the {x.color} bar {taller} than the {y.color} bar?"
     values = str(x.value), str(y.value)
-    return [QuestionTurn("compare", question, yes_no(wanted), about=about_each(scene, x, y), compared=values)]
+    return [QuestionTurn("compare", question, yes_no(is_true), about=about_each(scene, x, y), compared=values)]
 
 
-def _compare_counts(scene: Scene, rng: random.Random, wanted: bool) -> list[QuestionTurn]:
+def _compare_counts(scene: Scene, rng: random.Random, is_true: bool) -> list[QuestionTurn]:
     shapes = sorted({t.shape for t in scene.things})
     counts = {s: sum(t.shape == s for t in scene.things) for s in shapes}
-    pairs = [(s, t) for s in shapes for t in shapes if s != t and (counts[s] > counts[t]) == wanted]
+    pairs = [(s, t) for s in shapes for t in shapes if s != t and (counts[s] > counts[t]) == is_true]
     if not pairs:
         return []
     pair = rng.choice(pairs)
@@ -219,7 +219,7 @@ def _compare_counts(scene: Scene, rng: random.Random, wanted: bool) -> list[Ques
     about = tuple(group for shape in pair for group in about_all([t.shape for t in scene.things], shape))
     values = str(counts[pair[0]]), str(counts[pair[1]])
     question = f"are there more {first} than {second}?"
-    return [QuestionTurn("compare", question, yes_no(wanted), about=about, compared=values)]
+    return [QuestionTurn("compare", question, yes_no(is_true), about=about, compared=values)]
 
 
 def _compare_sizes(scene: Scene, rng: random.Random, one: Thing, other: Thing) -> list[QuestionTurn]:
@@ -234,10 +234,10 @@ def _compare_sizes(scene: Scene, rng: random.Random, one: Thing, other: Thing) -
     ]
 
 
-def _compare_attribute(scene: Scene, rng: random.Random, wanted: bool) -> list[QuestionTurn]:
+def _compare_attribute(scene: Scene, rng: random.Random, is_true: bool) -> list[QuestionTurn]:
     name = rng.choice(("color", "shape", "size"))
     pairs = [(x, y) for x in scene.things for y in scene.things if x != y]
-    fitting = [(x, y) for x, y in pairs if (getattr(x, name) == getattr(y, name)) == wanted]
+    fitting = [(x, y) for x, y in pairs if (getattr(x, name) == getattr(y, name)) == is_true]
     if not fitting:
         return []
     one, other = rng.choice(fitting)
@@ -246,20 +246,20 @@ def _compare_attribute(scene: Scene, rng: random.Random, wanted: bool) -> list[Q
         return []
     question = f"are the {first} and the {second} the same {name}?"
     values = getattr(one, name), getattr(other, name)
-    return [QuestionTurn("compare", question, yes_no(wanted), about=about_each(scene, one, other), compared=values)]
+    return [QuestionTurn("compare", question, yes_no(is_true), about=about_each(scene, one, other), compared=values)]
 
 
 def ask_compare(scene: Scene, rng: random.Random) -> list[QuestionTurn]:
-    wanted = rng.random() < 0.5
+    is_true = rng.random() < 0.5
     if scene.kind == "chart":
-        return _compare_bars(scene, rng, wanted)
+        return _compare_bars(scene, rng, is_true)
     if len(scene.things) < 2:
         return []
     one, other = rng.sample(scene.things, 2)
     form = rng.choice(("larger", "same", "more"))
     if form == "more":
-        return _compare_counts(scene, rng, wanted)
-    return _compare_sizes(scene, rng, one, other) if form == "larger" else _compare_attribute(scene, rng, wanted)
+        return _compare_counts(scene, rng, is_true)
+    return _compare_sizes(scene, rng, one, other) if form == "larger" else _compare_attribute(scene, rng, is_true)
 
 
 def ask_text(scene: Scene, rng: random.Random) -> list[QuestionTurn]:

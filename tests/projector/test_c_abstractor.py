@@ -65,7 +65,7 @@ def test_tokens_that_fill_no_square_are_refused_with_the_nearest_that_do() -> No
 
 
 def test_more_tokens_than_patches_are_refused() -> None:
-    message = "cannot make 144 tokens of 64 patches; set num_tokens to 64 or less"
+    message = "cannot make 144 tokens from 64 patches; set num_tokens to 64 or less"
     with pytest.raises(ValueError, match=message):
         build_projector("c_abstractor", vision_dim=8, llm_dim=12, num_tokens=144, num_patches=64)
     with pytest.raises(ValueError, match=message):

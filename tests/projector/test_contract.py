@@ -74,7 +74,7 @@ def test_a_grid_that_is_no_square_is_taken_as_it_is(kind: str) -> None:
     projector = build(kind)
     patches = draw(2, 96, VISION_DIM)
     tokens = projector(patches, (4, 24))
-    with pytest.raises(ValueError, match=rf"{kind} projector got 96 patches for a grid of 5 x 5"):
+    with pytest.raises(ValueError, match=rf"{kind} projector got 96 patches, but a grid of 5 x 5"):
         projector(patches, (5, 5))
     torch.testing.assert_close(projector(draw(2, 16, VISION_DIM), (4, 4)), projector(draw(2, 16, VISION_DIM)))
     if (stride := projector.token_stride) is None:
