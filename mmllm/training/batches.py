@@ -28,8 +28,8 @@ class _Items(Dataset[Any]):
 class StepBatches:
     """The micro-batches of each step of one rank.
 
-    Where data are wrong, the MmllmError stands in place of the batch: an error that a worker raises would bring its
-    traceback, and the other ranks must learn of it before they wait for this one.
+    Where data are wrong or cannot be read, the MmllmError stands in place of the batch: an error that a worker raises
+    would bring its traceback, and the other ranks must learn of it before they wait for this one.
     """
 
     def __init__(
@@ -51,6 +51,8 @@ class StepBatches:
             return self.stage.batch(items)
         except MmllmError as error:
             return error
+        except OSError as error:
+            return MmllmError(f"the data can no longer be read: {error}")
 
     def start(self, first_step: int) -> Iterator[Any]:
         """The micro-batches from a step to the end of the run."""

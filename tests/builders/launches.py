@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import importlib
 import multiprocessing
 import os
@@ -20,6 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +29,19 @@ ROOT = Path(__file__).parents[2]
 FIXED = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 STREAMS = {"out": 1, "err": 2}
 POLL_SECONDS = 0.02
+SLOW_IMPORTS = (
+    "accelerate", "deepspeed", "gradio", "matplotlib.figure", "open_clip", "peft", "mmllm.evaluation.validation_tasks",
+    "mmllm.inference.terminal_chat", "mmllm.stages.conversation", "mmllm.stages.plan", "mmllm.stages.registry",
+    "mmllm.training.features", "mmllm.training.loop", "mmllm.training.lora",
+)  # fmt: skip
 
 
+@functools.cache
 def forkserver() -> Any:
     """What starts processes from a server that has imported what is slow to import: one for all tests of a process."""
     context = multiprocessing.get_context("forkserver")
+    # the server passes over what it cannot import, and all would only be slow
+    assert [name for name in SLOW_IMPORTS if find_spec(name) is None] == []
     context.set_forkserver_preload(["tests.builders.slow_imports"])
     return context
 

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import accelerate
-import deepspeed
-import matplotlib.figure
-import mmllm.captioning.caption
-import open_clip
-import peft
+import importlib
+
 import torch
 
-import mmllm.evaluation.validation_tasks
-import mmllm.inference.terminal_chat
-import mmllm.stages.conversation
-import mmllm.stages.plan
-import mmllm.stages.registry
-import mmllm.training.features
-import mmllm.training.loop
-import mmllm.training.lora
 from mmllm.runs.flops import measure_peak
+from tests.builders.launches import SLOW_IMPORTS
 
-__all__ = ["accelerate", "deepspeed", "matplotlib", "mmllm", "open_clip", "peft"]
-
+for name in SLOW_IMPORTS:
+    importlib.import_module(name)
 # One thread, as the runs of the tests have: it is measured once a process, and no thread is left when it is forked.
 torch.set_num_threads(1)
 measure_peak(torch.device("cpu"), torch.float32, 1)

@@ -17,7 +17,7 @@ from mmllm.runs.charts import chart, ticks
 from mmllm.runs.report import _words, write_report
 from mmllm.stages.conversation import ConversationStage
 from tests.builders.page_driver import NARROW, WIDE
-from tests.builders.tiny_runs import train_in_process
+from tests.builders.tiny_runs import SAMPLES, train_in_process
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def done(tiny_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("report") / "run <1>"
     val = f"data.val=[{{path: {data}/report.json}}, {{path: {data}/val.json}}]"
     return train_in_process(
-        tiny_runs / "stage2.yaml", out, val, "validation.every_steps=2", "alarms.min_image_reliance=50"
+        tiny_runs / "stage2.yaml", out, val, SAMPLES, "validation.every_steps=2", "alarms.min_image_reliance=50"
     )
 
 

@@ -23,7 +23,7 @@ from mmllm.training import stopping
 from mmllm.training.loop import InterruptedRunError
 from tests.builders.launches import forked_alone
 from tests.builders.stopped_runs import assert_same_run, before_step, interrupt
-from tests.builders.tiny_runs import log_of, losses_of, train_in_process, weights_of
+from tests.builders.tiny_runs import SAMPLES, log_of, losses_of, train_in_process, weights_of
 
 LORA = ("lora.rank=4", "lora.dropout=0.3")
 
@@ -286,7 +286,7 @@ def test_a_full_disk_is_told_and_what_was_saved_before_is_whole(
 
 @pytest.mark.parametrize(
     "more",
-    [(), ("log.every_steps=50", "validation.every_steps=3")],
+    [(), ("log.every_steps=50", "validation.every_steps=3", SAMPLES)],
     ids=["while the log is written", "while samples are written"],
 )
 def test_a_disk_that_is_too_full_for_small_things_is_told_as_well(

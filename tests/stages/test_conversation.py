@@ -18,7 +18,7 @@ from mmllm.inference.engine import Engine, Sampling
 from mmllm.model.build import build_model
 from mmllm.stages.conversation import ConversationStage
 from tests.builders.tiny import model_config
-from tests.builders.tiny_runs import log_of, losses_of, settings_of, train_in_process, weights_of
+from tests.builders.tiny_runs import SAMPLES, log_of, losses_of, settings_of, train_in_process, weights_of
 
 CACHED = "data.cache_features=true"
 
@@ -38,7 +38,7 @@ def untrained(tiny_parts: Path) -> dict[str, Tensor]:
 def stage1(tiny_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     val = f"data.val=[{{path: {tiny_runs}/data/val.json}}]"
     out = tmp_path_factory.mktemp("stages") / "stage1"
-    return train_in_process(tiny_runs / "stage1.yaml", out, val, "validation.every_steps=3")
+    return train_in_process(tiny_runs / "stage1.yaml", out, val, SAMPLES, "validation.every_steps=3")
 
 
 def test_stage_1_moves_the_projector_and_nothing_else(stage1: Path, untrained: dict[str, Tensor]) -> None:
