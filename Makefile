@@ -9,8 +9,11 @@ SCENES := data/scenes/train/conversations.json
 STAGE1 := runs/tiny/stage1/manifest.json
 STAGE2 := runs/tiny/stage2/manifest.json
 
+# Where bytecode is not written, every process compiles torch and the rest anew, which is most of the time it takes.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := setup
-.PHONY: setup demo test test-oldest bench gpu-wheels lint format weights requirements clean help
+.PHONY: setup demo test test-oldest bench docs gpu-wheels lint format weights requirements clean help
 .DELETE_ON_ERROR:
 # A checkpoint is written in one move, so one that is there is whole, even when make is interrupted right then.
 .PRECIOUS: $(STAGE1) $(STAGE2)
@@ -35,6 +38,10 @@ test-oldest: $(OLDEST)/.ready ## the tests of models, training and export with t
 
 bench: setup ## side-by-side measurements into bench/results/
 	$(BIN)/python -m bench
+
+docs: setup ## build the documentation into site/, without network; settings and Python from the code
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --clean
+	@echo site/index.html
 
 gpu-wheels: $(BIN)/uv ## bring what `python -m bench gpu` needs on a machine without network into bench/gpu_wheels/
 	$(BIN)/python -m pip download --quiet --no-deps --only-binary :all: --python-version 3.12 --platform manylinux_2_28_x86_64 \
@@ -66,7 +73,7 @@ requirements: $(BIN)/uv ## pin the versions that are installed again; UPGRADE=--
 	$(PIN) $(UPGRADE) --resolution lowest-direct --output-file requirements-oldest.txt
 
 clean: ## remove .venv/, .venv-oldest/ and caches; data/ and runs/ stay
-	rm -rf .venv $(OLDEST) .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf .venv $(OLDEST) .mypy_cache .pytest_cache .ruff_cache build dist site
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help: ## show this list
@@ -79,7 +86,7 @@ $(BIN)/uv:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 
 $(READY): requirements.txt tests/parts.txt pyproject.toml | $(BIN)/uv
-	$(BIN)/uv pip sync --python $(BIN)/python requirements.txt
+	$(BIN)/uv pip sync --compile-bytecode --python $(BIN)/python requirements.txt
 	$(BIN)/uv pip install --python $(BIN)/python --no-deps --editable .
 	$(BIN)/uv pip install --python $(BIN)/python --no-deps --target .venv/parts --requirement tests/parts.txt
 	@touch $@

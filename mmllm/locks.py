@@ -1,24 +1,42 @@
 """File locks, which the operating system releases when their process ends, and file systems that have none.
 
-NFS without its lock service, Lustre mounted without `flock`, and some network and user-space file systems refuse every
-lock at once. Work goes on there without a lock, with a warning.
+Linux and macOS lock through `fcntl`, Windows through `msvcrt`. NFS without its lock service, Lustre mounted without
+`flock`, and some network and user-space file systems refuse every lock at once. Work goes on there without a lock, with
+a warning.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import fcntl
+import importlib
 import os
-from typing import IO, Literal
+import time
+from typing import IO, Any, Literal
 
 NO_LOCK_ERRNOS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 LockOutcome = Literal["held", "taken", "none"]  # by us, by another process, no locks on this file system
 
+# Windows keeps others from reading a byte that is locked, so a byte is locked that no file is long enough to have.
+_LOCKED_BYTE = 2**31 - 2
+_SECONDS_BETWEEN_TRIES = 0.1
+
+
+def _module(name: str) -> Any:
+    with contextlib.suppress(ImportError):
+        return importlib.import_module(name)
+    return None
+
+
+_fcntl, _msvcrt = _module("fcntl"), _module("msvcrt")
+
 
 def lock_file(file: IO[bytes], *, wait: bool = False) -> LockOutcome:
     """Tries to lock an open file with `flock`; with `wait`, waits until it is free. Raises other OSErrors."""
+    if _fcntl is None:
+        return _lock_byte(file.fileno(), wait=wait)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        _fcntl.flock(file, _fcntl.LOCK_EX | (0 if wait else _fcntl.LOCK_NB))
     except OSError as error:
         return _outcome_of(error)
     return "held"
@@ -26,10 +44,33 @@ def lock_file(file: IO[bytes], *, wait: bool = False) -> LockOutcome:
 
 def lock_process(descriptor: int) -> LockOutcome:
     """Tries to lock with a POSIX record lock, which forked workers do not inherit, as they do that of `lock_file`."""
+    if _fcntl is None:
+        return _lock_byte(descriptor, wait=False)  # Windows forks no process
     try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _fcntl.lockf(descriptor, _fcntl.LOCK_EX | _fcntl.LOCK_NB)
     except OSError as error:
         return _outcome_of(error)
+    return "held"
+
+
+def _lock_byte(descriptor: int, *, wait: bool) -> LockOutcome:
+    """Windows' lock, https://learn.microsoft.com/cpp/c-runtime-library/reference/locking: of bytes from here on."""
+    if _msvcrt is None:
+        return "none"
+    while (outcome := _try_byte(descriptor)) == "taken" and wait:
+        time.sleep(_SECONDS_BETWEEN_TRIES)
+    return outcome
+
+
+def _try_byte(descriptor: int) -> LockOutcome:
+    here = os.lseek(descriptor, 0, os.SEEK_CUR)
+    os.lseek(descriptor, _LOCKED_BYTE, os.SEEK_SET)
+    try:
+        _msvcrt.locking(descriptor, _msvcrt.LK_NBLCK, 1)
+    except OSError as error:
+        return _outcome_of(error)
+    finally:
+        os.lseek(descriptor, here, os.SEEK_SET)
     return "held"
 
 
@@ -42,5 +83,7 @@ def _outcome_of(error: OSError) -> LockOutcome:
 
 
 def no_locks_warning(path: str | os.PathLike[str]) -> str:
-    """The warning for a path on a file system without locks."""
+    """The warning for a path on a file system, or in a Python, without locks."""
+    if _fcntl is None and _msvcrt is None:
+        return f"this Python has no file locks: make sure that no second run writes to {os.fspath(path)}"
     return f"{os.fspath(path)} is on a file system without locks: make sure that no second run writes there"

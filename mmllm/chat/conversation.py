@@ -1,4 +1,4 @@
-"""A conversation that grows turn by turn, and the prompt of its next question, worded as in the training data."""
+"""A conversation that grows turn by turn, and the example of its next question, written as in the training data."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from mmllm.errors import MmllmError
 
 
 def user_message(text: str, num_pictures: int, first_image: int = 0, *, label: str = PICTURE_LABEL) -> Message:
-    """One question: its pictures, each on a line of its own, then its words. `label` is the model's, see its processor.
+    """One question: its pictures, each on a line of its own, then its text.
 
-    The words are taken as they are: an `<image>` that a user types never becomes a picture.
+    The text is taken literally: an `<image>` that a user types never becomes a picture. `label` precedes each of
+    several pictures; a model's processor has the one that the model was trained with.
     """
     parts: list[Part] = list(message("user", picture_marks(num_pictures, label), first_image).parts)
     if parts and isinstance(parts[-1], str):
@@ -31,7 +32,7 @@ class Turn:
 
 @dataclass
 class Conversation:
-    """The turns so far. A question becomes a turn by `add`, when its answer is there.
+    """The turns so far. `ask` makes an example of the next question; `add` makes it a turn, once it is answered.
 
     Example:
         import mmllm
@@ -44,12 +45,12 @@ class Conversation:
     """
 
     turns: list[Turn] = field(default_factory=list)
-    label: str = PICTURE_LABEL  # what stands before each of several pictures
+    label: str = PICTURE_LABEL  # precedes each of several pictures
 
     def ask(self, question: str, pictures: Sequence[ImageSource] = ()) -> Example:
-        """All turns and this question behind them. Raises MmllmError for a question without words."""
+        """All turns, followed by this question. Raises MmllmError for a question without text."""
         if not question.strip():
-            raise MmllmError("the question is empty; ask something")
+            raise MmllmError("the question is empty; give it a text")
         messages: list[Message] = []
         images: list[ImageSource] = []
         for turn in self.turns:
@@ -60,6 +61,7 @@ class Conversation:
         return Example("question", "chat", tuple(messages), (*images, *pictures))
 
     def add(self, question: str, pictures: Sequence[ImageSource], answer: str) -> None:
+        """Makes a turn of a question, its pictures and its answer."""
         self.turns.append(Turn(question.strip(), tuple(pictures), answer))
 
     def take_back(self) -> Turn | None:
@@ -67,4 +69,5 @@ class Conversation:
         return self.turns.pop() if self.turns else None
 
     def clear(self) -> None:
+        """Removes all turns."""
         self.turns.clear()

@@ -1,6 +1,7 @@
-"""Checkpoints that were trained before texts were encoded in one go: every piece of the template is encoded alone.
+"""Transcripts for checkpoints of text encoding 1, in which every piece of the template is encoded by itself.
 
-Such a checkpoint is asked as it was trained. Its saved chat template lists what opens and closes each role's turn.
+Such a checkpoint gets its prompts as it was trained. Its saved chat template lists what opens and closes each role's
+turn.
 """
 
 from __future__ import annotations
@@ -21,24 +22,27 @@ _DEFAULT_SYSTEM = re.compile(r"messages\[0\]\.role != 'system' %\}\{\{ " + _TEXT
 
 
 class PiecewiseTranscriptRenderer:
-    """Renders conversations as `Conversations` does, with a cut around every piece. Raises ChatError."""
+    """Renders transcripts as `TranscriptRenderer` does, with a cut around every piece. Raises ChatError.
 
-    def __init__(self, tokenizer: Any, saved: str):
-        lists = _LISTS.search(saved)
-        begin = _BEGIN.search(saved, lists.end() if lists else 0)
+    `saved_jinja` is the chat template that the checkpoint was saved with.
+    """
+
+    def __init__(self, tokenizer: Any, saved_jinja: str):
+        lists = _LISTS.search(saved_jinja)
+        begin = _BEGIN.search(saved_jinja, lists.end() if lists else 0)
         if lists is None or begin is None:
-            raise ChatError("this checkpoint's chat template is not one that its version wrote, so it cannot be read")
+            raise ChatError("this checkpoint's chat template is not as `mmllm` wrote it, so it cannot be used")
         self.open: dict[str, str] = ast.literal_eval(lists[1])
         self.close: dict[str, str] = ast.literal_eval(lists[2])
         self.begin: str = ast.literal_eval(begin[1])
         self.closing = self.close["assistant"]
-        default = _DEFAULT_SYSTEM.search(saved)
+        default = _DEFAULT_SYSTEM.search(saved_jinja)
         self.default_system: str = ast.literal_eval(default[1]) if default else ""
-        self.strips = "content | trim" in saved
-        self.keeps_user_text = "m.role != 'user'" not in saved
+        self.strips = "content | trim" in saved_jinja
+        self.keeps_user_text = "m.role != 'user'" not in saved_jinja
 
     def frame_text(self) -> str:
-        """What is written around turns."""
+        """Everything that the template writes around contents."""
         return "\n".join([self.begin, *self.open.values(), *self.close.values()])
 
     def prompt_transcript(self, messages: Sequence[Message]) -> Transcript:
@@ -67,19 +71,19 @@ class PiecewiseTranscriptRenderer:
                     images.append(len(text))
                 add(IMAGE_TOKEN if isinstance(part, ImageRef) else part)
             contents.append((start, len(text)))
-            words_end = len(text)
+            content_end = len(text)
             add(self.close[message.role])
             if message.role == "assistant":
-                answers.append(AnswerSpan(start, words_end, len(text)))
+                answers.append(AnswerSpan(start, content_end, len(text)))
         return Transcript(text, tuple(images), tuple(contents), tuple(answers), tuple(cuts))
 
     def _default_pieces(self) -> list[str]:
-        """The default system turn, as the pieces that it was encoded in."""
+        """The default system turn, in the pieces in which it was encoded."""
         if not self.default_system:
             return []
-        opened, closed = self.open["system"], self.close["system"]
-        words = self.default_system[len(opened) : len(self.default_system) - len(closed)]
-        return [opened, words, closed]
+        opening, closing = self.open["system"], self.close["system"]
+        content = self.default_system[len(opening) : len(self.default_system) - len(closing)]
+        return [opening, content, closing]
 
     def _parts(self, message: Message) -> list[str | ImageRef]:
         parts: list[str | ImageRef] = list(message.parts)

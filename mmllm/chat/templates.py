@@ -1,7 +1,7 @@
 """Chat templates: those of LLaVA and others by name, a tokenizer's own, and how each is saved for other programs.
 
-A template is Jinja text, rendered by transformers. Those here take a message's content as one text in which `<image>`
-marks each picture.
+A template is Jinja text, which transformers renders. The templates here take a message's content as one text with an
+`<image>` mark for each picture.
 """
 
 from __future__ import annotations
@@ -80,31 +80,32 @@ TEMPLATES: dict[str, str] = {
 OWN_TEMPLATE = "tokenizer"
 _PLAIN, _VICUNA = "plain", "vicuna_v1"
 _BEGIN = "{{ bos_token }}"
-# The first begin token of these is what LLaVA's tokenizers put there; others' is part of the template.
-_BEGUN_BY_TOKENIZER = ("plain", "vicuna_v1", "llama_2", "mistral_instruct")
+# For these, LLaVA's tokenizers put the first begin token. In other templates it is part of the template.
+_BOS_BY_TOKENIZER = ("plain", "vicuna_v1", "llama_2", "mistral_instruct")
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
     """A template for one tokenizer.
 
-    `cuts_at_images`: the text between two pictures is encoded as a text of its own, as LLaVA's code does. A tokenizer's
-    own template is encoded in one go with the marks of the pictures in it, as transformers does.
+    `cuts_at_images`: the text between two pictures is tokenised by itself, as LLaVA's code does. The text of a
+    tokenizer's own template is tokenised in one go, as transformers does.
     """
 
     name: str
     jinja: str
     cuts_at_images: bool
-    begin: str = ""  # the begin token that the tokenizer, not the template, puts in front; what follows begins a text
+    begin: str = ""  # a begin token that the tokenizer puts in front; the text after it is tokenised by itself
     keeps_user_text: bool = True  # `plain` shows the picture and nothing else, as LLaVA's stage 1 does
-    content: Literal["text", "parts"] = "text"  # how the template takes a message: a text, or a list of parts
+    content: Literal["text", "parts"] = "text"  # how the template takes a content: as a text, or as a list of parts
 
 
 def begins_with_bos(tokenizer: Any) -> bool:
-    """Whether a text begins with the begin token by the tokenizer's own rule.
+    """Whether the tokenizer puts its begin token before a text.
 
-    A Llama tokenizer read from `tokenizer.model` alone has the token and no rule; such a one begins texts with it, as
-    its published class does. A token that also ends texts (GPT-2) or opens each turn (SmolLM2) begins no text.
+    A Llama tokenizer that was read from `tokenizer.model` alone has the token but no rule for it; its published class
+    puts it before texts, and so does this one. A token that also ends texts (GPT-2) or opens each turn (SmolLM2) is not
+    put before texts.
     """
     bos = tokenizer.bos_token
     if bos is None:
@@ -117,15 +118,15 @@ def begins_with_bos(tokenizer: Any) -> bool:
 
 def _own_jinja(tokenizer: Any) -> str:
     """The tokenizer's own template, the default one where it has several; empty where it has none."""
-    own = getattr(tokenizer, "chat_template", None) or ""
-    jinja = str(own.get("default", "")) if isinstance(own, dict) else str(own)
-    if not jinja.startswith(_SAVED_HEAD) or _SPACED in jinja:  # with spaces, it is another template's
+    chat_template = getattr(tokenizer, "chat_template", None) or ""
+    jinja = str(chat_template.get("default", "")) if isinstance(chat_template, dict) else str(chat_template)
+    if not jinja.startswith(_SAVED_HEAD) or _SPACED in jinja:  # _SPACED is only written for templates of ours
         return jinja
     return jinja.split(_SAVED_END, 1)[1]
 
 
 def find_template(name: str, tokenizer: Any) -> ChatTemplate:
-    """The template of this name; `tokenizer` is the tokenizer's own. Raises ChatError with the allowed names."""
+    """The template of this name; the name `tokenizer` stands for the tokenizer's own. Raises ChatError."""
     if name == OWN_TEMPLATE:
         jinja = _own_jinja(tokenizer)
         if not jinja:
@@ -134,7 +135,7 @@ def find_template(name: str, tokenizer: Any) -> ChatTemplate:
     if name not in TEMPLATES:
         raise ChatError(f"no chat template {name!r}; allowed: {', '.join([*TEMPLATES, OWN_TEMPLATE])}")
     jinja, begin = TEMPLATES[name], ""
-    if name in _BEGUN_BY_TOKENIZER:
+    if name in _BOS_BY_TOKENIZER:
         begin = tokenizer.bos_token if begins_with_bos(tokenizer) else ""
         jinja = jinja if begin else jinja.replace("bos_token", "''")
     return ChatTemplate(name, jinja, cuts_at_images=True, begin=begin, keeps_user_text=name != _PLAIN)
@@ -143,7 +144,10 @@ def find_template(name: str, tokenizer: Any) -> ChatTemplate:
 def render_template(
     tokenizer: Any, jinja: str, chats: Sequence[Any], *, prompt: bool = False, **variables: Any
 ) -> list[str]:
-    """The texts of these conversations, each a list of `{"role", "content"}`. Raises ChatError where it cannot."""
+    """The rendered texts of conversations, each a list of `{"role", "content"}`. Raises ChatError.
+
+    With `prompt`, each text ends where the answer begins.
+    """
     from jinja2 import TemplateError
 
     options = {"bos_token": tokenizer.bos_token or "", "eos_token": tokenizer.eos_token or "", **variables}
@@ -155,13 +159,13 @@ def render_template(
         if type(error) is TemplateError:  # raised by the template itself
             raise ChatError(f"the chat template refuses this conversation: {error}") from error
         raise ChatError(f"the chat template cannot be rendered: {error}") from error
-    except (TypeError, AttributeError, ValueError, KeyError, IndexError) as error:  # a template's own expressions
+    except (TypeError, AttributeError, ValueError, KeyError, IndexError) as error:  # from expressions of the template
         raise ChatError(f"the chat template cannot be rendered: {type(error).__name__}: {error}") from error
     return texts
 
 
 def _content_kind(tokenizer: Any, jinja: str) -> Literal["text", "parts"]:
-    """Templates of vision-language models take a content as a list of parts, and lose one that is a text."""
+    """How a template takes a content. Those of vision-language models take a list of parts, and drop a mere text."""
     probe = "0815"
     texts = {}
     for kind, content in (("text", probe), ("parts", [{"type": "text", "text": probe}])):
@@ -185,25 +189,26 @@ def _content_kind(tokenizer: Any, jinja: str) -> Literal["text", "parts"]:
 def refuse_dates(tokenizer: Any, jinja: str, chats: Sequence[Any]) -> None:
     """Raises ChatError where the template writes today's date.
 
-    Templates get it from transformers' function `strftime_now`; a text in its place raises where they call it.
+    Templates get the date from the function `strftime_now` of transformers. Here they are rendered with a text in its
+    place, so a template that writes the date raises TypeError.
     """
     if "strftime_now" not in jinja:
         return
     try:
         render_template(tokenizer, jinja, chats)
-    except ChatError:  # a conversation that it does not take, whatever the day
+    except ChatError:  # the template refuses this conversation on every date
         return
     try:
         render_template(tokenizer, jinja, chats, strftime_now="")
     except ChatError as error:
         raise ChatError(
-            "the tokenizer's chat template writes today's date, so a model would be asked otherwise than it was "
-            f"trained; choose one of {', '.join(TEMPLATES)}"
+            "the tokenizer's chat template writes today's date, so prompts would differ from those of the training; "
+            f"choose one of {', '.join(TEMPLATES)}"
         ) from error
 
 
-# How other programs (transformers' pipeline, servers) give pictures: a content is a list of parts. Pictures in front of
-# the words get what our own chat writes: a label where they are several, and a line of their own.
+# Other programs (transformers' pipeline, servers) give a content as a list of parts. Here it becomes a text. Pictures
+# before the text get what our own chat writes: a label where there are several, and a line of their own.
 _SAVED_HEAD = "{#- a content may be a list of texts and images -#}"
 _SAVED_END = "{#- the template itself -#}"
 _SAVED = (
@@ -233,10 +238,10 @@ _SPACED = (
 
 
 def exported_jinja(template: ChatTemplate, tokenizer: Any, *, label: str) -> str:
-    """The template as it is saved for other programs: a content may be a text, or a list of texts and images.
+    """The template as it is saved for other programs, whose contents may be a text or a list of texts and images.
 
-    `label` is what stands before each of several pictures. Where LLaVA's way of encoding puts a space behind a picture
-    that transformers' does not, the text has that space.
+    `label` precedes each of several pictures. Where LLaVA's code tokenises the text after a picture with a space in
+    front, and transformers would not, the template writes this space.
     """
     images_only = "'<image>' * (m.content.split('<image>') | length - 1) if m.role == 'user' else m.content"
     values = {
@@ -247,7 +252,7 @@ def exported_jinja(template: ChatTemplate, tokenizer: Any, *, label: str) -> str
         "MARKS": _SPACED if template.cuts_at_images and _lacks_space(tokenizer, IMAGE_TOKEN, "\na") else "",
         "CONTENT": "text" if template.content == "text" else "[{'type': 'text', 'text': text}]",
     }
-    head = re.sub("|".join(values), lambda found: values[found[0]], _SAVED)
+    head = re.sub("|".join(values), lambda match: values[match[0]], _SAVED)
     jinja = template.jinja
     if template.name == _PLAIN and values["MARKS"]:
         jinja = jinja.replace("m.content | trim", "(' ' if loop.previtem is defined else '') + m.content | trim")
@@ -257,11 +262,11 @@ def exported_jinja(template: ChatTemplate, tokenizer: Any, *, label: str) -> str
 
 
 def _lacks_space(tokenizer: Any, before: str, text: str) -> bool:
-    """Whether a text alone has the tokens that it has behind a special token and a space, and not behind that alone."""
+    """Whether a text after the special token `before` has the tokens that it has alone only if a space is between."""
     if before not in tokenizer.get_vocab():
         return False
     alone, together, spaced = (
-        tokenizer.encode(one, add_special_tokens=False) for one in (text, before + text, f"{before} {text}")
+        tokenizer.encode(string, add_special_tokens=False) for string in (text, before + text, f"{before} {text}")
     )
     return bool(alone != together[1:] and alone == spaced[1:])
 

@@ -1,8 +1,9 @@
-"""Whether a chat template writes the words of people as they are, whatever they are.
+"""Whether a chat template copies the contents of messages verbatim, whatever they are.
 
-Then a conversation's text is known from its roles alone, and the template need not be rendered for every example. Read
-off the template's syntax tree: a message's `content` may be written, joined, stripped and given a name, and its type
-may be asked for. Anything else, such as looking into it, makes a template one that is rendered each time.
+If it does, one rendering for a sequence of roles serves all conversations with these roles, and the template need not
+be rendered for every example. The template's syntax tree tells: a message's `content` may be written, concatenated,
+stripped and assigned to a name, and its type may be tested. A template that does anything else with it, such as looking
+for a word in it, must be rendered each time.
 """
 
 from __future__ import annotations
@@ -11,33 +12,34 @@ from typing import Any
 
 from jinja2 import Environment, TemplateSyntaxError, nodes
 
-_MESSAGES, _CONTENT = "a message or several", "the words of a message"
-_OF_TYPE = ("string", "defined", "undefined", "none", "mapping", "iterable", "sequence")
+_MESSAGES, _CONTENT = "one or more messages", "the content of a message"  # the kinds of an expression's value
+_TYPE_TESTS = ("string", "defined", "undefined", "none", "mapping", "iterable", "sequence")
 
 
-class _InspectsContent(Exception):  # noqa: N818 - no error: it ends the walk
-    """The template looks into a message's words."""
+class _InspectsContent(Exception):  # noqa: N818 - not an error: it ends the walk
+    """The template inspects a message's content."""
 
 
 def copies_contents_verbatim(jinja: str) -> bool:
-    """Whether the template only writes, joins and strips what messages say. False where that cannot be told."""
+    """Whether the template only writes, concatenates and strips contents. False where that cannot be decided."""
     try:
         tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(jinja)
-    except TemplateSyntaxError:  # a tag of transformers
+    except TemplateSyntaxError:  # such as a tag that only transformers has
         return False
     if next(tree.find_all((nodes.Macro, nodes.CallBlock, nodes.FilterBlock, nodes.Block, nodes.AssignBlock)), None):
         return False
     kinds = {"messages": _MESSAGES}
     try:
-        for _ in range(3):  # names that are given in a loop are known in its next turn
+        for _ in range(3):  # a name that a loop assigns may be read earlier in its next iteration
             for child in tree.body:
-                _statement(child, kinds)
+                _check_statement(child, kinds)
     except _InspectsContent:
         return False
     return True
 
 
-def _statement(node: Any, kinds: dict[str, str]) -> None:
+def _check_statement(node: Any, kinds: dict[str, str]) -> None:
+    """Notes in `kinds` what the names of a statement hold. Raises _InspectsContent."""
     if isinstance(node, nodes.Output):
         for part in node.nodes:
             if _kind(part, kinds) == _MESSAGES:
@@ -47,7 +49,7 @@ def _statement(node: Any, kinds: dict[str, str]) -> None:
         if isinstance(node.target, nodes.Name):
             if kind or node.target.name in kinds:
                 if kinds.get(node.target.name, kind) != kind:
-                    raise _InspectsContent  # one name for two things
+                    raise _InspectsContent  # one name for values of two kinds
                 kinds[node.target.name] = str(kind)
         elif kind:
             raise _InspectsContent
@@ -60,12 +62,12 @@ def _statement(node: Any, kinds: dict[str, str]) -> None:
         if node.test is not None and _kind(node.test, kinds):
             raise _InspectsContent
         for child in (*node.body, *node.else_):
-            _statement(child, kinds)
+            _check_statement(child, kinds)
     elif isinstance(node, nodes.If):
         if _kind(node.test, kinds):
             raise _InspectsContent
         for child in (*node.body, *node.elif_, *node.else_):
-            _statement(child, kinds)
+            _check_statement(child, kinds)
     elif isinstance(node, nodes.ExprStmt):
         if _kind(node.node, kinds):
             raise _InspectsContent
@@ -74,34 +76,34 @@ def _statement(node: Any, kinds: dict[str, str]) -> None:
 
 
 def _kind(node: Any, kinds: dict[str, str]) -> str | None:
-    """What an expression holds: messages, their words, or neither. Raises _Looks where it looks into words."""
+    """The kind of an expression's value: messages, a content, or neither. Raises _InspectsContent."""
     if isinstance(node, nodes.Name):
         return kinds.get(node.name)
     if isinstance(node, nodes.Getattr | nodes.Getitem):
         return _member(node, kinds)
-    parts = [_kind(child, kinds) for child in node.iter_child_nodes()]
-    found = {part for part in parts if part}
-    if not found:
+    operands = [_kind(child, kinds) for child in node.iter_child_nodes()]
+    operand_kinds = {kind for kind in operands if kind}
+    if not operand_kinds:
         return None
-    if isinstance(node, nodes.Test) and node.name in _OF_TYPE and len(parts) == 1:
+    if isinstance(node, nodes.Test) and node.name in _TYPE_TESTS and len(operands) == 1:
         return None
     if isinstance(node, nodes.Filter):
-        if found == {_CONTENT} and node.name == "trim" and not node.args and not node.kwargs:
+        if operand_kinds == {_CONTENT} and node.name == "trim" and not node.args and not node.kwargs:
             return _CONTENT
-        if found == {_MESSAGES} and node.name in ("length", "count"):
+        if operand_kinds == {_MESSAGES} and node.name in ("length", "count"):
             return None
-    elif isinstance(node, nodes.Add | nodes.Concat) and found == {_CONTENT}:
+    elif isinstance(node, nodes.Add | nodes.Concat) and operand_kinds == {_CONTENT}:
         return _CONTENT
-    elif isinstance(node, nodes.CondExpr) and not _kind(node.test, kinds) and len(found) == 1:
-        return found.pop()
+    elif isinstance(node, nodes.CondExpr) and not _kind(node.test, kinds) and len(operand_kinds) == 1:
+        return operand_kinds.pop()
     raise _InspectsContent
 
 
 def _member(node: Any, kinds: dict[str, str]) -> str | None:
-    """`message.content`, `message['role']`, `messages[1:]` and the like."""
+    """The kind of `message.content`, `message['role']`, `messages[1:]` and the like."""
     kind = _kind(node.node, kinds)
     if isinstance(node, nodes.Getitem) and not isinstance(node.arg, nodes.Const):
-        if kind == _CONTENT or _kind_of_index(node.arg, kinds):
+        if kind == _CONTENT or _index_has_kind(node.arg, kinds):
             raise _InspectsContent
         return kind
     if kind is None:
@@ -118,5 +120,5 @@ def _member(node: Any, kinds: dict[str, str]) -> str | None:
     raise _InspectsContent  # get, items, keys ...
 
 
-def _kind_of_index(node: Any, kinds: dict[str, str]) -> bool:
+def _index_has_kind(node: Any, kinds: dict[str, str]) -> bool:
     return any(_kind(child, kinds) for child in node.iter_child_nodes())

@@ -34,6 +34,7 @@ from mmllm.checkpoint.adapter import (
     own_tensors,
     save_adapter,
 )
+from mmllm.fault_points import reached
 from mmllm.locks import NO_LOCK_ERRNOS
 from mmllm.model.hub import quiet_transformers
 from mmllm.model.model_config import VisionLanguageConfig
@@ -176,6 +177,7 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         try:
+            reached(f"checkpoint {folder.name}: before it is written")
             _write(partial, model, processor, base)
             for name, content in {"README.md": card.encode(), **(files or {})}.items():
                 (partial / name).parent.mkdir(exist_ok=True)
@@ -186,6 +188,7 @@ def save_checkpoint(
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)  # an incomplete checkpoint must not fill the disk
             raise
+        reached(f"checkpoint {folder.name}: before it is moved in")
         _move_in(partial, folder)
         lock.unlink(missing_ok=True)  # removed while held: a process that waits for it then takes a new lock
 
@@ -212,7 +215,8 @@ def _move_in(partial: Path, folder: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-    for path in sorted(partial.iterdir(), key=lambda path: path.name == MANIFEST):
+    for num_moved, path in enumerate(sorted(partial.iterdir(), key=lambda path: path.name == MANIFEST)):
+        reached(f"checkpoint {folder.name}: {num_moved} of its files in place")
         path.replace(folder / path.name)
     partial.rmdir()
 
@@ -301,7 +305,7 @@ def _build(
     options = {"config": config, "dtype": dtypes["language"], "output_loading_info": True}
     options["ignore_mismatched_sizes"] = True
     if base_tensors is None:
-        return VisionLanguageModel.from_pretrained(folder, **options)  # type: ignore[no-any-return]
+        return VisionLanguageModel.from_pretrained(folder, use_safetensors=True, **options)  # type: ignore[no-any-return]
     from safetensors.torch import load_file
     from transformers import GenerationConfig
 

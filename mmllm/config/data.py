@@ -6,28 +6,28 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from mmllm.config.base import Fraction, PathText, PositiveInt, Section
+from mmllm.config.base import RESUMABLE, Fraction, NotNegativeInt, PathText, Positive, PositiveInt, Section
 
 
 class _DataFile(Section):
-    """A file, a folder, or a pattern such as `{000..123}.tar` or `*.parquet`; local, or an fsspec URL."""
-
     path: PathText
-    images: PathText | None = None  # the folder that image paths start from; default: the file's own
-    prompt: str = "Describe the picture."  # what a caption answers, where rows are captions without a question
-    max_examples: PositiveInt | None = None  # the first usable ones
+    """A file, a folder, or a pattern such as `{000..123}.tar` or `*.parquet`; local, or an fsspec URL."""
+    images: PathText | None = None
+    """The folder that image paths start from. Default: the file's own."""
+    prompt: str = "Describe the picture."
+    """The question before a caption, where rows are captions."""
+    max_examples: PositiveInt | None = None
+    """Use the first usable rows, at most so many. Default: all."""
 
 
 class SourceConfig(_DataFile):
-    """One of the sources that are mixed.
+    """One of the sources that are mixed."""
 
-    `weight` is how often an epoch shows each row: 3 is three times, 0.5 is every second one, the others in the next
-    epoch. With `streaming`, shards (a tar, a row group, megabytes of JSON lines) come in random order, unindexed, and
-    the weight counts shards.
-    """
-
-    weight: Annotated[float, Field(gt=0)] = 1.0
+    weight: Positive = 1.0
+    """How often an epoch shows each row: 3 is three times, 0.5 is every second row, and the others in the next epoch.
+    Of a streamed source it counts shards."""
     streaming: bool = False
+    """Read shards (a tar, a row group, megabytes of JSON lines) in random order, without an index of the rows."""
 
     @model_validator(mode="after")
     def _stream_has_no_first(self) -> SourceConfig:
@@ -40,24 +40,36 @@ class ReplayConfig(_DataFile):
     """Data of another kind, such as conversations without pictures, as a share of all examples that training sees."""
 
     fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """The share of all examples that come from this source."""
 
     def as_source(self) -> SourceConfig:
         return SourceConfig(**self.model_dump(exclude={"fraction"}))
 
 
 class DataConfig(Section):
+    """What is trained and validated on."""
+
     train: tuple[SourceConfig, ...]
+    """The sources that training mixes."""
     val: tuple[SourceConfig, ...] = ()
+    """The sources that a validation reads: whole and once each."""
     replay: ReplayConfig | None = None
+    """A source that is mixed in as a fixed share of all examples. Default: none."""
     max_length_tokens: PositiveInt = 2048
-    num_workers: Annotated[int, Field(ge=0)] = 0
-    group_by_length: bool = True  # not where data are streamed: their lengths are not known before
-    packing: Literal["auto", "always", "never"] = (
-        "auto"  # several examples in one row: where it pays, or in every batch
-    )
-    cache_features: bool = False  # keep the frozen tower's output of every training image on disk
-    cache_folder: PathText | None = None  # where; default: `cache` beside `out`, so that runs share it
-    max_bad_fraction: Fraction = 0.01  # a run with more unusable examples than this does not start
+    """The most tokens of an example, image tokens included; longer ones are left out."""
+    num_workers: Annotated[NotNegativeInt, RESUMABLE] = 0
+    """Processes that read and decode ahead, of each training process. 0 reads in the training process itself."""
+    group_by_length: bool = True
+    """Put examples of like lengths into one batch, so that little is padded. Not where data are streamed: their lengths
+    are not known before."""
+    packing: Annotated[Literal["auto", "always", "never"], RESUMABLE] = "auto"
+    """Put several examples into one row: where it pays, in every batch, or never. They do not see each other."""
+    cache_features: bool = False
+    """Keep the frozen vision tower's output of every training image on disk."""
+    cache_folder: Annotated[PathText | None, RESUMABLE] = None
+    """The folder of that cache. Default: `cache` beside `out`, so that runs share it."""
+    max_bad_fraction: Fraction = 0.01
+    """A run with a larger share of unusable examples does not start."""
 
     @model_validator(mode="after")
     def _streams(self) -> DataConfig:

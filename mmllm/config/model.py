@@ -125,7 +125,8 @@ class ModelConfig(Section):
     """The chat template: plain, vicuna_v1, llama_2, mistral_instruct, chatml or llama3, or `tokenizer` for the LLM's
     own. Default: the checkpoint's."""
     picture_label: str | None = None
-    """The text before each of several pictures of a question, where {} is its number. Default: `Picture {}: `."""
+    """The text before each of several pictures of a question, where {} is its number. Default: the checkpoint's, or
+    `Picture {}: `."""
 
     @model_validator(mode="before")
     @classmethod

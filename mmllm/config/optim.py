@@ -18,7 +18,8 @@ class OptimConfig(Section):
 
     kind: Literal["adamw", "muon", "adamw8bit", "paged_adamw", "paged_adamw8bit"] = "adamw"
     """`muon` updates the weights of hidden linear layers, and AdamW all others. `adamw8bit` takes a quarter of AdamW's
-    memory; `paged_...` moves its state to main memory when the GPU is full. These need `mmllm[quant]`."""
+    memory; `paged_...` moves its state to main memory when the GPU is full. 8 bits and paging need
+    `mmllm[quant]`, paging a CUDA GPU."""
     learning_rates: dict[str, Positive]
     """The peak learning rate of each trained part: one for each name that `train` lists."""
     muon_learning_rate: Positive = 0.02

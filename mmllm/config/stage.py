@@ -34,13 +34,21 @@ class StageConfig(RunConfig):
     """Stage 1 (projector on captions) and stage 2 (projector and LLM on conversations)."""
 
     stage: Literal["stage1", "stage2"]
+    """What the run does: `stage1` trains on captions, `stage2` on conversations."""
     model: ModelConfig
+    """The model: its parts, or a checkpoint."""
     data: DataConfig
+    """What is trained and validated on."""
     train: Annotated[tuple[Literal["vision", "projector", "language"], ...], Field(min_length=1)]
-    freeze: tuple[str, ...] = ()  # patterns of names: of the parts in `train`, what is not trained after all
-    vision_last_layers: PositiveInt | None = None  # of a trained tower, how many layers are; default: all of it
-    lora: LanguageLoraConfig | None = None  # of the LLM
-    vision_lora: LoraConfig | None = None  # of the tower
+    """The parts of the model that are trained."""
+    freeze: tuple[str, ...] = ()
+    """Patterns of parameter names, such as `*embed_tokens*`, that stay frozen within the parts that `train` lists."""
+    vision_last_layers: PositiveInt | None = None
+    """Of a trained vision tower, how many of its last layers are trained. Default: all of it."""
+    lora: LanguageLoraConfig | None = None
+    """Train LoRA adapters of the LLM in place of its weights. Default: the weights."""
+    vision_lora: LoraConfig | None = None
+    """Train LoRA adapters of the vision tower, which are merged at the end. Default: the weights."""
 
     @property
     def recomputes_language(self) -> bool:

@@ -6,10 +6,10 @@ from mmllm.config.base import Fraction, NonNegative, NotNegativeInt, PathText, P
 
 
 class ValidationConfig(Section):
-    """What each validation measures. The end of a run is always validated."""
+    """What each validation measures. The beginning and the end of a run are always validated."""
 
     every_steps: NotNegativeInt = 0
-    """Optimizer steps between two validations. 0 is none but the one at the end."""
+    """Optimizer steps between two validations. 0 is none but those before the first step and after the last."""
     num_samples: NotNegativeInt = 4
     """Answers that are shown at each validation, with their pictures."""
     max_examples: PositiveInt = 200

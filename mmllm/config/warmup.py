@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from mmllm.config.base import Fraction, PathText, PositiveInt, Section
+from mmllm.config.base import Fraction, NonNegative, NotNegativeInt, PathText, PositiveInt, Section
 from mmllm.config.model import LanguageConfig
 from mmllm.config.run import RunConfig
 from mmllm.config.stage import check_precision
@@ -16,11 +16,17 @@ class WarmupVisionConfig(RunConfig):
     """Contrastive training of a small CLIP on the scenes world."""
 
     stage: Literal["warmup_vision"]
-    clip: dict[str, Any]  # open_clip's model config: embed_dim, vision_cfg, text_cfg
-    tokenizer: PathText  # folder of the text tower's tokenizer
-    num_scenes: PositiveInt  # each with its near misses
+    """What the run does: it makes a small CLIP."""
+    clip: dict[str, Any]
+    """open_clip's model config: embed_dim, vision_cfg, text_cfg."""
+    tokenizer: PathText
+    """The folder of the text tower's tokenizer."""
+    num_scenes: PositiveInt
+    """Scenes to train on, each with its near misses."""
     num_val_scenes: PositiveInt = 100
-    words_weight: Annotated[float, Field(ge=0)] = 1.0  # of the loss on the words of regions, beside the contrastive one
+    """Scenes to validate on."""
+    words_weight: NonNegative = 1.0
+    """The weight of the loss on the words of regions; that of the contrastive loss is 1."""
 
     @model_validator(mode="after")
     def _rates(self) -> WarmupVisionConfig:
@@ -33,9 +39,12 @@ class WarmupVisionConfig(RunConfig):
 class GuideConfig(Section):
     """Some heads of one layer, and what they read before an answer: see mmllm/warmup/attention_guidance.py."""
 
-    layer: Annotated[int, Field(ge=0)]
-    heads: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    layer: NotNegativeInt
+    """The layer, counted from 0."""
+    heads: Annotated[list[NotNegativeInt], Field(min_length=1)]
+    """The heads of this layer, counted from 0."""
     reads: Literal["first", "last", "named"]
+    """What these heads are taught to attend to where an answer is read."""
 
 
 class WarmupLanguageConfig(RunConfig):
@@ -46,16 +55,28 @@ class WarmupLanguageConfig(RunConfig):
     """
 
     stage: Literal["warmup_language"]
+    """What the run does: it makes a small LLM."""
     language: LanguageConfig | dict[str, Any]
+    """A transformers config (model_type and its options) of an LM to be trained from random weights; or the `source` of
+    a trained one."""
     vocab_size: PositiveInt = 512
+    """Tokens of the tokenizer that is made for an LM from random weights."""
     num_descriptions: PositiveInt
+    """Described scenes to train on."""
     num_turns: PositiveInt = 10
-    retell: Fraction = 0.15  # share of conversations that only tell the scene again in other words
-    ask_more: dict[str, PositiveInt] = Field(default_factory=dict)  # question type: how often it is asked, on top of 1
+    """Questions in each conversation about a scene."""
+    retell: Fraction = 0.15
+    """The share of conversations that only tell the scene again in other words."""
+    ask_more: dict[str, PositiveInt] = Field(default_factory=dict)
+    """Question type, such as `count`: how many times more it is drawn, where every type counts once."""
     guides: list[GuideConfig] = Field(default_factory=list)
-    guide_weight: Annotated[float, Field(ge=0)] = 0.5  # of the loss that shows attention where an answer is read
-    read_out: Annotated[int, Field(ge=0)] | None = None  # the layer behind which two compared values must be readable
+    """Heads whose attention is taught. Default: none."""
+    guide_weight: NonNegative = 0.5
+    """The weight of the losses that teach attention and `read_out`; that of the loss on tokens is 1."""
+    read_out: NotNegativeInt | None = None
+    """The layer after which two compared values must be readable from the hidden states. Default: not taught."""
     num_val_descriptions: PositiveInt = 400
+    """Described scenes to validate on."""
 
     @model_validator(mode="after")
     def _rates(self) -> WarmupLanguageConfig:

@@ -259,8 +259,8 @@ def tokenise(rendered: RenderedConversation, image_token_id: int) -> list[Token]
     """The tokens of a rendered conversation, each with its text, its kind, and whether it has a label."""
     kinds: list[Kind] = ["prompt"] * len(rendered.input_ids)
     for answer in rendered.answers:
-        kinds[answer.start : answer.words_end] = ["answer"] * (answer.words_end - answer.start)
-        kinds[answer.words_end : answer.end] = ["end"] * (answer.end - answer.words_end)
+        kinds[answer.start : answer.content_end] = ["answer"] * (answer.content_end - answer.start)
+        kinds[answer.content_end : answer.end] = ["end"] * (answer.end - answer.content_end)
     labels = [IGNORE_INDEX, *rendered.labels[1:]]  # nothing predicts the first token
     texts = rendered.texts
     for place, text in enumerate(texts[1:], start=1):

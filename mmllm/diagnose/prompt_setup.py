@@ -63,7 +63,7 @@ def load_prompt_setup(config: ModelConfig) -> PromptSetup:
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         num_image_tokens=layout.num_image_tokens,
         encoding=encoding,
-        saved=saved,
+        saved_jinja=saved,
     )
     renderer.require_end()
     trained_length = getattr(text_config, "max_position_embeddings", None)

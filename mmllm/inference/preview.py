@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmllm.batch import PreparedImage
-from mmllm.model.large_pictures import resize
+from mmllm.kernels.large_pictures import resize
 from mmllm.model.layout import Layout, Native, Tiles
 
 GAP_PX = 4  # white space between the views of one picture

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmllm.config import ConfigError, VisionConfig
-from mmllm.model.large_pictures import MAX_ORDINARY_PIXELS, fit_as, fit_inside, num_pixels_as, resize
+from mmllm.kernels.large_pictures import MAX_ORDINARY_PIXELS, fit_as, fit_inside, num_pixels_as, resize
 from mmllm.model.tower import INTERPOLATIONS, TowerSpec, VisionTower
 from projector import Projector
 

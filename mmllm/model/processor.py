@@ -15,7 +15,7 @@ from transformers.image_utils import make_flat_list_of_images
 from mmllm.batch import IMAGE_TOKEN, PICTURE_LABEL, ImageSource, PreparedImage
 from mmllm.chat.renderer import Renderer
 from mmllm.images import image_size, load_image
-from mmllm.model.large_pictures import MAX_ORDINARY_PIXELS
+from mmllm.kernels.large_pictures import MAX_ORDINARY_PIXELS
 from mmllm.model.layout import Layout, build_layout
 
 
@@ -136,7 +136,7 @@ class VisionLanguageProcessor(ProcessorMixin):  # type: ignore[misc]
             image_token_id=self.image_token_id,
             num_image_tokens=self.image_layout.num_image_tokens,
             encoding=self.encoding,
-            saved=self.chat_template,
+            saved_jinja=self.chat_template,
         )
 
     def prepare(self, picture: Image.Image, size: tuple[int, int] | None = None) -> PreparedImage:

@@ -66,5 +66,6 @@ def exclusive_run(out: Path) -> Iterator[None]:
         os.write(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
         yield
     finally:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(PermissionError):  # Windows removes no open file; one without a lock blocks nobody
+            path.unlink(missing_ok=True)
         os.close(descriptor)

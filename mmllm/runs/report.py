@@ -14,16 +14,16 @@ from typing import Any
 
 from PIL import Image
 
-from mmllm.checkpoint.folder import MANIFEST, library_versions
+from mmllm.checkpoint.folder import library_versions
 from mmllm.config.file import saved_settings
 from mmllm.errors import MmllmError
 from mmllm.evaluation.reliance import RELIANCE, RELIANCE_ERROR
 from mmllm.runs.alarms import TEXT_LOSS, forgetting_of
 from mmllm.runs.charts import Curve, chart
-from mmllm.runs.run_log import LOG_FILE, figures_of, read_log
+from mmllm.runs.folder import RunFolder
+from mmllm.runs.run_log import figures_of, read_log
 from mmllm.web_page import png_data_uri, self_contained_page
 
-REPORT, ABOUT, SETTINGS = "report.html", "about.json", "config.yaml"
 MAX_SIDE_PX = 512  # of a picture in the page
 MAX_ANSWERS = 6  # of one sample over the run
 
@@ -31,28 +31,34 @@ MAX_ANSWERS = 6  # of one sample over the run
 def write_about(out: Path, notes: Sequence[str], machine: str) -> None:
     """What the log does not say: versions, where it runs, what is not measured. Of the newest start."""
     versions = {"python": platform.python_version(), **library_versions()}
-    (out / ABOUT).write_text(json.dumps({"versions": versions, "machine": machine, "notes": list(notes)}, indent=2))
+    RunFolder(out).about.write_text(
+        json.dumps({"versions": versions, "machine": machine, "notes": list(notes)}, indent=2)
+    )
 
 
 def write_report(out: Path) -> Path:
     """Writes `report.html` into a run's folder. Raises MmllmError where that holds no run."""
-    if not (out / LOG_FILE).is_file() or not (out / SETTINGS).is_file():
-        raise MmllmError(f"no run in {out}: it needs {LOG_FILE} and {SETTINGS}, which `mmllm train` writes")
-    partial = (out / REPORT).with_suffix(".part")
+    folder = RunFolder(out)
+    if not folder.log.is_file() or not folder.settings.is_file():
+        raise MmllmError(
+            f"no run in {out}: it needs {folder.log.name} and {folder.settings.name}, which `mmllm train` writes"
+        )
+    partial = folder.report.with_suffix(".part")
     partial.write_text(_page(out), encoding="utf-8")
-    return partial.replace(out / REPORT)
+    return partial.replace(folder.report)
 
 
 def _page(out: Path) -> str:
-    rows = read_log(out / LOG_FILE)
-    text = (out / SETTINGS).read_text()
+    folder = RunFolder(out)
+    rows = read_log(folder.log)
+    text = folder.settings.read_text()
     settings = saved_settings(text)
-    about = json.loads((out / ABOUT).read_text()) if (out / ABOUT).is_file() else {}
+    about = json.loads(folder.about.read_text()) if folder.about.is_file() else {}
     style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     title = escape(out.resolve().name)
     curves: dict[str, Curve] = dict(figures_of(rows))
     body = [
-        _head(out, rows, settings, about), _alarms(rows, about), _charts(curves, settings), _samples(out / "samples"),
+        _head(out, rows, settings, about), _alarms(rows, about), _charts(curves, settings), _samples(folder.samples),
         _table(rows), _other_charts(curves, settings), _settings(text, about),
     ]  # fmt: skip
     return self_contained_page(f"{title} - mmllm report", style, "".join(body))
@@ -60,7 +66,7 @@ def _page(out: Path) -> str:
 
 def _head(out: Path, rows: Sequence[Mapping[str, Any]], settings: Any, about: Mapping[str, Any]) -> str:
     last, steps = (rows[-1]["step"] if rows else 0), settings["optim"]["max_steps"]
-    state = "finished" if (out / MANIFEST).is_file() or last >= steps else "stopped"
+    state = "finished" if RunFolder(out).is_finished or last >= steps else "stopped"
     machine = f", {escape(about['machine'])}" if about else ""
     return (
         f"<header><p class=over>{escape(settings['stage'])}</p><h1>{escape(out.resolve().name)}</h1>"

@@ -18,8 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from mmllm.runs.experiment_trackers import close_trackers, open_trackers
-
-LOG_FILE = "log.jsonl"
+from mmllm.runs.folder import RunFolder
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -79,7 +78,7 @@ class Tracker:
         if not is_main:
             return
         out.mkdir(parents=True, exist_ok=True)
-        self.path = out / LOG_FILE
+        self.path = RunFolder(out).log
         lines = read_log(self.path)
         self.rows = [row for row in lines if first_step and row["step"] <= first_step]
         self.num_dropped = len(lines) - len(self.rows)

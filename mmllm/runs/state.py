@@ -24,10 +24,13 @@ from torch import Tensor
 
 from mmllm.config import CONFIGS, ConfigError
 from mmllm.config.file import saved_settings
+from mmllm.config.reference import resumable_paths
 from mmllm.distributed.ranks import gather_all
 from mmllm.distributed.shards import damaged_shards, shard_sums
 from mmllm.distributed.strategy import Strategy
 from mmllm.errors import MmllmError
+from mmllm.fault_points import reached
+from mmllm.runs.folder import RunFolder
 
 STATE_FILE = "state.pt"
 STATE_OF_WEIGHTS = 3  # a state is at most so many times the trained weights: AdamW keeps two numbers for each
@@ -36,15 +39,6 @@ SHARDS = "shards"  # of strategies whose ranks hold a part each
 
 class StateError(MmllmError):
     """A saved state that cannot be used; the message says which and what is wrong with it."""
-
-
-# What may change between two starts of one run, since it decides nothing about the weights but their last bits. The
-# global batch may not, but how it is divided into ranks and micro-steps may, and what is recomputed to save memory.
-_FREE = (
-    "out", "log", "validation", "alarms", "data.num_workers", "data.packing", "data.cache_folder",
-    "compute.batch_size", "compute.accumulate_steps", "compute.gradient_checkpointing", "compute.loss_chunk_tokens",
-    "compute.compile", "compute.num_threads",
-)  # fmt: skip
 
 
 def _leaves(tree: Any, path: str = "") -> dict[str, Any]:
@@ -69,9 +63,14 @@ def _completed(text: str) -> Any:
 
 
 def settings_differences(there: str, here: str) -> list[str]:
-    """What tells two dumped settings apart as far as it decides the weights, a line for each key."""
+    """What tells two dumped settings apart as far as it decides the weights, a line for each key.
+
+    The mark RESUMABLE of a field says that it may change. The global batch may not, but how it is divided may, and what
+    is computed again to save memory.
+    """
     old, new = (_leaves(_completed(text)) for text in (there, here))
-    keys = [key for key in {**old, **new} if not any(f"{key}.".startswith(f"{free}.") for free in _FREE)]
+    free = resumable_paths()
+    keys = [key for key in {**old, **new} if not any(f"{key}.".startswith(f"{path}.") for path in free)]
     values = [(key, old.get(key, "nothing"), new.get(key, "nothing")) for key in keys]
     return [f"{key}: {before} there, {now} here" for key, before, now in values if before != now]
 
@@ -82,13 +81,18 @@ def _step_of(folder: Path) -> int:
 
 def saved_steps(out: Path) -> list[Path]:
     """States of a run that were written to their end, oldest first."""
-    found = [path for path in (out / "state").glob("step_*") if (path / STATE_FILE).is_file()]
+    found = [path for path in RunFolder(out).states.glob("step_*") if (path / STATE_FILE).is_file()]
     return sorted((path for path in found if path.name[5:].isdigit()), key=_step_of)
 
 
 def sync(path: Path) -> None:
-    """Has the disk hold what was written to this file or folder, so that a loss of power takes nothing."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Has the disk hold what was written to this file or folder, so that a loss of power takes nothing.
+
+    Windows opens no folder, and writes out no file that is open for reading.
+    """
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -112,12 +116,14 @@ def _commit(folder: Path, state: Mapping[str, Any]) -> None:
     try:
         with (partial / STATE_FILE).open("wb") as file:  # opened here, so that a full disk is an OSError
             torch.save(dict(state), file)
+        reached(f"{folder.name}: before sync")
         for path in (*partial.rglob("*"), partial):
             sync(path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)  # what cannot be used shall not fill the disk
         raise
     shutil.rmtree(folder, ignore_errors=True)
+    reached(f"{folder.name}: before rename")
     partial.rename(folder)
     sync(folder.parent)
 
@@ -153,7 +159,7 @@ def save_state(
     Raises OSError.
     """
     accelerator = strategy.accelerator
-    target = out / "state" / f"step_{step:07d}"
+    target = RunFolder(out).states / f"step_{step:07d}"
     if accelerator.is_main_process:
         _begin(target)
     accelerator.wait_for_everyone()
@@ -171,8 +177,9 @@ def save_state(
         "best": best,
     }
     _commit(target, state)
+    reached(f"{target.name}: before older states are removed")
     kept = [path for path in saved_steps(out) if _step_of(path) <= step][-keep:]
-    for other in (out / "state").iterdir():  # later ones could not be read, or this run would stand behind them
+    for other in RunFolder(out).states.iterdir():  # later ones could not be read, or this run would stand behind them
         if other not in kept:
             shutil.rmtree(other)
 
@@ -200,7 +207,7 @@ def verify_saving(out: Path, strategy: Strategy, settings: str) -> str:
 
     Every rank has to call it. Raises StateError where they come back as others, OSError where they cannot be written.
     """
-    accelerator, folder, begun = strategy.accelerator, out / "state" / "rehearsal", time.monotonic()
+    accelerator, folder, begun = strategy.accelerator, RunFolder(out).states / "rehearsal", time.monotonic()
     if accelerator.is_main_process:
         _begin(folder)
     accelerator.wait_for_everyone()
@@ -214,6 +221,7 @@ def verify_saving(out: Path, strategy: Strategy, settings: str) -> str:
     accelerator.wait_for_everyone()
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     wrong: list[str] = []
+    reached(f"{folder.name}: before it is read back")
     try:
         if strategy.has_shards or accelerator.is_main_process:
             before = strategy.own_weights()
@@ -241,7 +249,7 @@ def check_same_run(out: Path, there: str, here: str) -> None:
         listed = "\n".join(f"  {line}" for line in differences)
         raise ConfigError(
             f"{out} holds a run with other settings:\n{listed}\n"
-            f"give another out=FOLDER, remove {out} to begin anew, or go on with {out / 'config.yaml'}"
+            f"give another out=FOLDER, remove {out} to begin anew, or go on with {RunFolder(out).settings}"
         )
 
 
@@ -305,7 +313,7 @@ def load_state(
             f"of {saved_as}, or remove {out / 'state'} to begin anew"
         )
     if strategy.has_shards:
-        shards = out / "state" / f"step_{state['step']:07d}" / SHARDS
+        shards = RunFolder(out).states / f"step_{state['step']:07d}" / SHARDS
         strategy.load_shards(shards, saved_by=state["num_ranks"])
     elif set(state["weights"]) != set(strategy.trained):
         raise ConfigError(f"{out} holds other parameters than this run trains; remove it to begin anew")

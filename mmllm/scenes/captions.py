@@ -1,4 +1,4 @@
-"""Captions of a scene in several wordings, the facts that a caption states, and their F1 against the scene."""
+"""Captions of a scene in several wordings, and the facts that a caption states, to be scored against the scene's."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ BAR_WORDINGS: tuple[Callable[[Bar], str], ...] = (
 
 
 def caption_clauses(scene: Scene, rng: random.Random, *, shuffled: bool = False) -> list[tuple[str, int | None]]:
-    """One caption that states every fact of the scene, as clauses, each with the part (of `Scene.parts`) it tells of.
+    """A caption that states every fact of the scene, as (clause, index of the part in `Scene.parts` that it describes).
 
-    Things stand in reading order unless `shuffled`.
+    Things come in reading order unless `shuffled`.
     """
     if scene.kind == "text":
         wording = rng.choice(LINE_WORDINGS)
@@ -47,8 +47,8 @@ def caption_clauses(scene: Scene, rng: random.Random, *, shuffled: bool = False)
     if scene.kind == "chart":
         bar_wording = rng.choice(BAR_WORDINGS)
         ends = "," * (len(scene.bars) - 1) + "."
-        told = [f"{bar_wording(bar)}{end}" for bar, end in zip(scene.bars, ends, strict=True)]
-        return [("a bar chart:", None), *((clause, index) for index, clause in enumerate(told))]
+        clauses = [f"{bar_wording(bar)}{end}" for bar, end in zip(scene.bars, ends, strict=True)]
+        return [("a bar chart:", None), *((clause, index) for index, clause in enumerate(clauses))]
     order = list(range(len(scene.things)))
     if shuffled:
         rng.shuffle(order)
@@ -57,7 +57,7 @@ def caption_clauses(scene: Scene, rng: random.Random, *, shuffled: bool = False)
 
 
 def write_caption(scene: Scene, rng: random.Random, *, shuffled: bool = False) -> str:
-    """The clauses of `caption_clauses` as one text."""
+    """A caption that states every fact of the scene: the clauses of `caption_clauses` as one text."""
     return " ".join(clause for clause, _ in caption_clauses(scene, rng, shuffled=shuffled))
 
 
@@ -69,12 +69,13 @@ def facts_of(scene: Scene) -> set[Fact]:
 
 
 def _only_word_of(words: tuple[str, ...], text: str) -> str | None:
-    found = [word for word in re.findall(r"[a-z]+", text) if word in words]
-    return found[0] if len(found) == 1 else None
+    """The word of `words` in the text, if there is exactly one."""
+    matches = [word for word in re.findall(r"[a-z]+", text) if word in words]
+    return matches[0] if len(matches) == 1 else None
 
 
 def facts_in(caption: str) -> set[Fact]:
-    """The facts that a caption states, read clause by clause in any wording of this file; the rest is not counted."""
+    """The facts that a caption states, read clause by clause in any wording of this file. Other text is ignored."""
     caption = caption.lower().strip()
     if "bar chart" in caption:
         pairs = re.findall(rf"\b({'|'.join(COLORS)})(?: bar is)? (\d+)", caption)
@@ -97,6 +98,6 @@ def facts_in(caption: str) -> set[Fact]:
 
 
 def fact_counts(caption: str, scene: Scene) -> tuple[int, int, int]:
-    """(facts stated and true, facts stated, facts of the scene): sum these over pictures."""
+    """(true facts stated, facts stated, facts of the scene) of one picture, to be summed over pictures for an F1."""
     stated, true = facts_in(caption), facts_of(scene)
     return len(stated & true), len(stated), len(true)

@@ -1,4 +1,4 @@
-"""Conversations about scenes: about one, two or none. The same ones are asked of pictures and of descriptions."""
+"""Conversations about one scene, two, or none. The scenes are shown as pictures or described in text."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ ALL_TYPES = (*QUESTION_TYPES, TWO_PICTURES, TEXT_ONLY)
 
 @dataclass(frozen=True)
 class SceneConversation:
-    """Turns about the scenes, in which each scene stands for one picture."""
+    """Turns about some scenes; each scene is one picture."""
 
     scenes: tuple[Scene, ...]
     turns: tuple[QuestionTurn, ...]
 
 
 def sample_twin(scene: Scene, rng: random.Random, split: Split) -> Scene:
-    """A second scene to ask about beside the first: the same, a near miss, or another."""
+    """A second scene for questions about two: the same scene, a near miss, or another one."""
     form = rng.choice(("same", "near", "other"))
     if form == "same":
         return scene
@@ -45,7 +45,7 @@ def about_none(rng: random.Random, split: Split, num_turns: int) -> SceneConvers
 
 
 def retelling(scene: Scene, rng: random.Random, num_turns: int) -> SceneConversation:
-    """The scene told again and again in other words and another order: what teaches a small LM to look things up."""
+    """The scene described again and again in other words and another order, from which a small LM learns to look up."""
     captions = (
         QuestionTurn("caption", rng.choice(CAPTION_REQUESTS), write_caption(scene, rng, shuffled=True))
         for _ in range(num_turns)
@@ -53,7 +53,7 @@ def retelling(scene: Scene, rng: random.Random, num_turns: int) -> SceneConversa
     return SceneConversation((scene,), tuple(captions))
 
 
-DescribedParts = tuple[int | None, ...]
+DescribedParts = tuple[int | None, ...]  # for each piece of a message, the part of the scenes that it describes
 
 
 def describe_conversation(
@@ -78,14 +78,14 @@ def describe_conversation(
         num_parts += len(scene.parts)
     messages: list[Message] = []
     for number, turn in enumerate(conversation.turns):
-        told = [text for text, _ in opening] if number == 0 else []
-        messages.append(Message("user", (*told, turn.question)))
+        description = [text for text, _ in opening] if number == 0 else []
+        messages.append(Message("user", (*description, turn.question)))
         messages.append(Message("assistant", (turn.answer,)))
     return Example(example_id, "text", tuple(messages)), (*(part for _, part in opening), None)
 
 
 def text_example(conversation: SceneConversation, rng: random.Random, example_id: str) -> Example:
-    """`describe_conversation` for those who only read it."""
+    """The example of `describe_conversation` alone."""
     return describe_conversation(conversation, rng, example_id)[0]
 
 
@@ -98,10 +98,10 @@ def sample_text(
     two: float = 0.08,
     types: Sequence[str] = (),
 ) -> SceneConversation:
-    """A conversation to be had about descriptions.
+    """A conversation about descriptions of scenes.
 
-    The share `retell` of them only tells the scene again in other words, the share `two` is about two scenes. A type of
-    question that `types` names twice is asked twice as often.
+    A fraction `retell` of them only describes the scene again in other words; a fraction `two` is about two scenes.
+    `types` are those of `ask_about`.
     """
     draw = rng.random()
     if draw < retell:

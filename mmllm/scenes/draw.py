@@ -1,8 +1,8 @@
-"""Draws a scene with Pillow: no two pictures of one scene are alike.
+"""Draws a scene with Pillow. No two pictures of one scene are alike.
 
-Size, aspect, tint, shade, place, rotation, line width, fill, font and anti-aliasing vary within bounds that keep
-the scene's facts true, so that a model must learn what is shown and not how. All lengths are fractions of the
-picture's shorter side until `_Canvas` turns them into pixels.
+Size, aspect ratio, tint, shade, place, rotation, line width, fill, font and anti-aliasing vary within bounds that keep
+the scene's facts true, so a model must learn what is shown and not how. All lengths are fractions of the picture's
+shorter side until `_Canvas` turns them into pixels.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mmllm.scenes.world import MAX_VALUE, Bar, Line, Scene, Thing
 RGB = tuple[int, int, int]
 Point = tuple[float, float]
 
-# (hue range in degrees, saturation range, value range): the span of what people call by this name
+# (hue range in degrees, saturation range, value range) of what people call by this name
 # fmt: off
 SHADES: dict[str, tuple[Point, Point, Point]] = {
     "red":    ((-10, 6),   (0.75, 1.0), (0.70, 1.0)),
@@ -53,7 +53,7 @@ def _darker(color: RGB, factor: float = 0.55) -> RGB:
 
 
 class _Canvas:
-    """A picture under the brush, drawn `scale` times too large and reduced at the end."""
+    """A picture while it is drawn: `scale` times too large, and reduced at the end."""
 
     def __init__(self, rng: random.Random):
         side = rng.choice(SIZES_PX)
@@ -141,7 +141,7 @@ def _draw_thing(canvas: _Canvas, thing: Thing, rng: random.Random) -> None:
 
 @functools.cache
 def font_files() -> tuple[str, ...]:
-    """Fonts that come with matplotlib; the empty name stands for Pillow's own."""
+    """Font files that come with matplotlib; the empty name is Pillow's own font."""
     import matplotlib
 
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
@@ -198,7 +198,7 @@ def _draw_chart(canvas: _Canvas, bars: tuple[Bar, ...], rng: random.Random) -> N
 
 
 def draw(scene: Scene, rng: random.Random) -> Image.Image:
-    """One RGB picture of the scene, 64-172 pixels a side. The generator decides all that the scene leaves open."""
+    """One RGB picture of the scene, 64 to 172 pixels a side. `rng` decides everything that the scene leaves open."""
     canvas = _Canvas(rng)
     if scene.kind == "chart":
         _draw_chart(canvas, scene.bars, rng)

@@ -12,7 +12,7 @@ TWO_PICTURES = "two_pictures"
 
 
 def ask_about_two(first: Scene, second: Scene, rng: random.Random, num_turns: int) -> list[QuestionTurn]:
-    """Turns about two scenes of objects: which picture has it, which has more, same or different."""
+    """Turns about two scenes of objects: which picture has something, which has more objects, same or different."""
     answer = "same" if first == second else "different"
     same = QuestionTurn(TWO_PICTURES, "are the two pictures the same or different?", answer)
     turns: list[QuestionTurn] = []
@@ -34,5 +34,5 @@ def ask_about_two(first: Scene, second: Scene, rng: random.Random, num_turns: in
                 about = about_all([getattr(t, name) for t in (*first.things, *second.things)], value)
                 answer = "picture 1" if in_first else "picture 2"
                 turns.append(QuestionTurn(TWO_PICTURES, f"which picture has {noun}?", answer, about=about))
-    unique = {turn.question: turn for turn in turns or [same]}  # of equal scenes nothing else may have been asked
+    unique = {turn.question: turn for turn in turns or [same]}  # equal scenes may allow no other question
     return list(unique.values())[:num_turns]

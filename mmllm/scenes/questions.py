@@ -1,7 +1,7 @@
-"""Questions about one scene, each with the one right answer: a plain dict of question types.
+"""Questions about one scene, each with its only right answer: a plain dict of question types.
 
-An asker returns the turns of one question (a follow-up brings the turns it follows), or nothing where the
-scene cannot be asked that. Yes and no are asked equally often, and a "no" is a near miss wherever one exists.
+An asker returns the turns of one question (a follow-up comes with the turn before it), or none where the scene allows
+no such question. The answers yes and no are equally frequent, and a "no" is a near miss wherever one exists.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ About = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True)
 class QuestionTurn:
-    """One question and its answer; `num_needed` turns right before it are needed to understand it.
+    """One question and its answer. To understand it, the `num_needed` turns directly before it are needed.
 
-    `about` says where the answer is read: for each thing that the question names, in its order, the parts of the
-    scene (indices into `Scene.parts`) that are meant. Of two scenes the second's parts are counted on from the first's.
+    `about` says where in the scene the answer is found: for each thing that the question names, in order, the parts
+    (indices into `Scene.parts`) that it means. With two scenes, the indices of the second go on after the first's.
     `compared` are the two values that decide a comparison, such as both colors.
     """
 
@@ -62,31 +62,32 @@ def about_each(scene: Scene, *parts: Thing | Line | Bar) -> About:
     return tuple((scene.parts.index(part),) for part in parts)
 
 
-def about_all(present: Sequence[str], value: str) -> About:
-    """`QuestionTurn.about` of a question that names whatever has this value, given the value of each part."""
-    found = tuple(index for index, there in enumerate(present) if there == value)
-    return (found,) if found else ()
+def about_all(values: Sequence[str], value: str) -> About:
+    """`QuestionTurn.about` of a question about all parts with this value; `values` has the value of each part."""
+    indices = tuple(index for index, part_value in enumerate(values) if part_value == value)
+    return (indices,) if indices else ()
 
 
 def references(scene: Scene, thing: Thing, hidden: Iterable[str] = ()) -> list[str]:
-    """Noun phrases, without article, that name this thing alone and say nothing of the `hidden` attributes."""
+    """Noun phrases, without article, that fit this thing only and do not reveal its `hidden` attributes."""
     hidden = set(hidden)
-    found = []
+    phrases = []
     for names in (("shape",), ("color",), ("color", "shape"), ("size", "shape"), ("size", "color"), ("place",)):
         if hidden & set(names):
             continue
         if sum(all(getattr(t, n) == getattr(thing, n) for n in names) for t in scene.things) == 1:
             words = [getattr(thing, n) for n in names if n != "place"]
             noun = " ".join(words if "shape" in names else [*words, "object"])
-            found.append(f"{noun} {at_place(thing.place)}" if "place" in names else noun)
+            phrases.append(f"{noun} {at_place(thing.place)}" if "place" in names else noun)
     if "shape" not in hidden and "place" not in hidden:
-        found.append(f"{thing.shape} {at_place(thing.place)}")
-    return found
+        phrases.append(f"{thing.shape} {at_place(thing.place)}")
+    return phrases
 
 
 def pick_reference(scene: Scene, thing: Thing, rng: random.Random, *hidden: str) -> str | None:
-    names = references(scene, thing, hidden)
-    return rng.choice(names) if names else None
+    """One of the `references`, or None where there is none."""
+    phrases = references(scene, thing, hidden)
+    return rng.choice(phrases) if phrases else None
 
 
 def ask_attribute(name: str) -> Asker:
@@ -111,11 +112,11 @@ def ask_relation(scene: Scene, rng: random.Random) -> list[QuestionTurn]:
     name = rng.choice(list(RELATIONS))
     if rng.random() < 0.3:
         anchor = rng.choice(scene.things)
-        there = [t for t in scene.things if RELATIONS[name](t, anchor)]
+        related = [t for t in scene.things if RELATIONS[name](t, anchor)]
         subject = pick_reference(scene, anchor, rng, "place")
-        if len(there) == 1 and subject:
+        if len(related) == 1 and subject:
             about = about_each(scene, anchor)
-            return [QuestionTurn("relation", f"what shape is {name} the {subject}?", there[0].shape, about=about)]
+            return [QuestionTurn("relation", f"what shape is {name} the {subject}?", related[0].shape, about=about)]
     wanted = rng.random() < 0.5
     pairs = [(x, y) for x in scene.things for y in scene.things if x != y and RELATIONS[name](x, y) == wanted]
     if not pairs:
@@ -139,7 +140,7 @@ def ask_count(scene: Scene, rng: random.Random) -> list[QuestionTurn]:
         return [QuestionTurn("count", "how many objects are there?", str(len(scene.things)))]
     name = names[0]
     present = [getattr(t, name) for t in scene.things]
-    # mostly something that is there: a count of zero is what `exists` asks
+    # mostly a value that is present: a count of zero is the subject of `exists`
     choices = {"shape": SHAPES, "color": COLORS, "size": SIZES}[name]
     value = rng.choice(present) if rng.random() < 0.85 else rng.choice(choices)
     noun = plural(value) if name == "shape" else f"{value} objects"
@@ -148,10 +149,10 @@ def ask_count(scene: Scene, rng: random.Random) -> list[QuestionTurn]:
 
 
 def _near_misses(scene: Scene) -> list[str]:
-    """Color-shape pairs that are not there although the color is, and the shape is."""
-    there = {(t.color, t.shape) for t in scene.things}
-    colors, shapes = sorted({c for c, _ in there}), sorted({s for _, s in there})
-    return [f"{c} {s}" for c in colors for s in shapes if (c, s) not in there]
+    """Color-shape pairs that are absent although the color and the shape are both present."""
+    present = {(t.color, t.shape) for t in scene.things}
+    colors, shapes = sorted({c for c, _ in present}), sorted({s for _, s in present})
+    return [f"{c} {s}" for c in colors for s in shapes if (c, s) not in present]
 
 
 def ask_exists(scene: Scene, rng: random.Random) -> list[QuestionTurn]:
@@ -362,7 +363,10 @@ QUESTION_TYPES: dict[str, Asker] = {
 
 
 def ask_about(scene: Scene, rng: random.Random, num_turns: int, types: Sequence[str] = ()) -> list[QuestionTurn]:
-    """About `num_turns` turns of these types (default: all) on one scene, no question twice, at most one caption."""
+    """About `num_turns` turns of these types (default: all) on one scene: no question twice, at most one caption.
+
+    A type that `types` names several times is asked more often.
+    """
     names = list(types) or list(QUESTION_TYPES)
     turns: list[QuestionTurn] = []
     num_tries = 0
@@ -372,7 +376,7 @@ def ask_about(scene: Scene, rng: random.Random, num_turns: int, types: Sequence[
         if name == "caption" and any(turn.type == "caption" for turn in turns):
             continue
         new = QUESTION_TYPES[name](scene, rng)
-        asked = {turn.question for turn in turns}
-        if new and new[-1].question not in asked and new[0].question not in asked:
+        questions = {turn.question for turn in turns}
+        if new and new[-1].question not in questions and new[0].question not in questions:
             turns += new
     return turns

@@ -1,4 +1,4 @@
-"""Turns that no picture belongs to."""
+"""Turns without a picture."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NO_PICTURE = "there is no picture."
 
 
 def ask_without_picture(rng: random.Random, scene: Scene, num_turns: int) -> list[QuestionTurn]:
-    """Turns that no picture belongs to: small talk, numbers, and questions that a picture would be needed for."""
+    """Turns without a picture: small talk, numbers, and questions that would need a picture."""
     turns: list[QuestionTurn] = []
     for _ in range(num_turns):
         form = rng.choice(("talk", "more", "next", "picture"))
@@ -45,7 +45,7 @@ def ask_without_picture(rng: random.Random, scene: Scene, num_turns: int) -> lis
             turns.append(QuestionTurn(TEXT_ONLY, f"what number comes after {x}?", str(x + 1)))
         else:
             name = rng.choice([n for n in QUESTION_TYPES if n not in ("exists", "follow_up")])
-            asked = QUESTION_TYPES[name](scene, rng)
-            if asked:
-                turns.append(QuestionTurn(TEXT_ONLY, asked[0].question, NO_PICTURE))
+            scene_turns = QUESTION_TYPES[name](scene, rng)
+            if scene_turns:
+                turns.append(QuestionTurn(TEXT_ONLY, scene_turns[0].question, NO_PICTURE))
     return turns

@@ -1,7 +1,7 @@
 """The embedded world: what a scene is, how one is sampled, and which split it belongs to.
 
-A scene is one of three kinds: `objects` (1-5 objects, at most one a place), `text` (a word, a number or both)
-and `chart` (2-4 bars). A scene's split follows from its content alone, so no scene of one split is in another.
+A scene is one of three kinds: `objects` (1 to 5 objects, at most one in a place), `text` (a word, a number or both)
+and `chart` (2 to 4 bars). A scene's split follows from its content alone, so no scene of one split is in another.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mmllm.errors import MmllmError
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "black")
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
 SIZES = ("small", "large")
-# place -> (column, row), both counted in half pictures: 0 left/top, 1 middle, 2 right/bottom
+# {place: (column, row)}; 0 is left or top, 1 the middle, 2 right or bottom
 PLACES: dict[str, tuple[int, int]] = {
     "top left": (0, 0),
     "top right": (2, 0),
@@ -66,7 +66,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar of a chart; `value` is 1-5, the top of the axis is 5."""
+    """One bar of a chart; `value` is 1 to MAX_VALUE, the top of the axis."""
 
     color: str
     value: int
@@ -74,7 +74,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows. Things stand in reading order, lines from the top, bars from the left."""
+    """What a picture shows: things in reading order, lines from the top, bars from the left."""
 
     kind: Kind
     things: tuple[Thing, ...] = ()
@@ -83,7 +83,7 @@ class Scene:
 
     @property
     def parts(self) -> tuple[Thing | Line | Bar, ...]:
-        """Whatever the scene is made of, in its order."""
+        """Everything that the scene shows, in order."""
         return (*self.things, *self.lines, *self.bars)
 
     def to_json(self) -> dict[str, Any]:
@@ -110,7 +110,7 @@ def _is_one_in(fraction: int, text: str) -> bool:
 
 
 def is_held_out(part: Thing | Line | Bar) -> bool:
-    """Whether this combination (color-shape-place, color-word, color-value) is shown in `compositions` only."""
+    """Whether only `compositions` shows this combination (color-shape-place, color-word or color-value)."""
     if isinstance(part, Thing):
         return _is_one_in(7, f"{part.color} {part.shape} {part.place}")
     if isinstance(part, Line):
@@ -119,21 +119,21 @@ def is_held_out(part: Thing | Line | Bar) -> bool:
 
 
 def split_of(scene: Scene) -> Split:
-    """`compositions` where any held-out combination is shown; of the rest one scene in 16 is `val`."""
+    """`compositions` if the scene has a held-out combination; of the other scenes, one in 16 is `val`."""
     if any(is_held_out(part) for part in scene.parts):
         return "compositions"
     return "val" if _is_one_in(16, json.dumps(scene.to_json(), sort_keys=True)) else "train"
 
 
 KIND_WEIGHTS: dict[Kind, int] = {"objects": 70, "text": 15, "chart": 15}
-COUNT_WEIGHTS = (2, 4, 5, 5, 3)  # how often a scene has 1, 2, ... objects
+COUNT_WEIGHTS = (2, 4, 5, 5, 3)  # of scenes with 1, 2, ... objects
 
 
 def _sample_things(rng: random.Random) -> tuple[Thing, ...]:
     count = rng.choices(range(1, len(PLACES) + 1), COUNT_WEIGHTS)[0]
     things: list[Thing] = []
     for place in sorted(rng.sample(list(PLACES), count), key=list(PLACES).index):
-        # repeats on purpose: counting, "the other one" and hard negatives need objects that share something
+        # Repeats are intended: counting, "the other one" and hard negatives need objects that share attributes.
         shape = rng.choice(things).shape if things and rng.random() < 0.3 else rng.choice(SHAPES)
         color = rng.choice(things).color if things and rng.random() < 0.25 else rng.choice(COLORS)
         things.append(Thing(shape, color, rng.choice(SIZES), place))
@@ -170,7 +170,7 @@ def _other_value(rng: random.Random, values: Iterable[Any], old: Any) -> Any:
 
 
 def change_one_attribute(scene: Scene, rng: random.Random) -> Scene:
-    """The same scene but for one attribute of one part: a near miss, of any split."""
+    """The same scene except for one attribute of one part: a near miss, of any split."""
     if scene.kind == "objects":
         things = list(scene.things)
         index = rng.randrange(len(things))

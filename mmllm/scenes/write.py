@@ -1,7 +1,7 @@
-"""Writes the scenes world as files: PNG pictures, a scene graph beside each, and two JSON files in LLaVA's format.
+"""Writes the world of scenes as files: PNG pictures, a scene graph beside each, and two JSON files in LLaVA's format.
 
-Each picture follows from (seed, split, number) alone, so any number of processes gives the same bytes. The JSON
-files are written last, `conversations.json` as the very last: where it stands, the split is complete.
+Each picture follows from (seed, split, number) alone, so any number of processes writes the same bytes. The JSON files
+are written last, and `conversations.json` after the other: if it exists, the split is complete.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from mmllm.scenes.small_talk import TEXT_ONLY
 from mmllm.scenes.world import Kind, Scene, Split, sample_kind, sample_scene
 
 SPLITS: tuple[Split, ...] = ("train", "val", "compositions")
-# Training shows and asks more of what takes longest to learn; the other splits judge all kinds alike.
+# Training has more of what takes longest to learn; the other splits have all kinds in their usual proportions.
 TRAINING_KIND_WEIGHTS: dict[Kind, int] = {"objects": 40, "text": 42, "chart": 18}
 TRAINING_QUESTION_TYPES = (*QUESTION_TYPES, *["compare", "count"] * 4, *["relation"] * 2, "follow_up")
 TURNS_PER_PICTURE = 10
 TWIN_EVERY = 8  # every eighth picture is the twin of the one before it, for questions about two
-TEXT_EVERY = 16  # one conversation without picture for so many pictures
+TEXT_EVERY = 16  # pictures for each conversation without a picture
 PICTURES_PER_CHUNK = 250
 
 
@@ -40,7 +40,7 @@ def _random_for(seed: int, split: str, what: str, number: int) -> random.Random:
 
 
 def scene_of(seed: int, split: Split, number: int) -> Scene:
-    """The scene of a picture. Twins stand behind scenes of objects."""
+    """The scene of a picture. A twin follows a scene of objects."""
     rng = _random_for(seed, split, "scene", number)
     if number % TWIN_EVERY == TWIN_EVERY - 1:
         return sample_twin(scene_of(seed, split, number - 1), rng, split)
@@ -63,7 +63,7 @@ def _turns_json(turns: Sequence[QuestionTurn], opening: str) -> list[dict[str, s
 
 
 def conversation_row(row_id: str, images: Sequence[str], conversation: SceneConversation) -> dict[str, Any]:
-    """A row of LLaVA's JSON; `types` and `needs` say for each answer what was asked, and how many turns it follows."""
+    """A row of LLaVA's JSON, with each turn's question type in `types` and its `num_needed` in `needs`."""
     row: dict[str, Any] = {"id": row_id}
     if images:
         row["image"] = images[0] if len(images) == 1 else list(images)
@@ -101,13 +101,13 @@ def _write_chunk(folder: str, seed: int, split: Split, numbers: range) -> tuple[
 
 
 def _text_row(row_id: str, rng: random.Random, split: Split, scene: Scene) -> dict[str, Any]:
-    """A row without picture: small talk, or the scene described in words and asked about, so that reading stays."""
+    """A row without a picture: small talk, or questions about a described scene, so that the LLM still reads texts."""
     if rng.random() < 0.5:
         return conversation_row(row_id, [], about_none(rng, split, 5))
     talk = _picture_conversation(scene, rng, split)
     example = text_example(talk, rng, row_id)
     turns = tuple(
-        # the description stands in the first turn; a retelling of it has no one right answer, and stays a caption
+        # The description is in the first turn, so each turn needs all before it. A caption has no single right answer.
         QuestionTurn(turn.type if turn.type == "caption" else TEXT_ONLY, message.text, turn.answer, number)
         for number, (message, turn) in enumerate(zip(example.messages[::2], talk.turns, strict=True))
     )
@@ -123,7 +123,7 @@ def _write_json(rows: list[Any], path: Path) -> None:
 def write_split(
     out: Path, split: Split, count: int, seed: int, *, num_processes: int, advance: Callable[[int], None]
 ) -> None:
-    """Writes one split of `count` pictures, over whatever an interrupted start left there."""
+    """Writes one split of `count` pictures, and replaces what an interrupted run left there."""
     folder = out / split
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "images").mkdir(parents=True)
@@ -133,9 +133,9 @@ def write_split(
     with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as pool:
         tasks = [pool.submit(_write_chunk, str(folder), seed, split, numbers) for numbers in chunks]
         for numbers, task in zip(chunks, tasks, strict=True):
-            told, asked = task.result()
-            captions += told
-            conversations += asked
+            chunk_captions, chunk_conversations = task.result()
+            captions += chunk_captions
+            conversations += chunk_conversations
             advance(len(numbers))
     _write_json(captions, folder / "captions.json")
     _write_json(conversations, folder / "conversations.json")
@@ -149,10 +149,12 @@ def write_scenes(
     num_processes: int | None = None,
     advance: Callable[[int], None] = lambda n: None,
 ) -> None:
-    """Writes the splits that have a count. Raises MmllmError where something else stands in the folder."""
-    strangers = [path.name for path in out.iterdir() if path.name not in SPLITS] if out.is_dir() else []
-    if strangers:
-        raise MmllmError(f"{out} holds {', '.join(sorted(strangers)[:3])}: give an empty or new folder for the scenes")
+    """Writes the splits with a count above 0. Raises MmllmError where the folder holds anything else."""
+    other_files = [path.name for path in out.iterdir() if path.name not in SPLITS] if out.is_dir() else []
+    if other_files:
+        raise MmllmError(
+            f"{out} holds {', '.join(sorted(other_files)[:3])}: give an empty or new folder for the scenes"
+        )
     for split, count in counts.items():
         if count > 0:
             write_split(out, split, count, seed, num_processes=num_processes or os.cpu_count() or 1, advance=advance)

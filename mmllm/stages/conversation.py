@@ -33,6 +33,7 @@ from mmllm.model.language import decoder_layers
 from mmllm.model.positions import position_limit
 from mmllm.optimizers.layers import depths
 from mmllm.runs.flops import StepFlops
+from mmllm.runs.folder import RunFolder
 from mmllm.runs.requirements import is_slow_in_bf16
 from mmllm.runs.run_log import figures_of
 from mmllm.stages.conversation_batches import BatchMaker
@@ -228,7 +229,7 @@ class ConversationStage:
 
     def _save(self, out: Path, log: list[dict[str, Any]]) -> None:
         settings = dump_config(self.config)
-        (out / "config.yaml").write_text(settings)
+        RunFolder(out).settings.write_text(settings)
         last = {"step": log[-1]["step"], **{name: curve[-1][1] for name, curve in figures_of(log).items()}}
         facts: dict[str, Any] = {
             "origin": self.origin, "settings": settings, "figures": last, "capabilities": asdict(self.capabilities),

@@ -12,31 +12,32 @@ from mmllm.config import ConfigError, RunConfig
 from mmllm.config.file import dump_config, load_config
 from mmllm.errors import report_errors
 
-SETTINGS = "config.yaml"
-
 
 def begun_settings(out: Path) -> tuple[str | None, bool]:
     """The dumped settings of the run that stands in `out`, if one does, and whether it has ended."""
-    from mmllm.checkpoint.folder import MANIFEST, read_manifest
+    from mmllm.checkpoint.folder import read_manifest
+    from mmllm.runs.folder import RunFolder
     from mmllm.runs.state import saved_steps
 
-    if (out / MANIFEST).is_file():
+    folder = RunFolder(out)
+    if folder.is_finished:
         return str(read_manifest(out).get("settings", "")), True
-    if saved_steps(out) and (out / SETTINGS).is_file():
-        return (out / SETTINGS).read_text(), False
+    if saved_steps(out) and folder.settings.is_file():
+        return folder.settings.read_text(), False
     return None, False
 
 
 def _tidy(out: Path) -> None:
     """Removes what a finished run needs no more, and has still where it was killed as it ended."""
-    from mmllm.checkpoint.folder import MANIFEST, read_manifest
-    from mmllm.training.loop import BEST
+    from mmllm.checkpoint.folder import read_manifest
+    from mmllm.runs.folder import RunFolder
 
-    shutil.rmtree(out / "state", ignore_errors=True)
-    if (out / BEST / MANIFEST).is_file():
-        best, last = (read_manifest(folder).get("figures", {}).get("val_loss") for folder in (out / BEST, out))
+    folder = RunFolder(out)
+    shutil.rmtree(folder.states, ignore_errors=True)
+    if RunFolder(folder.best).is_finished:
+        best, last = (read_manifest(path).get("figures", {}).get("val_loss") for path in (folder.best, out))
         if best is not None and last is not None and last <= best:
-            shutil.rmtree(out / BEST)
+            shutil.rmtree(folder.best)
 
 
 def is_first_process() -> bool:
@@ -61,9 +62,9 @@ def run(config: RunConfig) -> None:
 
 def _run(config: RunConfig) -> None:
     from mmllm.distributed.ranks import build_accelerator, set_threads
+    from mmllm.runs.folder import RunFolder
     from mmllm.runs.report import write_about, write_report
     from mmllm.runs.requirements import settle
-    from mmllm.runs.run_log import LOG_FILE
     from mmllm.runs.state import check_same_run
     from mmllm.stages.registry import build_stage
     from mmllm.training.loop import train
@@ -88,13 +89,13 @@ def _run(config: RunConfig) -> None:
         rank, world_size = accelerator.process_index, accelerator.num_processes
         stage.prepare_features(accelerator.device, rank=rank, world_size=world_size)
     if accelerator.is_main_process:
-        (out / SETTINGS).write_text(dump_config(config))
+        RunFolder(out).settings.write_text(dump_config(config))
         write_about(out, stage.notes, f"{accelerator.num_processes} process(es) on {accelerator.device}")
     try:
         with explain_out_of_memory(config):
             train(config, stage, accelerator, lambda: build_stage(config))
     finally:
-        if accelerator.is_main_process and (out / LOG_FILE).is_file():
+        if accelerator.is_main_process and RunFolder(out).log.is_file():
             print(f"report: {write_report(out)}")
     accelerator.end_training()
 

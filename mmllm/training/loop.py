@@ -16,7 +16,9 @@ from mmllm.distributed.launch import STRATEGIES, launched_strategy
 from mmllm.distributed.ranks import all_reduce_sum, gather_all
 from mmllm.distributed.strategy import load_weights
 from mmllm.errors import EXIT_INTERRUPTED, MmllmError
+from mmllm.fault_points import reached
 from mmllm.runs.alarms import new_alarms
+from mmllm.runs.folder import RunFolder
 from mmllm.runs.requirements import slow_precision_text
 from mmllm.runs.run_log import Tracker
 from mmllm.runs.state import check_room, load_state, read_newest, save_state, verify_saving
@@ -28,7 +30,6 @@ from mmllm.training.step import Stepper, StepResult, mean_over_ranks
 from mmllm.training.stopping import BrokenOffError, StopSignal
 from mmllm.training.watchdog import Watchdog
 
-BEST = "best"
 VALIDATION = "the validation is broken off, and made when the run goes on; the state is saved"
 
 
@@ -44,6 +45,7 @@ class Run:
     def __init__(self, config: RunConfig, stage: Stage, accelerator: Any, rebuild: Callable[[], Stage]):
         self.config, self.stage, self.accelerator, self.rebuild = config, stage, accelerator, rebuild
         self.out = Path(config.out)
+        self.folder = RunFolder(self.out)
         names = [name for named in stage.parts.values() for name, _ in named]
         assert len(set(names)) == len(names), "a parameter stands in two parts of a stage"
         trained = [parameter for named in stage.parts.values() for _, parameter in named]
@@ -126,7 +128,9 @@ class Run:
                 does = "the validation, in which all processes take part, ends first"
             try:
                 with stop.during(does, breaks=not is_sharded), self.strategy.gathered():
+                    reached(f"validation after step {step}: begin")
                     figures = self.stage.validate(step, writes=is_main)
+                    reached(f"validation after step {step}: end")
             except BrokenOffError:
                 is_whole = False
         if all_reduce_sum(self.accelerator, not is_whole):
@@ -139,8 +143,8 @@ class Run:
         if step and loss < (self.best["val_loss"] if self.best else math.inf):
             self.best = {"step": step, "val_loss": loss}
             if self.config.validation.keep_best and step < self.config.optim.max_steps:
-                with stop.during(f"the best model so far is written to {self.out / BEST}, and then the state"):
-                    self.save_model(self.out / BEST, tracker)
+                with stop.during(f"the best model so far is written to {self.folder.best}, and then the state"):
+                    self.save_model(self.folder.best, tracker)
         self.accelerator.wait_for_everyone()
         return True
 
@@ -163,15 +167,18 @@ class Run:
 
     def finish(self, tracker: Tracker) -> None:
         """The model of the last step in its place; nothing is left to go on from."""
+        reached("end: before the last checkpoint")
         self.save_model(self.out, tracker)
         if self.accelerator.is_main_process:
-            os.sync()  # before what the run could go on from is removed
-            shutil.rmtree(self.out / "state", ignore_errors=True)
+            if hasattr(os, "sync"):  # not on Windows
+                os.sync()  # before what the run could go on from is removed
+            reached("end: before the states are removed")
+            shutil.rmtree(self.folder.states, ignore_errors=True)
             best = self.best
             if best and best["step"] == self.config.optim.max_steps:
-                shutil.rmtree(self.out / BEST, ignore_errors=True)
+                shutil.rmtree(self.folder.best, ignore_errors=True)
             elif best and self.config.validation.keep_best:
-                tracker.say(f"lowest val_loss {best['val_loss']:.4g} at step {best['step']}: {self.out / BEST}")
+                tracker.say(f"lowest val_loss {best['val_loss']:.4g} at step {best['step']}: {self.folder.best}")
         self.accelerator.wait_for_everyone()
 
 
@@ -215,6 +222,7 @@ def _steps(run: Run, first: int, tracker: Tracker, stop: StopSignal) -> None:
             start = run.stepper.begin(step, data, is_stopped=bool(stop.received))
             if start.is_stopped:
                 _stop(run, step, first)
+            reached(f"step {step + 1}: before the update")
             results.append(run.stepper.make(step, start))
             done = step + 1
             if _is_due(done, log.every_steps) or done == max_steps:

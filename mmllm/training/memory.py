@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import resource
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -92,12 +91,25 @@ def forget_peak() -> None:
         _CLEAR.write_text("5")
 
 
+def _unix_resources() -> Any:
+    """The module `resource`. Raises ConfigError on Windows, which has none."""
+    try:
+        import resource
+    except ImportError as error:
+        raise ConfigError(
+            "`mmllm plan` measures memory as Linux and macOS report it, and this system does not: run it in WSL or on "
+            "another machine, or train without a plan"
+        ) from error
+    return resource
+
+
 def peak_bytes() -> int:
     """The most main memory that this process has held: its peak resident size."""
     if _STATUS.is_file():
         (line,) = [line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:")]
         return 1024 * int(line.split()[1])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    resource = _unix_resources()
+    peak = int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
@@ -105,6 +117,7 @@ def available_bytes(device: torch.device) -> int:
     """The memory of this device: of a GPU, of this machine, or what this process may have of it."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
+    resource = _unix_resources()
     found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     if (limit := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
         found.append(limit)

@@ -24,6 +24,7 @@ from mmllm.model.positions import position_limit
 from mmllm.model.processor import VisionLanguageProcessor
 from mmllm.model.vlm import VisionLanguageModel
 from mmllm.runs.alarms import TEXT_LOSS
+from mmllm.runs.folder import RunFolder
 from mmllm.training.data import spread
 from mmllm.training.losses import supervised_counts
 
@@ -152,7 +153,7 @@ class Validation:
 
     def _write_samples(self, step: int, *, writes: bool) -> None:
         """`samples/step_N.md` for people and `step_N.json` for the report, with the pictures as the model saw them."""
-        folder = Path(self.config.out) / "samples"
+        folder = RunFolder(Path(self.config.out)).samples
         folder.mkdir(parents=True, exist_ok=True)
         samples = [
             self._sample(example, folder, writes=writes)

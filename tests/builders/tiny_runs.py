@@ -16,6 +16,7 @@ from torch import Tensor
 from mmllm.batching.sampler import IndexedSampler, rank_slice
 from mmllm.config import StageConfig
 from mmllm.config.file import load_config
+from mmllm.fault_points import KILL_AT
 from tests.builders.launches import forkserver
 from tests.builders.tiny import model_config
 
@@ -97,9 +98,9 @@ def start_in_own_process(code: str, path: Path, out: Path, *overrides: str) -> A
     return process
 
 
-def train_in_own_process(code: str, path: Path, out: Path, *overrides: str) -> int:
-    """How such a process ended: 0, 1 with an error, or the negative number of the signal that killed it."""
-    process = start_in_own_process(code, path, out, *overrides)
+def train_and_die(fault_point: str, path: Path, out: Path, *overrides: str) -> int:
+    """How a run ended that is killed at this point: the negative number of the signal, or 0 if it never came there."""
+    process = start_in_own_process(f"import os; os.environ[{KILL_AT!r}] = {fault_point!r}", path, out, *overrides)
     process.join()
     return int(process.exitcode)
 

@@ -6,8 +6,6 @@ import errno
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -25,6 +23,7 @@ from mmllm.checkpoint.folder import load_checkpoint, save_checkpoint
 from mmllm.cli import app
 from mmllm.inference.engine import Engine, Reply, Sampling
 from mmllm.readers.folders import PICTURE_ENDINGS
+from tests.builders.launches import command
 
 WAIT_SECONDS = 100
 
@@ -143,14 +142,15 @@ def test_a_killed_job_goes_on_and_captions_each_picture_once(
     tiny_checkpoint: Path, tiny_scenes: Path, tmp_path: Path
 ) -> None:
     folder, out = tiny_scenes / "train" / "images", tmp_path / "captions.jsonl"
-    command = [sys.executable, "-m", "mmllm.cli", "caption", str(tiny_checkpoint), str(folder), "--out", str(out)]
-    with subprocess.Popen([*command, "--batch-size", "1", "--max-new-tokens", "300"], stderr=subprocess.PIPE) as job:
+    slow = ("--batch-size", 1, "--max-new-tokens", 300)
+    with command("caption", tiny_checkpoint, folder, "--out", out, *slow) as job:
         end = time.monotonic() + WAIT_SECONDS
         while not out.exists() or out.read_bytes().count(b"\n") < 2:
-            assert job.poll() is None, job.stderr.read()
+            assert job.poll() is None, job.read("err")
             assert time.monotonic() < end
             time.sleep(0.01)
         job.send_signal(signal.SIGKILL)
+        assert job.wait() == -signal.SIGKILL
     num_saved = out.read_bytes().count(b"\n")
     assert 2 <= num_saved < 24
     status, said, _ = caption(tiny_checkpoint, folder, "--out", out)

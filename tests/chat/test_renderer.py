@@ -262,7 +262,7 @@ def test_a_template_whose_turns_depend_on_their_place_or_words_gives_the_tokeniz
         assert len(answers) == count // 2
         assert [ids.count(6) for ids in answers] == [1] * len(answers), "every answer's end is learnt"
         for number, answer in enumerate(rendered.answers):
-            words = render.tokenizer.decode(rendered.input_ids[answer.start : answer.words_end])
+            words = render.tokenizer.decode(rendered.input_ids[answer.start : answer.content_end])
             assert words.lower().endswith(("it is.", "9 <")[number])
             prompt = render.render([message(role, text) for role, text in spoken[: 2 * number + 1]])
             assert prompt.input_ids == rendered.input_ids[: answer.start]
@@ -276,11 +276,13 @@ def test_a_template_that_does_not_end_answers_serves_for_asking_and_not_for_trai
     ):
         render = renderer(chat_template=template)
         assert render.end_token_id == 2, "the tokenizer's own end token"
-        with pytest.raises(ChatError, match="which this tokenizer has no special token for, so training could not"):
+        with pytest.raises(ChatError, match="for which this tokenizer has no special token, so training could not"):
             render.require_end()
     without = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, IMAGE_TOKEN: 2}, unk_token="<unk>"))
     fast = PreTrainedTokenizerFast(tokenizer_object=without, eos_token="</s>", extra_special_tokens=[IMAGE_TOKEN])
-    with pytest.raises(ChatError, match=r"ends answers with '<\|im_end\|>\\n', which this tokenizer has no special"):
+    with pytest.raises(
+        ChatError, match=r"ends answers with '<\|im_end\|>\\n', for which this tokenizer has no special"
+    ):
         Renderer(fast, "chatml", image_token_id=2, num_image_tokens=M)
 
 

@@ -234,7 +234,7 @@ def check_masks(renderer: Renderer, messages: Sequence[Message], rendered: Any, 
         assert supervised == as_text(tokenizer, lead + messages[number].text + close.replace("{eos}", eos))
         words = as_text(tokenizer, messages[number].text)
         assert renderer.decode(rendered.input_ids[answer.start : answer.end]) == words
-        assert renderer.end_token_id in rendered.input_ids[answer.words_end : answer.end]
+        assert renderer.end_token_id in rendered.input_ids[answer.content_end : answer.end]
         marked[answer.start : answer.end] = [True] * (answer.end - answer.start)
         asked = renderer.render(messages[:number])
         assert asked.input_ids == rendered.input_ids[: answer.start]
@@ -362,7 +362,7 @@ def test_a_checkpoint_of_before_is_asked_piece_by_piece_as_it_was_trained(templa
     tokenizer = tokenizer_for("mistral v1")
     image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     renderer = Renderer(
-        tokenizer, template, image_token_id=image, num_image_tokens=M, encoding=1, saved=OLD[template]
+        tokenizer, template, image_token_id=image, num_image_tokens=M, encoding=1, saved_jinja=OLD[template]
     )  # fmt: skip
     talk = [message("user", "<image>\nWhat color?"), message("assistant", "Red"), message("user", "Sure?")]
     pieces: list[str | int] = [IMAGE_TOKEN, "Red", 2]

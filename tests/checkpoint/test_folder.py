@@ -26,6 +26,7 @@ from mmllm.checkpoint.folder import (
     verify_files,
     write_manifest,
 )
+from mmllm.fault_points import KILL_AT
 
 WEIGHTS = "model.safetensors"
 
@@ -152,22 +153,14 @@ def test_a_new_checkpoint_leaves_nothing_of_the_old_one(copy: Path) -> None:
     assert sorted(path.name for path in copy.iterdir() if path.name.startswith("checkpoint.")) == []
 
 
-def save_elsewhere(out: Path, source: Path, number: int, *, kill_at: int = 0) -> multiprocessing.Process:
-    """A process that saves `source` changed into `out` six times, or kills itself as it moves so many files there."""
+def save_elsewhere(out: Path, source: Path, number: int, *, kill_at: str = "") -> multiprocessing.Process:
+    """A process that saves `source` changed into `out` six times, or once, and is killed at this point."""
 
     def work() -> None:
         model, processor, _ = load_checkpoint(source)
         with torch.no_grad():
             next(model.projector.parameters()).add_(number)
-        whole, moves = Path.replace, []
-
-        def replace(self: Path, target: Path) -> Path:
-            moves.append(target)
-            if len(moves) == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return whole(self, target)
-
-        Path.replace = replace  # type: ignore[method-assign]
+        os.environ[KILL_AT] = kill_at
         for _ in range(1 if kill_at else 6):
             save_checkpoint(out, model, processor, card=str(number), files={"golden/x": bytes(number)})
 
@@ -176,12 +169,14 @@ def save_elsewhere(out: Path, source: Path, number: int, *, kill_at: int = 0) ->
     return process  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("kill_at", [1, 2, 5])
-def test_a_save_that_is_killed_leaves_the_old_checkpoint_or_one_that_is_not_finished(copy: Path, kill_at: int) -> None:
-    process = save_elsewhere(copy, copy, 1, kill_at=kill_at)
+@pytest.mark.parametrize(
+    "moment", ["before it is written", "before it is moved in", "0 of its files in place", "3 of its files in place"]
+)
+def test_a_save_that_is_killed_leaves_the_old_checkpoint_or_one_that_is_not_finished(copy: Path, moment: str) -> None:
+    process = save_elsewhere(copy, copy, 1, kill_at=f"checkpoint {copy.name}: {moment}")
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    if kill_at == 1:  # the manifest of the part that is being written
+    if moment.startswith("before"):
         assert verify_files(copy) == []
         assert load_checkpoint(copy)[2]["origin"]
     else:

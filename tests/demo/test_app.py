@@ -8,8 +8,6 @@ import html
 import io
 import os
 import socket
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,6 +31,7 @@ from mmllm.chat.renderer import Renderer
 from mmllm.chat.templates import OWN_TEMPLATE
 from mmllm.images import load_image
 from mmllm.inference.engine import Engine
+from tests.builders.launches import Forked, run_page
 from tests.builders.tiny import red_picture
 
 ROOT = Path(__file__).parents[2]
@@ -381,9 +380,8 @@ def test_a_taken_port_leads_to_the_next():
 
 
 def test_a_model_that_is_not_there_is_one_readable_error(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "demo", str(tmp_path / "nothing")], cwd=ROOT, capture_output=True, text=True
-    )
+    with Forked(run_page, [tmp_path / "nothing"], name="demo") as process:
+        done = process.completed()
     assert done.returncode == 1
     assert "no such folder" in done.stderr
     assert "Traceback" not in done.stderr

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import select
-import signal
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from mmllm.config import SourceConfig
 from mmllm.data.sources import read_source
 from mmllm.inference.engine import Engine, Reply, Sampling
 from mmllm.inference.terminal_chat import Terminal, printable
+from tests.builders.launches import command, default_interrupts, pseudo_terminal
 from tests.builders.tiny import red_picture
 
 COMMAND = [sys.executable, "-m", "mmllm.cli"]
@@ -231,29 +231,23 @@ class _Screen:
 
 @pytest.mark.skipif(not hasattr(os, "login_tty"), reason="needs a pseudo-terminal")
 def test_ctrl_c_stops_an_answer_and_keeps_the_chat(tiny_checkpoint: Path) -> None:
-    ours, theirs = os.openpty()
-
-    def take_terminal() -> None:
-        os.login_tty(theirs)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs, such as this test, ignore it
-
-    arguments = [*COMMAND, "chat", str(tiny_checkpoint), "--max-new-tokens", "100000"]
-    with subprocess.Popen(arguments, preexec_fn=take_terminal, env={**os.environ, "TERM": "dumb"}) as chat:
-        try:
-            os.close(theirs)
-            screen = _Screen(ours)
-            screen.until("> ")
-            os.write(ours, b"tell me everything\n")
-            screen.until("everything\r\n")
-            screen.until(" ")  # the answer is on its way
-            os.write(ours, b"\x03")
-            assert "(0 tokens" not in screen.until("; stopped)")
-            screen.until("> ")
-            os.write(ours, b"\x03")
-            screen.until("Ctrl-D or /quit ends the chat", again=b"\x03")
-            screen.until("> ")
-            os.write(ours, b"\x04")
-            assert chat.wait(WAIT_SECONDS) == 0
-        finally:
-            chat.send_signal(signal.SIGKILL)
-            os.close(ours)
+    with (
+        pseudo_terminal() as (ours, name),
+        command(
+            "chat", tiny_checkpoint, "--max-new-tokens", 100000,
+            terminal=name, environment={"TERM": "dumb"}, before=default_interrupts,
+        ) as chat,
+    ):  # fmt: skip
+        screen = _Screen(ours)
+        screen.until("> ")
+        os.write(ours, b"tell me everything\n")
+        screen.until("everything\r\n")
+        screen.until(" ")  # the answer is on its way
+        os.write(ours, b"\x03")
+        assert "(0 tokens" not in screen.until("; stopped)")
+        screen.until("> ")
+        os.write(ours, b"\x03")
+        screen.until("Ctrl-D or /quit ends the chat", again=b"\x03")
+        screen.until("> ")
+        os.write(ours, b"\x04")
+        assert chat.wait(WAIT_SECONDS) == 0

@@ -10,55 +10,26 @@ import torch
 
 from mmllm.checkpoint.folder import load_checkpoint, verify_files
 from mmllm.runs.state import saved_steps
-from tests.builders.tiny_runs import log_of, losses_of, streamed, train_in_own_process, train_in_process, weights_of
-
-# A process with this code ends by SIGKILL where a function is called for the `time`-th time, before or behind it.
-AT = """
-import os, shutil, signal, torch
-from pathlib import Path
-from mmllm.checkpoint import folder as checkpoint
-from mmllm.training import loop
-from mmllm.runs import state
-from mmllm.stages.conversation import ConversationStage
-calls = 0
-whole = {function}
-def dies(*given, **options):
-    global calls
-    calls += {counts}
-    if calls < {time} or {behind}:
-        result = whole(*given, **options)
-    if calls == {time}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return result
-{function} = dies
-"""
-
-
-def at(function: str, time: int, *, behind: bool = False, counts: str = "True") -> str:
-    return AT.format(function=function, time=time, behind=behind, counts=counts)
-
+from tests.builders.tiny_runs import log_of, losses_of, streamed, train_and_die, train_in_process, weights_of
 
 # What kills the run, and the states that it leaves: of eight steps, after each second one, and of these the last two.
-# The first file that is written, brought to disk and named is the rehearsal's.
 MOMENTS = {
-    "before the first state": (at("loop.Stepper.make", 2), []),
-    "in a step of the second epoch": (at("loop.Stepper.make", 7), [4, 6]),
-    "in the rehearsal": (at("state._read", 1), []),
-    "as the rehearsal is written": (at("torch.save", 1, behind=True), []),
-    "as a state is written": (at("torch.save", 3, behind=True), [2]),
-    "before a state is on the disk": (at("os.fsync", 10), [2, 4]),
-    "before older states are removed": (at("Path.rename", 4, behind=True), [2, 4, 6]),
-    "in a validation": (at("ConversationStage.validate", 3), [2, 4]),
-    "behind a validation, before the state": (at("ConversationStage.validate", 3, behind=True), [2, 4]),
-    "as the best model is saved": (at("checkpoint._write", 1), [2]),
-    "as the best model takes its place": (at("Path.replace", 2, counts="given[0].parent.parent.name == 'best'"), [2]),
-    "in the last validation": (at("ConversationStage.validate", 4), [4, 6]),
-    "before the final checkpoint": (at("ConversationStage.save", 1, counts="given[1] == out"), [6, 8]),
-    "as the final checkpoint takes its place": (
-        at("Path.replace", 4, counts="given[0].parent == out / 'checkpoint.part'"), [6, 8],
-    ),
-    "with the final checkpoint in its place": (at("os.sync", 1, behind=True), [6, 8]),
-}  # fmt: skip
+    "step 2: before the update": [],
+    "step 7: before the update": [4, 6],  # in the second epoch
+    "rehearsal: before it is read back": [],
+    "rehearsal: before sync": [],
+    "step_0000004: before sync": [2],
+    "step_0000006: before rename": [2, 4],
+    "step_0000006: before older states are removed": [2, 4, 6],
+    "validation after step 6: begin": [2, 4],
+    "validation after step 6: end": [2, 4],
+    "checkpoint best: before it is written": [2],
+    "checkpoint best: 0 of its files in place": [2],
+    "validation after step 8: begin": [4, 6],
+    "end: before the last checkpoint": [6, 8],
+    "checkpoint out: 2 of its files in place": [6, 8],
+    "end: before the states are removed": [6, 8],
+}
 
 
 def overrides_of(data: Path) -> list[str]:
@@ -101,12 +72,12 @@ def test_a_run_killed_at_any_moment_ends_in_the_same_weights(
     tiny_runs: Path, tmp_path: Path, unbroken: dict[tuple[str, bool], Path], number: int
 ) -> None:
     """Every moment with one of the four kinds of run; the kinds take turns."""
-    code, states = list(MOMENTS.values())[number]
+    moment, states = list(MOMENTS.items())[number]
     stage, is_streamed = ("stage2", "stage1")[number % 2], number // 2 % 2 == 1
     config, out = tiny_runs / f"{stage}.yaml", tmp_path / "out"
     overrides = [*overrides_of(tiny_runs / "data"), *(streamed(tiny_runs / "data") if is_streamed else [])]
-    assert train_in_own_process(code, config, out, *overrides) == -signal.SIGKILL
+    assert train_and_die(moment, config, out, *overrides) == -signal.SIGKILL
     assert [int(path.name[5:]) for path in saved_steps(out)] == states
-    assert not (out / "manifest.json").exists() or "in its place" in list(MOMENTS)[number]
+    assert not (out / "manifest.json").exists() or moment == "end: before the states are removed"
     train_in_process(config, out, *overrides)
     assert_same(out, unbroken[stage, is_streamed])

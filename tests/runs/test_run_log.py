@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mmllm.runs.run_log import LOG_FILE, Tracker, figures_of
+from mmllm.runs.run_log import Tracker, figures_of
+
+LOG_FILE = "log.jsonl"
 
 
 def tracker(out: Path, *, first_step: int = 0, is_main: bool = True) -> Tracker:

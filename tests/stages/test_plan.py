@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,17 +18,14 @@ from mmllm.errors import _explain, is_out_of_memory
 from mmllm.stages.plan import parse_size
 from mmllm.training.memory import Memory, Shape, forget_peak, peak_bytes, size_text, suggestions
 from mmllm.training.step import Stepper
+from tests.builders.launches import commanded
 from tests.builders.tiny_runs import settings_of
 
-# as much address space as the libraries take, and little more; the batch needs gigabytes
-OUT_OF_MEMORY = """
-import resource, sys
-import mmllm.training.loop, mmllm.stages.conversation
-from mmllm.stages.run import main
-now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (now + 700_000_000,) * 2)
-main(None, sys.argv[1:])
-"""
+
+def leave_little_memory() -> None:
+    """As much address space as the libraries take, and little more; the batch needs gigabytes."""
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + 700_000_000,) * 2)
 
 
 def plan_of(*arguments: str) -> tuple[int, dict[str, object]]:
@@ -123,8 +120,8 @@ def test_advice_is_in_the_order_of_least_loss_and_adds_up(tiny_runs: Path, tmp_p
 
 def test_a_run_without_memory_says_what_to_change(tiny_runs: Path, tmp_path: Path) -> None:
     train = f"data.train=[{{path: {tiny_runs}/data/train.json, weight: 800}}]"
-    given = [str(tiny_runs / "stage2.yaml"), f"out={tmp_path / 'out'}", train, "compute.batch_size=8192"]
-    done = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY, *given], capture_output=True, text=True, check=False)
+    given = (f"out={tmp_path / 'out'}", train, "compute.batch_size=8192")
+    done = commanded("train", tiny_runs / "stage2.yaml", *given, before=leave_little_memory)
     assert done.returncode == 1, done.stderr[-2000:]
     assert "error: out of memory" in done.stderr
     assert "Traceback" not in done.stderr

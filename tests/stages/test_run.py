@@ -16,11 +16,12 @@ from safetensors import SafetensorError
 
 from mmllm.errors import is_disk_full, report_errors
 from mmllm.stages.run import main
+from tests.builders.launches import script
 
 ROOT = Path(__file__).parents[2]
 
 
-def script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+def real_script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "train" / name), *map(str, arguments)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -37,7 +38,7 @@ def in_process(capsys: Any, stage: str, *arguments: object) -> tuple[int, str]:
 
 
 def test_a_wrong_setting_ends_with_2_before_anything_is_loaded(tiny_runs: Path, tmp_path: Path) -> None:
-    done = script("stage1.py", tiny_runs / "stage1.yaml", f"out={tmp_path / 'out'}", "optim.max_step=3")
+    done = real_script("stage1.py", tiny_runs / "stage1.yaml", f"out={tmp_path / 'out'}", "optim.max_step=3")
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith(f"error: {tiny_runs / 'stage1.yaml'} cannot be used:\n  optim.max_step: unknown key")
@@ -50,7 +51,7 @@ def test_wrong_data_ends_with_1_and_says_which_row_and_why(tiny_runs: Path, tmp_
     path = tmp_path / "rows.json"
     path.write_text(json.dumps([{"id": "blind", "image": "gone.png", "conversations": turns}]))
     data = f"data.train=[{{path: {path}}}]"
-    done = script("stage1.py", tiny_runs / "stage1.yaml", f"out={tmp_path / 'out'}", data)
+    done = script(ROOT / "train" / "stage1.py", tiny_runs / "stage1.yaml", f"out={tmp_path / 'out'}", data)
     assert done.returncode == 1
     lines = done.stderr.strip().splitlines()
     assert lines[0] == "error: no usable example in the data:"

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,33 +19,16 @@ from torch import Tensor
 
 from mmllm.batch import Example
 from mmllm.data.sources import DataError
+from mmllm.inference.engine import Engine
 from mmllm.model.build import build_model
 from mmllm.training import features as features_module
 from mmllm.training.feature_files import RECORD
 from mmllm.training.features import FeatureCache
-from tests.builders.feature_caches import CPU, open_cache
+from tests.builders.feature_caches import CPU, fill_slowly, open_cache
+from tests.builders.launches import Forked
 from tests.builders.tiny import model_config
 
 NUM_PICTURES = 48
-
-# argv: checkpoint, pictures, cache folder, rank, world size, seconds that each chunk takes longer
-FILLS = """
-import sys, time
-from pathlib import Path
-from tests.builders.feature_caches import CPU, open_cache
-from mmllm.training import features
-checkpoint, pictures, folder, rank, world, slowly = sys.argv[1:]
-features.CHUNK = 2
-encode = features.FeatureCache._encode
-def slow(*given):
-    time.sleep(float(slowly))
-    return encode(*given)
-features.FeatureCache._encode = slow
-cache = open_cache(Path(checkpoint), Path(pictures), Path(folder))
-print("ready", flush=True)
-cache.fill(CPU, rank=int(rank), world_size=int(world))
-print("missing", cache.num_missing, flush=True)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +44,9 @@ def opened(tiny_checkpoint: Path, pictures: Path, tmp_path: Path) -> Callable[[]
     return lambda: open_cache(tiny_checkpoint, pictures, tmp_path / "cache")
 
 
-def filler(checkpoint: Path, pictures: Path, folder: Path, *more: object) -> subprocess.Popen[str]:
-    given = [str(one) for one in (checkpoint, pictures, folder, *more)]
-    return subprocess.Popen([sys.executable, "-c", FILLS, *given], stdout=subprocess.PIPE, text=True)
+def filler(checkpoint: Path, pictures: Path, folder: Path, rank: int, world_size: int, seconds: float) -> Forked:
+    """A process that fills the cache as this rank; each chunk of two pictures takes it so many seconds longer."""
+    return Forked(fill_slowly, given=(checkpoint, pictures, folder, rank, world_size, seconds))
 
 
 def encoded(cache: FeatureCache) -> Tensor:
@@ -98,12 +80,12 @@ def test_what_is_read_is_what_the_tower_says(
 
 
 def test_pictures_of_one_content_have_one_row_under_any_path(
-    opened: Callable[[], FeatureCache], pictures: Path
+    opened: Callable[[], FeatureCache], tiny_checkpoint: Path, pictures: Path
 ) -> None:
     opened().fill(CPU)
-    cache = opened()
+    cache, engine = opened(), Engine.load(tiny_checkpoint, device="cpu")
     data = (pictures / "03.png").read_bytes()
-    again = FeatureCache(cache.model, cache.processor, [Example("x", "", (), (data,))], cache.root)
+    again = FeatureCache(engine.model, engine.processor, [Example("x", "", (), (data,))], cache.root)
     assert again.num_missing == 0
     assert torch.equal(again.get([data]), cache.get([str(pictures / "03.png")]))
 
@@ -141,12 +123,12 @@ def test_a_row_that_is_damaged_while_a_run_reads_is_no_feature(opened: Callable[
 def test_what_was_encoded_stays_when_the_process_is_killed(
     tiny_checkpoint: Path, pictures: Path, tmp_path: Path, opened: Callable[[], FeatureCache]
 ) -> None:
-    process = filler(tiny_checkpoint, pictures, tmp_path / "cache", 0, 1, 0.2)
-    while rows_written(tmp_path / "cache") < 5:
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    with filler(tiny_checkpoint, pictures, tmp_path / "cache", 0, 1, 0.2) as process:
+        while rows_written(tmp_path / "cache") < 5:
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
     cache = opened()
     assert 0 < cache.num_missing <= NUM_PICTURES - 5
     cache.fill(CPU)
@@ -159,8 +141,9 @@ def test_what_was_encoded_stays_when_the_process_is_killed(
 def test_two_at_once_share_the_work(
     tiny_checkpoint: Path, pictures: Path, tmp_path: Path, opened: Callable[[], FeatureCache], ranks: Any
 ) -> None:
-    both = [filler(tiny_checkpoint, pictures, tmp_path / "cache", *rank, 0.02) for rank in ranks]
-    told = [process.communicate()[0] for process in both]
+    with contextlib.ExitStack() as stack:
+        fillers = [filler(tiny_checkpoint, pictures, tmp_path / "cache", *rank, 0.02) for rank in ranks]
+        told = [process.completed().stdout for process in map(stack.enter_context, fillers)]
     assert [text.strip().splitlines()[-1].startswith(("missing 0", "feature cache")) for text in told] == [True, True]
     assert_whole(opened())
     assert rows_written(tmp_path / "cache") == NUM_PICTURES, "no row is encoded twice"

@@ -10,7 +10,6 @@ import pytest
 import torch
 import yaml
 from omegaconf import OmegaConf
-from tiny_runs import log_of, losses_of, train_in_process, weights_of
 
 from mmllm.config import ConfigError
 from mmllm.config.file import dump_config, load_config, saved_settings
@@ -18,7 +17,9 @@ from mmllm.config.old_names import OLD_NAMES, OLD_VALUES, upgrade
 from mmllm.runs.report import write_report
 from mmllm.runs.requirements import settle
 from mmllm.runs.state import saved_steps, settings_differences
-from mmllm.training import loop
+from mmllm.training.loop import InterruptedRunError
+from tests.builders.stopped_runs import assert_same_run, before_step, interrupt
+from tests.builders.tiny_runs import train_in_process
 
 # A value of each old setting that is not its default.
 VALUES: dict[str, Any] = {
@@ -242,17 +243,10 @@ def test_settings_that_were_saved_under_old_names_are_the_same_settings(tmp_path
 def test_a_run_that_was_begun_under_old_names_is_resumed_and_ends_the_same(
     tiny_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    out, overrides = tmp_path / "out", ("log.save_every_steps=2", "optim.max_steps=4")
-    whole_step = loop.Run.step
-
-    def step(self: Any, number: int, data: Any) -> Any:
-        if number == 3:
-            raise KeyboardInterrupt
-        return whole_step(self, number, data)
-
+    out, overrides = tmp_path / "out", ("log.save_every_steps=3", "optim.max_steps=4")
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Run, "step", step)
-        with pytest.raises(KeyboardInterrupt):
+        before_step(patch, 2, interrupt)
+        with pytest.raises(InterruptedRunError):
             train_in_process(tiny_runs / "stage2.yaml", out, *overrides)
     (state,) = saved_steps(out)
     saved = torch.load(state / "state.pt", weights_only=True)
@@ -263,14 +257,11 @@ def test_a_run_that_was_begun_under_old_names_is_resumed_and_ends_the_same(
     capsys.readouterr()
     train_in_process(out / "config.yaml", out)
     told = capsys.readouterr()
-    assert "goes on from step 2" in told.out
+    assert "goes on from step 3" in told.out
     assert "old names" not in told.err, "nobody wrote these names today"
     assert "validate_every_steps" not in (out / "config.yaml").read_text(), "the run writes today's"
     unbroken = train_in_process(tiny_runs / "stage2.yaml", tmp_path / "unbroken", *overrides)
-    assert losses_of(out) == losses_of(unbroken)
-    assert [row["step"] for row in log_of(out)] == [row["step"] for row in log_of(unbroken)]
-    ours, theirs = weights_of(out), weights_of(unbroken)
-    assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+    assert_same_run(out, unbroken)
     manifest = json.loads((out / "manifest.json").read_text())
     manifest["settings"] = as_before(manifest["settings"])
     (out / "manifest.json").write_text(json.dumps(manifest))

@@ -14,7 +14,7 @@ from PIL import ExifTags, Image, ImageDraw
 
 from mmllm.batch import PreparedImage
 from mmllm.images import load_image
-from mmllm.model.large_pictures import MAX_ORDINARY_PIXELS
+from mmllm.kernels.large_pictures import MAX_ORDINARY_PIXELS
 from mmllm.model.layout import NEXT_GRIDS, Layout, Native, Tiles
 from mmllm.model.processor import VisionLanguageProcessor
 from mmllm.model.tower import TowerSpec

@@ -1,0 +1,159 @@
+"""The pages of the site that are made when it is built: settings and Python from the code, others from the checkout.
+
+A hook of MkDocs, https://www.mkdocs.org/user-guide/configuration/#hooks
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+from pydantic import BaseModel
+
+import mmllm
+from mmllm.config import CONFIGS
+
+ROOT = Path(__file__).parent.parent
+BLOCK = re.compile(r"^(Args|Returns|Raises|Example):$")
+ARGUMENT = re.compile(r"^    (\w+): ")
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Adds the generated pages."""
+    pages = {
+        "settings": settings_page(),
+        "python": python_page(),
+        "configs": (ROOT / "configs" / "README.md").read_text(encoding="utf-8"),
+        "changelog": (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"),
+    }
+    for name, text in pages.items():
+        text = text.replace("](../docs/", "](../")  # of configs/README.md
+        files.append(File.generated(config, f"reference/{name}.md", content=text))
+    return files
+
+
+def settings_page() -> str:
+    """Every setting of every stage: its type and default, section by section."""
+    shown: dict[type[BaseModel], list[str]] = {}
+    for stage, model in CONFIGS.items():
+        _collect(model, stage, shown)
+    parts = [
+        "# All settings",
+        "The settings of a YAML file, made from the code. [Configs and runs](configs.md) explains them.",
+    ]
+    for model, places in shown.items():
+        lines = [f"## {model.__name__}", f"In {', '.join(f'`{place}`' for place in dict.fromkeys(places))}."]
+        lines += [inspect.getdoc(model) or ""] if "__doc__" in vars(model) and model.__doc__ else []
+        rows = [
+            f"| `{name}` | `{_type_text(model, name)}` | {_default_text(field)} |"
+            for name, field in model.model_fields.items()
+        ]
+        parts += [*lines, "\n".join(["| setting | type | default |", "|---|---|---|", *rows])]
+    return "\n\n".join(parts) + "\n"
+
+
+def _collect(model: type[BaseModel], place: str, shown: dict[type[BaseModel], list[str]]) -> None:
+    shown.setdefault(model, []).append(place)
+    for name, field in model.model_fields.items():
+        for section in _sections(field.annotation):
+            _collect(section, f"{place}.{name}", shown)
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for inner in getattr(annotation, "__args__", ()) for section in _sections(inner)]
+
+
+def _type_text(model: type[BaseModel], name: str) -> str:
+    """The type as the code writes it."""
+    text = next(str(_annotations(base)[name]) for base in model.__mro__ if name in _annotations(base))
+    return text.replace("|", "\\|")
+
+
+def _annotations(base: type) -> dict[str, Any]:
+    found: dict[str, Any] = vars(base).get("__annotations__", {})
+    return found
+
+
+def _default_text(field: Any) -> str:
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    if isinstance(value, BaseModel):
+        return "see its section"
+    return "none" if value is None else f"`{value!r}`"
+
+
+def python_page() -> str:
+    """The public names, from their docstrings."""
+    parts = ["# Python", (inspect.getdoc(mmllm) or "").replace("`__all__`", "this page")]
+    for name in sorted(
+        {*mmllm.__all__} - {"__version__"}, key=lambda name: (inspect.isclass(getattr(mmllm, name)), name)
+    ):
+        value = getattr(mmllm, name)
+        kind = "class " if inspect.isclass(value) else ""
+        parts += [f"## mmllm.{name}", _code(f"{kind}{name}{_signature(value)}"), _prose(inspect.getdoc(value) or "")]
+        if inspect.isclass(value):
+            parts += _members(value)
+    return "\n\n".join(parts) + "\n"
+
+
+def _members(value: type) -> list[str]:
+    """Public methods and properties that the class itself has, with their docstrings."""
+    parts = []
+    for name, member in vars(value).items():
+        function = getattr(member, "fget", None) or getattr(member, "__func__", member)
+        if name.startswith("_") or not inspect.isfunction(function) or not function.__doc__:
+            continue
+        call = "" if isinstance(member, property) else _signature(function)
+        parts += [f"### {value.__name__}.{name}", _code(f"{name}{call}"), _prose(inspect.getdoc(function) or "")]
+    return parts
+
+
+def _signature(value: Any) -> str:
+    """`(name: type = default, ...)`, one parameter a line where it is long."""
+    if _is_error(value):
+        return "(message)"
+    signature = inspect.signature(value)
+    words: list[str] = []
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.KEYWORD_ONLY and "*" not in words:
+            words.append("*")
+        default = "..." if repr(parameter.default) == "<factory>" else repr(parameter.default)
+        typed = "" if parameter.annotation is parameter.empty else f": {parameter.annotation}"
+        words.append(name + typed + ("" if parameter.default is parameter.empty else f" = {default}"))
+    returns = (
+        "" if signature.return_annotation in (signature.empty, None, "None") else f" -> {signature.return_annotation}"
+    )
+    words = [word for word in words if word != "self"]
+    flat = f"({', '.join(words)}){returns}"
+    return flat if len(flat) <= 80 else "(\n" + "".join(f"    {word},\n" for word in words) + f"){returns}"
+
+
+def _is_error(value: Any) -> bool:
+    return inspect.isclass(value) and issubclass(value, Exception)
+
+
+def _code(text: str) -> str:
+    return f"```python\n{text}\n```"
+
+
+def _prose(docstring: str) -> str:
+    """A docstring as Markdown: its blocks become headings, arguments a list, the example code."""
+    lines: list[str] = []
+    block = ""
+    for line in docstring.splitlines():
+        if found := BLOCK.match(line):
+            lines += [*(["```"] if block == "Example" else []), f"**{found[1]}**", ""]
+            block = found[1]
+            lines += ["```python"] if block == "Example" else []
+        elif block in ("Args", "Raises") and (found := ARGUMENT.match(line)):
+            lines.append(f"- `{found[1]}`: {line[found.end() :]}")
+        else:
+            indent = {"Example": "    ", "Returns": "    ", "Args": "      ", "Raises": "      "}.get(block, "")
+            lines.append(line.removeprefix(indent))
+    return "\n".join([*lines, *(["```"] if block == "Example" else [])])

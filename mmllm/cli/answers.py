@@ -1,0 +1,97 @@
+"""Commands that ask a model: chat, caption, and demo for the page."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from mmllm.cli.options import Device, Dtype, Model, path, usage_error, user_errors
+from mmllm.errors import EXIT_FAILED
+
+commands = typer.Typer()
+
+
+@commands.command()
+def chat(
+    model: Model,
+    image: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option(parser=path, help="A picture to ask about; may be repeated."),
+    ] = None,
+    prompt: Annotated[Optional[str], typer.Option(help="Ask this one question and print the answer.")] = None,  # noqa: UP045
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total probability.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 128,
+    seed: Annotated[Optional[int], typer.Option(help="Makes a sampled answer repeatable.")] = None,  # noqa: UP045
+    as_json: Annotated[bool, typer.Option("--json", help='Print {"text", ...}; needs --prompt.')] = False,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Talk to a model in the terminal, or ask it one thing with --prompt."""
+    with user_errors():
+        from mmllm.images import load_image
+        from mmllm.inference.engine import Engine, Sampling
+        from mmllm.inference.terminal_chat import ask_once, talk
+
+        sampling = Sampling(temperature, top_p, max_new_tokens, seed)
+        if as_json and prompt is None:
+            usage_error("--json prints one answer: give the question with --prompt")
+        images = list(image or [])
+        for path in images:
+            load_image(path, may_shrink=True)  # a wrong one is told before the model is loaded
+        engine = Engine.load(model, device=device, dtype=dtype)
+        if prompt is not None:
+            ask_once(engine, prompt, images, sampling, as_json=as_json)
+        else:
+            talk(engine, images, sampling)
+
+
+@commands.command()
+def caption(
+    model: Model,
+    inputs: Annotated[
+        list[Path], typer.Argument(parser=path, help="Pictures, or folders that are searched for pictures.")
+    ],
+    out: Annotated[
+        Path, typer.Option(parser=path, help="The JSON-lines file to write; a second run goes on behind its last line.")
+    ],
+    prompt: Annotated[str, typer.Option(help="What the model is asked for each picture.")] = "Describe the picture.",
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures captioned at once.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest caption.")] = 128,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Caption pictures in batches, one JSON line each; what cannot be read is reported and skipped."""
+    with user_errors():
+        from mmllm.captioning.command import caption_pictures
+
+        num_failed = caption_pictures(
+            model, inputs, out, prompt=prompt, batch_size=batch_size, max_new_tokens=max_new_tokens, device=device,
+            dtype=dtype,
+        )  # fmt: skip
+        if num_failed:
+            sys.exit(EXIT_FAILED)
+
+
+@commands.command()
+def demo(
+    model: Model,
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 7860,
+    open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")] = False,
+    dtype: Dtype = None,
+) -> None:
+    """Open the chat page on this machine."""
+    with user_errors():
+        import mmllm
+
+        root = Path(mmllm.__file__).resolve().parent.parent  # the page is installed beside this package
+        # -P: not a `demo` that happens to lie in the working directory
+        command = [sys.executable, "-P", "-m", "demo", str(model.resolve()), "--port", str(port)]
+        command += ["--dtype", dtype] if dtype else []
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
+        sys.exit(subprocess.call([*command, "--open" if open_browser else "--no-open"], env=environment))
