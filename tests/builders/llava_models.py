@@ -27,7 +27,7 @@ PICTURES = [Image.fromarray(np.random.default_rng(n).integers(0, 256, (50, 30 + 
 def checkpoint(folder: Path, vision: str, projector: dict[str, Any], language: Path, **options: Any) -> Path:
     config = ModelConfig.model_validate(
         {
-            "vision": {"source": vision, "fit": "pad", **options},
+            "vision": {"source": vision, "image_mode": "pad", **options},
             "projector": projector,
             "language": {"source": str(language), "attention": "eager"},
             "template": "tokenizer",
