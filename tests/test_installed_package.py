@@ -13,9 +13,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from page_driver import free_port
 
 import mmllm
+from tests.builders.page_driver import free_port
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("demo", "mmllm", "projector")
