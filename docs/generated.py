@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
-from pydantic import BaseModel
 
 import mmllm
-from mmllm.config import CONFIGS
+from mmllm.config.reference import settings_markdown
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^(Args|Returns|Raises|Example):$")
@@ -24,7 +23,7 @@ ARGUMENT = re.compile(r"^    (\w+): ")
 def on_files(files: Files, config: Any) -> Files:
     """Adds the generated pages."""
     pages = {
-        "settings": settings_page(),
+        "settings": settings_markdown(),
         "python": python_page(),
         "configs": (ROOT / "configs" / "README.md").read_text(encoding="utf-8"),
         "changelog": (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"),
@@ -33,59 +32,6 @@ def on_files(files: Files, config: Any) -> Files:
         text = text.replace("](../docs/", "](../")  # of configs/README.md
         files.append(File.generated(config, f"reference/{name}.md", content=text))
     return files
-
-
-def settings_page() -> str:
-    """Every setting of every stage: its type and default, section by section."""
-    shown: dict[type[BaseModel], list[str]] = {}
-    for stage, model in CONFIGS.items():
-        _collect(model, stage, shown)
-    parts = [
-        "# All settings",
-        "The settings of a YAML file, made from the code. [Configs and runs](configs.md) explains them.",
-    ]
-    for model, places in shown.items():
-        lines = [f"## {model.__name__}", f"In {', '.join(f'`{place}`' for place in dict.fromkeys(places))}."]
-        lines += [inspect.getdoc(model) or ""] if "__doc__" in vars(model) and model.__doc__ else []
-        rows = [
-            f"| `{name}` | `{_type_text(model, name)}` | {_default_text(field)} |"
-            for name, field in model.model_fields.items()
-        ]
-        parts += [*lines, "\n".join(["| setting | type | default |", "|---|---|---|", *rows])]
-    return "\n\n".join(parts) + "\n"
-
-
-def _collect(model: type[BaseModel], place: str, shown: dict[type[BaseModel], list[str]]) -> None:
-    shown.setdefault(model, []).append(place)
-    for name, field in model.model_fields.items():
-        for section in _sections(field.annotation):
-            _collect(section, f"{place}.{name}", shown)
-
-
-def _sections(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [section for inner in getattr(annotation, "__args__", ()) for section in _sections(inner)]
-
-
-def _type_text(model: type[BaseModel], name: str) -> str:
-    """The type as the code writes it."""
-    text = next(str(_annotations(base)[name]) for base in model.__mro__ if name in _annotations(base))
-    return text.replace("|", "\\|")
-
-
-def _annotations(base: type) -> dict[str, Any]:
-    found: dict[str, Any] = vars(base).get("__annotations__", {})
-    return found
-
-
-def _default_text(field: Any) -> str:
-    if field.is_required():
-        return "required"
-    value = field.get_default(call_default_factory=True)
-    if isinstance(value, BaseModel):
-        return "see its section"
-    return "none" if value is None else f"`{value!r}`"
 
 
 def python_page() -> str:

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import train_in_process
 
 from mmllm.config import ConfigError
 from mmllm.locks import _LOCKED_BYTE
 from mmllm.training.memory import available_bytes
+from tests.builders.tiny_runs import train_in_process
 
 ROOT = Path(__file__).parent.parent
 UNIX_ALONE = {"fcntl", "grp", "pty", "pwd", "resource", "termios", "tty"}
@@ -68,7 +68,7 @@ def test_without_file_locks_a_stage_trains_and_it_is_said(
     out = tmp_path / "out"
     train_in_process(tiny_runs / "stage1.yaml", out, "data.cache_features=true", "optim.max_steps=2")
     assert (out / "manifest.json").is_file()
-    assert f"this Python has no file locks: see to it that no second run writes to {out}" in capsys.readouterr().out
+    assert f"this Python has no file locks: make sure that no second run writes to {out}" in capsys.readouterr().out
 
 
 def test_a_plan_says_what_it_lacks_where_memory_is_not_reported(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,9 +45,9 @@ mmllm check "$CONFIGS/stage1.yaml"
 # 5. Stage 1: the projector alone, one epoch, global batch 256. LLaVA's authors say 3.5 hours on 8 A100.
 #    Each GPU holds the whole frozen LLM, so plain DDP does.
 if [ ! -f "$RUNS/stage1/manifest.json" ]; then
-    mmllm plan "$CONFIGS/stage1.yaml" optim.batch_size=32 --gpus "$NUM_GPUS"
+    mmllm plan "$CONFIGS/stage1.yaml" compute.batch_size=32 --gpus "$NUM_GPUS"
     accelerate launch --config_file configs/accelerate/ddp.yaml --num_processes "$NUM_GPUS" \
-        train/stage1.py "$CONFIGS/stage1.yaml" optim.batch_size=32 optim.accumulate_steps=$((8 / NUM_GPUS))
+        train/stage1.py "$CONFIGS/stage1.yaml" compute.batch_size=32 compute.accumulate_steps=$((8 / NUM_GPUS))
 fi
 
 # 6. Does it see? Describe a picture of the training data.
@@ -58,7 +58,7 @@ mmllm chat "$RUNS/stage1" --image data/coco/train2017/000000000009.jpg --prompt 
 mmllm check "$CONFIGS/stage2.yaml"
 if [ ! -f "$RUNS/stage2/manifest.json" ]; then
     accelerate launch --config_file configs/accelerate/fsdp2.yaml --num_processes "$NUM_GPUS" \
-        train/stage2.py "$CONFIGS/stage2.yaml" optim.batch_size=16 optim.accumulate_steps=$((8 / NUM_GPUS))
+        train/stage2.py "$CONFIGS/stage2.yaml" compute.batch_size=16 compute.accumulate_steps=$((8 / NUM_GPUS))
 fi
 
 # 8. What came of it. `report.html` in the run's folder has the curves.
