@@ -189,7 +189,7 @@ def why_not_packed(language_model: Any) -> str | None:
     LLM's logits by a quarter in bf16.
     """
     if getattr(language_model.config, "output_router_logits", False):
-        return "its router's loss is one of whole rows"
+        return "the loss of its router is computed over whole rows"
     table = language_model.get_input_embeddings().weight
     embeds = table.detach()[torch.arange(sum(_LENGTHS), device=table.device) % len(table)][None]
     try:
@@ -197,7 +197,7 @@ def why_not_packed(language_model: Any) -> str | None:
             shift = _shift_by_neighbours(language_model, embeds)
     except _FAILURES as error:
         return str(error).splitlines()[0] if str(error) else type(error).__name__
-    return None if shift <= SAME_KERNELS else f"an example moves by {shift:.1%} where its neighbours change"
+    return None if shift <= SAME_KERNELS else f"an example's logits change by {shift:.1%} when its neighbours do"
 
 
 def _shift_by_neighbours(language_model: Any, embeds: Tensor) -> float:
