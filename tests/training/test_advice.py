@@ -67,8 +67,8 @@ def test_every_change_for_less_memory_can_be_made_on_top_of_those_above(
 
 
 def test_qlora_is_advised_where_the_llm_is_trained_and_nowhere_else(tiny_runs: Path, tmp_path: Path) -> None:
-    suggestions = {run: suggestions(config_of(tiny_runs, tmp_path, run)) for run in RUNS}
-    advised = {run for run, some in suggestions.items() if any("lora.quantise=nf4" in one.setting for one in some)}
+    suggested = {run: suggestions(config_of(tiny_runs, tmp_path, run)) for run in RUNS}
+    advised = {run for run, some in suggested.items() if any("lora.quantise=nf4" in one.setting for one in some)}
     assert advised == {
         "an LLM trained whole", "all three parts, the tower recomputed", "LoRA", "LoRA, replay", "a checkpoint",
     }  # fmt: skip
