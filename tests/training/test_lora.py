@@ -13,6 +13,7 @@ import yaml
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from mmllm.checkpoint import merge
 from mmllm.checkpoint.adapter import merge_adapter
 from mmllm.checkpoint.folder import CheckpointError, load_checkpoint, read_manifest, verify_files, write_manifest
 from mmllm.checkpoint.golden import read_golden
@@ -20,7 +21,6 @@ from mmllm.checkpoint.merge import merge_checkpoint
 from mmllm.cli import app
 from mmllm.config import ConfigError
 from mmllm.stages.conversation import ConversationStage
-from mmllm.training import lora
 from tests.builders.conversations import ask
 from tests.builders.findings import examine
 from tests.builders.tiny_runs import settings_of, train_in_process, weights_of
@@ -179,7 +179,9 @@ def test_only_a_base_in_full_precision_is_merged_into(trained: Path, found: str)
         model.to(torch.bfloat16)
     else:
         model.language_model.get_base_model().config.quantization_config = {"quant_method": "torchao"}
-    with pytest.raises(ConfigError, match=rf"the base of this adapter is loaded (in )?{found}; merging needs its full"):
+    with pytest.raises(
+        ConfigError, match=rf"the base of this adapter is loaded (in )?{found}; merging needs full precision"
+    ):
         merge_adapter(model)
 
 
@@ -188,7 +190,7 @@ def test_a_merge_that_cannot_be_trusted_writes_nothing(
 ) -> None:
     run, out = copy / "run", tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(lora, "MERGE_TOLERANCE", 0.0)
+        patch.setattr(merge, "MERGE_TOLERANCE", 0.0)
         with pytest.raises(
             CheckpointError, match=r"merged is not what it was: a logit moves by .*; nothing was written"
         ):
