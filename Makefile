@@ -23,18 +23,20 @@ setup: $(READY) ## install everything into .venv/
 demo: setup $(if $(wildcard $(STAGE2)),,$(STAGE2)) ## train the small model where none is there, open the page
 	$(BIN)/mmllm demo runs/tiny/stage2
 
-# A file's tests stay in one process, which makes what they share once. The models of the tests are small: more threads
-# than idle cores only wait for each other.
+# A file's tests stay in one process, which makes what they share once, and the slowest files come first; they are
+# measured anew by PYTEST=--store-durations. The models of the tests are small: more threads than idle cores only wait
+# for each other.
+PYTEST_RUN := -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
 test: lint ## lint, type-check and run the tests; PYTEST="-k chat" selects
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python $(PYTEST_RUN) $(PYTEST)
 
 # What other versions of torch, transformers and peft break first. Old packages are for Python 3.11 and 3.12.
 OLDEST_TESTS := $(addprefix tests/,$(addsuffix .py,test_versions checkpoint/test_folder model/test_processor \
 	model/test_vlm model/test_language training/test_loop training/test_lora optimizers/test_optim interop/test_hf_llava))
 
 test-oldest: $(OLDEST)/.ready ## the tests of models, training and export with the oldest versions, in .venv-oldest/
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(OLDEST)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile \
-		-p no:cacheprovider $(OLDEST_TESTS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(OLDEST)/bin/python $(PYTEST_RUN) -p no:cacheprovider $(OLDEST_TESTS)
 
 bench: setup ## side-by-side measurements into bench/results/
 	$(BIN)/python -m bench

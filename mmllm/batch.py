@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from PIL import Image
-from torch import Tensor
+
+if TYPE_CHECKING:  # its import takes seconds, and drawing and reading do without
+    import torch
+    from torch import Tensor
 
 IGNORE_INDEX = -100
 IMAGE_TOKEN = "<image>"
@@ -123,6 +125,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on a device."""
+        from torch import Tensor
+
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         moved: dict[str, Any] = {k: v.to(device, non_blocking=True) for k, v in values.items() if isinstance(v, Tensor)}
         return replace(self, **moved)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -18,13 +19,38 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from tests.builders.page_driver import browser, open_page, page, picture, served, slowly  # noqa: F401
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+DURATIONS = Path(__file__).with_name("durations.txt")  # seconds and path of each test file, the slowest first
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--store-durations", action="store_true", help=f"write what each file took to {DURATIONS.name}")
+
+
+def file_of(nodeid: str) -> str:
+    return nodeid.partition("::")[0]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`-m trained` are the tests that need the model of `make demo`; the others can run while it is trained."""
+    """The slowest files run first, so that no process still has one when the others have ended.
+
+    `-m trained` are the tests that need the model of `make demo`; the others can run while it is trained.
+    """
+    order = {line.split()[1]: number for number, line in enumerate(DURATIONS.read_text().splitlines())}
+    items.sort(key=lambda item: order.get(file_of(item.nodeid), len(order)))
     for item in items:
         if "trained_model" in getattr(item, "fixturenames", ()):
             item.add_marker("trained")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if not config.getoption("store_durations"):
+        return
+    seconds: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                seconds[file_of(report.nodeid)] += report.duration
+    DURATIONS.write_text("".join(f"{value:.0f} {file}\n" for file, value in seconds.most_common() if value >= 1))
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ ABOVE_LIBRARY = ("train", "demo", "bench", "tests")
 
 # A floor a row: a room, or a file that stands beside the rooms, imports itself and what is on the floors before it.
 FLOORS = (
-    ("errors", "fault_points"),
+    ("errors", "fault_points", "processes"),
     ("paths", "locks", "batch"),
     ("images", "web_page"),
     ("config",),

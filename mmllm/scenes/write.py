@@ -11,13 +11,12 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from mmllm.batch import picture_marks
 from mmllm.errors import MmllmError
+from mmllm.processes import map_in_processes
 from mmllm.scenes.captions import write_caption
 from mmllm.scenes.conversations import SceneConversation, about_none, about_one, about_two, sample_twin, text_example
 from mmllm.scenes.draw import draw
@@ -130,13 +129,13 @@ def write_split(
     chunks = [range(start, min(start + PICTURES_PER_CHUNK, count)) for start in range(0, count, PICTURES_PER_CHUNK)]
     captions: list[Any] = []
     conversations: list[Any] = []
-    with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as pool:
-        tasks = [pool.submit(_write_chunk, str(folder), seed, split, numbers) for numbers in chunks]
-        for numbers, task in zip(chunks, tasks, strict=True):
-            chunk_captions, chunk_conversations = task.result()
-            captions += chunk_captions
-            conversations += chunk_conversations
-            advance(len(numbers))
+    written = map_in_processes(
+        _write_chunk, [(str(folder), seed, split, numbers) for numbers in chunks], num_processes=num_processes
+    )
+    for numbers, (chunk_captions, chunk_conversations) in zip(chunks, written, strict=True):
+        captions += chunk_captions
+        conversations += chunk_conversations
+        advance(len(numbers))
     _write_json(captions, folder / "captions.json")
     _write_json(conversations, folder / "conversations.json")
 

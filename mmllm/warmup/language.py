@@ -7,9 +7,7 @@ import json
 import random
 from collections import defaultdict
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from mmllm.batching.sampler import IndexedSampler
 from mmllm.chat.renderer import OWN_TEMPLATE, RenderedConversation, Renderer
 from mmllm.config import ConfigError, LanguageConfig, WarmupLanguageConfig
 from mmllm.model.language import load_language, load_tokenizer
+from mmllm.processes import map_in_processes
 from mmllm.scenes.conversations import SceneConversation, describe_conversation, sample_text, text_example
 from mmllm.scenes.questions import QUESTION_TYPES
 from mmllm.scenes.world import Split
@@ -203,9 +202,8 @@ class WarmupLanguage:
             self.tokenizer = build_tokenizer(self._corpus(4000), config.vocab_size)
             self.model = self._new_model(config.language)
         self.tokenizer.save_pretrained(self.out)
-        with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-            self.rows = self._render(pool, "train", config.num_descriptions)
-            self.val_rows = self._render(pool, "val", config.num_val_descriptions)
+        self.rows = self._render("train", config.num_descriptions)
+        self.val_rows = self._render("val", config.num_val_descriptions)
         self.module: nn.Module = _LanguageLoss(self.model, config)
         self.parts = {"language": list(self.model.named_parameters())}
         self.depths: dict[str, int] = {}
@@ -237,10 +235,10 @@ class WarmupLanguage:
             texts += [message.text for message in example.messages]
         return texts
 
-    def _render(self, pool: ProcessPoolExecutor, split: Split, count: int) -> list[TextRow]:
+    def _render(self, split: Split, count: int) -> list[TextRow]:
         chunks = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
-        tasks = [pool.submit(_render_chunk, str(self.out), self.config, split, chunk) for chunk in chunks]
-        return [row for task in tasks for row in task.result()]
+        rendered = map_in_processes(_render_chunk, [(str(self.out), self.config, split, chunk) for chunk in chunks])
+        return [row for rows in rendered for row in rows]
 
     def _collate(self, rows: Sequence[TextRow], names: Sequence[str]) -> LookupBatch:
         rendered = [RenderedConversation(row.input_ids.tolist(), row.is_answer.tolist(), 0) for row in rows]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 from mmllm.batching.sampler import IndexedSampler
 from mmllm.config import WarmupVisionConfig
 from mmllm.model.language import load_tokenizer
+from mmllm.processes import map_in_processes
 from mmllm.scenes.captions import write_caption
 from mmllm.scenes.draw import draw
 from mmllm.scenes.world import Kind, Scene, Split, near_miss, sample_kind, sample_scene
@@ -122,14 +121,12 @@ class WarmupVision:
 
     def _draw(self, split: Split, count: int) -> Pairs:
         drawn: list[Drawn] = []
-        with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-            tasks = [
-                pool.submit(_draw_chunk, self.config.seed, split, range(start, min(start + 100, count)),
-                            self.side_px, self.NUM_CAPTIONS)
-                for start in range(0, count, 100)
-            ]  # fmt: skip
-            for task in tasks:
-                drawn += task.result()
+        tasks = [
+            (self.config.seed, split, range(start, min(start + 100, count)), self.side_px, self.NUM_CAPTIONS)
+            for start in range(0, count, 100)
+        ]
+        for some in map_in_processes(_draw_chunk, tasks):
+            drawn += some
         boxes = torch.full((len(drawn), MAX_REGIONS, 4), -1.0)
         words = torch.full((len(drawn), MAX_REGIONS, MAX_WORDS), -1)
         for number, one in enumerate(drawn):
