@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import functools
 import gzip
 import json
@@ -95,11 +96,16 @@ def _saved(name: str) -> str:
 TOKENIZERS = ("mistral v1", "mistral v3", "mistral v7", "tekken", "smollm2", "clip")
 
 
-def real_tokenizer(name: str) -> Any:
-    """One of TOKENIZERS, fresh, so that a test may add tokens to it."""
+@functools.cache
+def _read(name: str) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(_saved(name))
+
+
+def real_tokenizer(name: str) -> Any:
+    """One of TOKENIZERS, fresh, so that a test may add tokens to it; a copy is quicker than to read it again."""
+    return copy.deepcopy(_read(name))
 
 
 def read_smollm2(dtype: torch.dtype) -> Any:

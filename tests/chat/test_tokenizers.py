@@ -7,6 +7,7 @@ is cut at `<image>` and each part is encoded as a text of its own, with one begi
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -169,15 +170,21 @@ TALK = (
 
 
 @cache
+def with_tokens(name: str, special: tuple[str, ...], words: tuple[str, ...]) -> Any:
+    tokenizer = real_tokenizer(name)
+    tokenizer.add_tokens([IMAGE_TOKEN, *special], special_tokens=True)
+    tokenizer.add_tokens(list(words))
+    return tokenizer
+
+
+@cache
 def tokenizer_for(name: str, shape_name: str | None = None) -> Any:
     """A real tokenizer with `<image>`, and with the tokens of a template that it lacks."""
-    tokenizer = real_tokenizer(name)
-    tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
-    if shape_name is not None:
-        shape = SHAPES[shape_name]
-        tokenizer.add_tokens(list(shape.tokens), special_tokens=True)
-        tokenizer.add_tokens(list(shape.words))
-        tokenizer.chat_template = shape.jinja
+    if shape_name is None:
+        return with_tokens(name, (), ())
+    shape = SHAPES[shape_name]
+    tokenizer = copy.copy(with_tokens(name, tuple(shape.tokens), tuple(shape.words)))  # their templates tell them apart
+    tokenizer.chat_template = shape.jinja
     return tokenizer
 
 
