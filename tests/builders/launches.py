@@ -137,6 +137,7 @@ def _run(
     multiprocessing.set_start_method("fork", force=True)  # for workers, as in a process that a command starts
     os.environ.clear()
     os.environ.update(environment)
+    tempfile.tempdir = None  # found anew, by TMPDIR
     os.chdir(folder)
     sys.argv = arguments
     try:

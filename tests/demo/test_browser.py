@@ -7,8 +7,6 @@ import random
 import re
 import signal
 import socket
-import subprocess
-import sys
 import urllib.error
 import urllib.request
 from urllib.parse import urlsplit
@@ -18,7 +16,8 @@ import pytest
 from mmllm.scenes.draw import draw
 from mmllm.scenes.questions import QUESTION_TYPES
 from mmllm.scenes.world import sample_scene
-from tests.builders.page_driver import NARROW, ROOT, WIDE, free_port, generating, wait_until
+from tests.builders.launches import Forked, run_page
+from tests.builders.page_driver import NARROW, WIDE, free_port, generating, wait_until
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
 
@@ -334,19 +333,8 @@ def test_the_keyboard_shows_where_it_is(page):
 @contextlib.contextmanager
 def started(model, port):
     """`python -m demo` as a person starts it; yields (process, its first lines)."""
-    command = [sys.executable, "-m", "demo", str(model), "--port", str(port)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    try:
-        lines = []
-        for line in process.stdout:
-            lines.append(line)
-            if "answers at" in line:
-                break
-        yield process, "".join(lines)
-    finally:
-        process.kill()
-        process.wait()
+    with Forked(run_page, [model, "--port", port], name="demo") as process:
+        yield process, process.wait_for("(Ctrl-C ends)")
 
 
 def test_ctrl_c_ends_the_command_and_leaves_nothing_behind(tiny_checkpoint, tmp_path, monkeypatch):
@@ -359,7 +347,7 @@ def test_ctrl_c_ends_the_command_and_leaves_nothing_behind(tiny_checkpoint, tmp_
             assert f"port {port} is taken" in said
             assert list(tmp_path.glob("mmllm-demo-*"))
             process.send_signal(signal.SIGINT)
-            assert process.wait(timeout=30) == 0
+            assert process.wait(30) == 0
     assert not list(tmp_path.glob("mmllm-demo-*"))
 
 

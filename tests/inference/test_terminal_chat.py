@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import select
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -21,10 +19,9 @@ from mmllm.config import SourceConfig
 from mmllm.data.sources import read_source
 from mmllm.inference.engine import Engine, Reply, Sampling
 from mmllm.inference.terminal_chat import Terminal, printable
-from tests.builders.launches import command, default_interrupts, pseudo_terminal
+from tests.builders.launches import command, commanded, default_interrupts, pseudo_terminal
 from tests.builders.tiny import red_picture
 
-COMMAND = [sys.executable, "-m", "mmllm.cli"]
 SHORT = Sampling(max_new_tokens=4)
 WAIT_SECONDS = 100
 
@@ -80,11 +77,9 @@ def test_a_mark_that_is_typed_is_no_picture(engine: Engine) -> None:
 
 
 def test_one_question_gives_one_json_object(tiny_checkpoint: Path, picture: Path) -> None:
-    arguments = ["chat", tiny_checkpoint, "--image", picture, "--image", picture, "--prompt", "same?", "--json"]
-    done = subprocess.run(
-        [*COMMAND, *map(str, arguments), "--max-new-tokens", "3"], capture_output=True, text=True, check=True
-    )
-    assert done.stderr == ""
+    arguments = ("--image", picture, "--image", picture, "--prompt", "same?", "--json", "--max-new-tokens", 3)
+    done = commanded("chat", tiny_checkpoint, *arguments)
+    assert (done.returncode, done.stderr) == (0, "")
     (line,) = done.stdout.splitlines()
     answer = json.loads(line)
     figures = {"text", "finish", "num_prompt_tokens", "num_image_tokens", "num_new_tokens", "seconds", "model"}

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import sqlite3
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,32 +11,23 @@ import pytest
 
 from mmllm.config import ConfigError, LogConfig
 from mmllm.runs.experiment_trackers import EXTRAS
+from mmllm.runs.run_log import Tracker
 from mmllm.stages.run import run
+from tests.builders.launches import Forked
 from tests.builders.tiny_runs import settings_of
 
-ROOT = Path(__file__).parents[2]
-# Steps 1 to 4, then a start from a state of step 2, as after a crash. In a process of its own: trackers leave threads.
-STOPPED_AND_RESUMED = """
-import sys
-from pathlib import Path
-from mmllm.runs.run_log import Tracker
-out, name = Path(sys.argv[1]), sys.argv[2]
-for first, last in ((0, 4), (2, 6)):
-    one = Tracker(out, max_steps=6, first_step=first, is_main=True, trackers=[name], settings={"seed": 3})
-    for step in range(first + 1, last + 1):
-        one.log(step, {"loss": 1.0 + step})
-        if step == 4:
-            one.alarm(step, "image_reliance", "words are for the log")
-    one.close()
-"""
 EXPECTED = [(step, 1.0 + step) for step in range(1, 7)]
 
 
 def stop_and_resume(out: Path, name: str) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline", "TRACKIO_DIR": str(out)}
-    command = [sys.executable, "-c", STOPPED_AND_RESUMED, str(out), name]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    """Steps 1 to 4, then a start from a state of step 2, as after a crash."""
+    for first, last in ((0, 4), (2, 6)):
+        one = Tracker(out, max_steps=6, first_step=first, is_main=True, trackers=[name], settings={"seed": 3})
+        for step in range(first + 1, last + 1):
+            one.log(step, {"loss": 1.0 + step})
+            if step == 4:
+                one.alarm(step, "image_reliance", "words are for the log")
+        one.close()
 
 
 def in_tensorboard(out: Path) -> list[tuple[int, float]]:
@@ -92,7 +80,10 @@ READ: dict[str, Callable[[Path], list[tuple[int, float]]]] = {
 @pytest.mark.parametrize("name", EXTRAS)
 def test_a_tracker_gets_every_figure_once_though_the_run_was_stopped(name: str, tmp_path: Path) -> None:
     pytest.importorskip(name)
-    stop_and_resume(tmp_path, name)
+    told = {"WANDB_MODE": "offline", "TRACKIO_DIR": str(tmp_path)}
+    with Forked(stop_and_resume, given=(tmp_path, name), environment=told) as process:  # trackers leave threads
+        done = process.completed()
+    assert done.returncode == 0, done.stderr
     assert READ[name](tmp_path) == EXPECTED
 
 
