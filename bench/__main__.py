@@ -45,10 +45,10 @@ def side_by_side(left: Work, right: Work, rounds: int = ROUNDS) -> tuple[float, 
 def _stage(**changes: Any) -> Any:
     from mmllm.config import StageConfig
     from mmllm.config.file import load_config
-    from mmllm.runs.requirements import settle
+    from mmllm.runs.requirements import resolve_precision
     from mmllm.stages.conversation import ConversationStage
 
-    config = settle(load_config("configs/tiny/stage2.yaml", ["out=bench/results/run"]))
+    config = resolve_precision(load_config("configs/tiny/stage2.yaml", ["out=bench/results/run"]))
     assert isinstance(config, StageConfig)
     if changes:
         config = config.model_copy(update={"data": config.data.model_copy(update=changes)})

@@ -82,11 +82,11 @@ def _timed(config: Any) -> tuple[dict[str, float], float, float]:
     run.stepper.step(0, data)
     built = time.perf_counter() - begun
     _synchronize()
-    run.throughput.figures()
+    run.throughput.metrics()
     for step in range(1, STEPS + 1):
         run.stepper.step(step, data)
     _synchronize()
-    throughput = run.throughput.figures()
+    throughput = run.throughput.metrics()
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     return throughput, float(peak), built
 

@@ -8,7 +8,7 @@ import signal
 KILL_AT = "MMLLM_KILL_AT"
 
 
-def reached(point: str) -> None:
+def fault_point(point: str) -> None:
     """Kills this process by SIGKILL where the environment's MMLLM_KILL_AT is this point; otherwise does nothing.
 
     Args:

@@ -34,7 +34,7 @@ from mmllm.checkpoint.adapter import (
     own_tensors,
     save_adapter,
 )
-from mmllm.fault_points import reached
+from mmllm.fault_points import fault_point
 from mmllm.locks import NO_LOCK_ERRNOS
 from mmllm.model.hub import quiet_transformers
 from mmllm.model.model_config import VisionLanguageConfig
@@ -177,7 +177,7 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         try:
-            reached(f"checkpoint {folder.name}: before it is written")
+            fault_point(f"checkpoint {folder.name}: before it is written")
             _write(partial, model, processor, base)
             for name, content in {"README.md": card.encode(), **(files or {})}.items():
                 (partial / name).parent.mkdir(exist_ok=True)
@@ -188,7 +188,7 @@ def save_checkpoint(
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)  # an incomplete checkpoint must not fill the disk
             raise
-        reached(f"checkpoint {folder.name}: before it is moved in")
+        fault_point(f"checkpoint {folder.name}: before it is moved in")
         _move_in(partial, folder)
         lock.unlink(missing_ok=True)  # removed while held: a process that waits for it then takes a new lock
 
@@ -216,7 +216,7 @@ def _move_in(partial: Path, folder: Path) -> None:
         else:
             path.unlink(missing_ok=True)
     for num_moved, path in enumerate(sorted(partial.iterdir(), key=lambda path: path.name == MANIFEST)):
-        reached(f"checkpoint {folder.name}: {num_moved} of its files in place")
+        fault_point(f"checkpoint {folder.name}: {num_moved} of its files in place")
         path.replace(folder / path.name)
     partial.rmdir()
 

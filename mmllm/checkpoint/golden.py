@@ -31,7 +31,7 @@ from mmllm.chat.renderer import ChatError
 from mmllm.checkpoint.folder import CheckpointError, load_checkpoint
 from mmllm.images import ImageError
 from mmllm.model.positions import max_length_tokens
-from mmllm.model.probing import moved_by_rounding
+from mmllm.model.probing import rounding_error
 from mmllm.model.processor import VisionLanguageProcessor
 from mmllm.model.vlm import VisionLanguageModel
 
@@ -217,7 +217,7 @@ def _rounding(model: VisionLanguageModel, processor: VisionLanguageProcessor, go
         logits = all_logits(model, processor, golden, pictures)
         return [_logprobs(row, answer.token_ids) for row, answer in zip(logits, golden.answers, strict=True)]
 
-    return moved_by_rounding(model, logprobs) if _is_cheap(model) else 0.0
+    return rounding_error(model, logprobs) if _is_cheap(model) else 0.0
 
 
 def _is_cheap(model: VisionLanguageModel) -> bool:

@@ -24,6 +24,7 @@ def examine_checkpoint(folder: Path) -> Iterator[Finding]:
         yield finding
         if finding.state == "broken" and name != "files":
             return
+    yield attempt("model", "LLM", lambda: _capabilities(loaded["engine"]))
     yield from _golden(folder, loaded["engine"])
     yield attempt("model", "answer", lambda: _answer(loaded["engine"]))
 
@@ -74,6 +75,14 @@ def _dtypes(folder: Path, engine: Any) -> str:
         name, stored_name = (str(value).removeprefix("torch.") for value in (dtype, stored[part]))
         descriptions.append(f"{part} in {name}" + (f" (stored in {stored_name})" if stored_name != name else ""))
     return ", ".join(descriptions)
+
+
+def _capabilities(engine: Any) -> str:
+    """What the LLM can do with the libraries that are installed here."""
+    from mmllm.model.capabilities import find_capabilities
+
+    language_model = engine.model.language_model
+    return f"{language_model.config.model_type}: {find_capabilities(language_model).describe()}"
 
 
 def _golden(folder: Path, engine: Any) -> Iterator[Finding]:

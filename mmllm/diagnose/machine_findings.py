@@ -194,9 +194,8 @@ def _use_bf16() -> str:
         for _ in range(3):
             matrix @ matrix
         seconds[dtype] = time.perf_counter() - begun
-    return (
-        f"on the CPU, {seconds[torch.float32] / seconds[torch.bfloat16]:.1f} times as fast as fp32 in a small product"
-    )
+    speed = seconds[torch.float32] / seconds[torch.bfloat16]
+    return f"on the CPU, {speed:.2g} times as fast as fp32 in a small product"
 
 
 def _files() -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""Which strategy the launcher asks for, and the table of strategies."""
+"""The table of strategies, and which of them accelerate's launcher selects."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from mmllm.config import ConfigError
 from mmllm.distributed.strategy import Strategy
 
 
-def _ddp(*given: Any) -> Strategy:
-    return Strategy(*given)
+def _ddp(*arguments: Any) -> Strategy:
+    return Strategy(*arguments)
 
 
-def _fsdp2(*given: Any) -> Strategy:
+def _fsdp2(*arguments: Any) -> Strategy:
     from mmllm.distributed.strategy_fsdp2 import FSDP2
 
-    return FSDP2(*given)
+    return FSDP2(*arguments)
 
 
-def _zero(*given: Any) -> Strategy:
+def _zero(*arguments: Any) -> Strategy:
     from mmllm.distributed.strategy_zero import ZeRO
 
-    return ZeRO(*given)
+    return ZeRO(*arguments)
 
 
 STRATEGIES: dict[str, Callable[..., Strategy]] = {"ddp": _ddp, "fsdp2": _fsdp2, "zero": _zero}
 
 
 def launched_strategy() -> str:
-    """The key of STRATEGIES that accelerate's launcher asks for. Raises ConfigError for one that is not here."""
+    """The key of STRATEGIES that accelerate's launcher selects. Raises ConfigError for FSDP versions other than 2."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         return "zero"
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":

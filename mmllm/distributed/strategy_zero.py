@@ -1,7 +1,7 @@
 """DeepSpeed's ZeRO stages 1 to 3. https://www.deepspeed.ai/tutorials/zero/
 
-Its engine makes the update itself: gradients are divided while they are made, so a part's own norm is not known, and a
-norm that is not finite shows behind the update, not before it. What is on disk is not touched by such a step.
+Its engine makes the update itself. Gradients are partitioned while they are computed, so the norm of one part is not
+known, and a norm that is not finite is seen after the update, not before it. Saved states are not touched by that.
 """
 
 from __future__ import annotations
@@ -18,15 +18,66 @@ import torch
 from torch import Tensor, nn
 
 from mmllm.config import ConfigError
+from mmllm.distributed.state_io import StateIO
 from mmllm.distributed.strategy import Strategy, check_divisible
 from mmllm.optimizers.optim import build_optimizers
 
 _TAG, _UNIVERSAL = "ranks", "universal"
 
 
+class ZeROStateIO(StateIO):
+    has_shards = True
+
+    def __init__(self, strategy: ZeRO):
+        super().__init__(strategy.trained, strategy.optimizers)
+        self.engine, self.accelerator, self.is_sharded = strategy.engine, strategy.accelerator, strategy.is_sharded
+
+    def whole_weights(self) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return {name: safe_get_full_fp32_param(parameter).cpu() for name, parameter in self.trained.items()}
+
+    def save_shards(self, folder: Path) -> None:
+        self.engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
+
+    def local_weights(self) -> dict[str, Tensor]:
+        return {name: self._local(parameter).cpu().clone() for name, parameter in self.trained.items()}
+
+    def _local(self, parameter: Any) -> Tensor:
+        local: Tensor = parameter.ds_tensor if self.is_sharded else parameter.detach()
+        return local
+
+    def reread(self, folder: Path) -> dict[str, Tensor]:
+        """DeepSpeed reads into the model only, so the weights are set to zero first."""
+        for parameter in self.trained.values():
+            self._local(parameter).zero_()
+        self.load_shards(folder, saved_by=self.accelerator.num_processes)
+        return self.local_weights()
+
+    def load_shards(self, folder: Path, *, saved_by: int) -> None:
+        """DeepSpeed's files fit the number of ranks that wrote them; for another one they are made universal first."""
+        is_universal = saved_by != self.accelerator.num_processes
+        if is_universal and self.accelerator.is_main_process:
+            from deepspeed.checkpoint.ds_to_universal import main as make_universal
+
+            with contextlib.redirect_stdout(io.StringIO()):
+                make_universal(_universal_arguments(folder))
+        self.accelerator.wait_for_everyone()
+        (optimizer,) = self.optimizers
+        options = [{key: group[key] for key in group if key != "params"} for group in optimizer.param_groups]
+        self.engine._config.load_universal_checkpoint = is_universal
+        self.engine.load_checkpoint(str(folder), tag=_UNIVERSAL if is_universal else _TAG, load_module_strict=False)
+        self.engine._config.load_universal_checkpoint = False
+        # DeepSpeed 0.19 gives every group the options of the first, and all of them one shared step counter
+        for group, group_options in zip(optimizer.param_groups, options, strict=True):
+            group.update(group_options)
+        for state in optimizer.state.values():
+            if isinstance(step := state.get("step"), Tensor):
+                state["step"] = step.clone()
+
+
 class ZeRO(Strategy):
     name = "zero"
-    has_shards = True
 
     def _prepare(self, module: nn.Module) -> nn.Module:
         try:
@@ -41,7 +92,7 @@ class ZeRO(Strategy):
         self.is_sharded = self.stage == 3
         if self.is_sharded and hasattr(module, "always_runs_tower"):
             conversations: Any = module
-            conversations.always_runs_tower = True  # its weights are divided as well, also where it is frozen
+            conversations.always_runs_tower = True  # a frozen tower is partitioned too, and all ranks gather it
         compute = self.config.compute
         settings = {
             **settings,
@@ -63,6 +114,9 @@ class ZeRO(Strategy):
         engine: nn.Module = self.engine
         return engine
 
+    def _build_state_io(self) -> StateIO:
+        return ZeROStateIO(self)
+
     @contextlib.contextmanager
     def micro_batch(self, *, is_last: bool) -> Iterator[None]:
         self.engine.set_gradient_accumulation_boundary(is_last)
@@ -78,63 +132,16 @@ class ZeRO(Strategy):
         self.engine.backward(loss, scale_wrt_gas=False)
 
     def clip(self) -> Tensor:
-        """The engine clips and steps in one: this is where the update is made."""
+        """The engine clips and steps in one call, so the update is made here."""
         self.engine.step()
         norm = self.engine.get_global_grad_norm()
         return torch.as_tensor(math.nan if norm is None else norm)
 
-    def gradient_norms(self, groups: Sequence[Sequence[nn.Parameter]]) -> list[float] | None:
+    def gradient_norms(self, groups: Sequence[Sequence[nn.Parameter]]) -> Tensor | None:
         return None
 
     def step(self) -> None:
-        """Made already, see `clip`."""
-
-    def whole_state(self) -> dict[str, Any]:
-        """The trained weights alone: what the finished checkpoint needs."""
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        return {
-            "weights": {name: safe_get_full_fp32_param(parameter).cpu() for name, parameter in self.trained.items()}
-        }
-
-    def save_shards(self, folder: Path) -> None:
-        self.engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
-
-    def own_weights(self) -> dict[str, Tensor]:
-        return {name: self._own(parameter).cpu().clone() for name, parameter in self.trained.items()}
-
-    def _own(self, parameter: Any) -> Tensor:
-        own: Tensor = parameter.ds_tensor if self.is_sharded else parameter.detach()
-        return own
-
-    def reread(self, folder: Path) -> dict[str, Tensor]:
-        """DeepSpeed only reads into the model itself, which is emptied for it."""
-        for parameter in self.trained.values():
-            self._own(parameter).zero_()
-        self.load_shards(folder, saved_by=self.accelerator.num_processes)
-        return self.own_weights()
-
-    def load_shards(self, folder: Path, *, saved_by: int) -> None:
-        """DeepSpeed's files fit the number of ranks that wrote them; for another one they are made universal first."""
-        world = self.accelerator.num_processes
-        is_universal = saved_by != world
-        if is_universal and self.accelerator.is_main_process:
-            from deepspeed.checkpoint.ds_to_universal import main as make_universal
-
-            with contextlib.redirect_stdout(io.StringIO()):
-                make_universal(_universal_arguments(folder))
-        self.accelerator.wait_for_everyone()
-        (optimizer,) = self.optimizers
-        options = [{key: group[key] for key in group if key != "params"} for group in optimizer.param_groups]
-        self.engine._config.load_universal_checkpoint = is_universal
-        self.engine.load_checkpoint(str(folder), tag=_UNIVERSAL if is_universal else _TAG, load_module_strict=False)
-        self.engine._config.load_universal_checkpoint = False
-        # DeepSpeed 0.19 gives every group the options of the first, and all of them one step counter between them
-        for group, own in zip(optimizer.param_groups, options, strict=True):
-            group.update(own)
-        for state in optimizer.state.values():
-            if isinstance(step := state.get("step"), Tensor):
-                state["step"] = step.clone()
+        """Nothing: `clip` has made the step."""
 
 
 def _universal_arguments(folder: Path) -> argparse.Namespace:

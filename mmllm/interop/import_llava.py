@@ -29,7 +29,7 @@ from mmllm.interop.original_llava import is_original, read_original
 from mmllm.interop.parity import TransformersComparison, compare_with_transformers
 from mmllm.interop.parts import ModelImportError, ModelParts, read_json, tiled_layout
 from mmllm.interop.prompts import compare_with_processor
-from mmllm.model.build import build_model, join_parts
+from mmllm.model.build import assemble_model, build_model
 from mmllm.model.hub import check_source, hub_folder, quiet_transformers
 from mmllm.model.language import find_architecture, fit_vocabulary, load_tokenizer
 from mmllm.model.processor import VisionLanguageProcessor
@@ -123,7 +123,7 @@ def _read(
         )
     template = options.template or parts.template
     assert template is not None
-    model, processor = join_parts(
+    model, processor = assemble_model(
         parts.tower, parts.projector, parts.language_model, parts.tokenizer, kind=parts.projector_config,
         vision=parts.vision, template=template, image_newline=parts.image_newline, picture_label=NO_LABEL,
     )  # fmt: skip
@@ -248,7 +248,7 @@ def _tower(llava: Any, transform: Any, source: str) -> TransformersTower:
     except (ConfigError, KeyError) as error:
         raise ModelImportError(f"{source}: its vision tower, {vision.model_type}, cannot be read: {error}") from error
     tower.to(next(encoder.parameters()).dtype)
-    tower.fill(encoder.state_dict())
+    tower.load_encoder_weights(encoder.state_dict())
     return tower
 
 

@@ -76,7 +76,7 @@ def read_original(folder: Path, config: dict[str, Any], *, vision: str | None, b
     if tower_weights:
         assert isinstance(tower, LayeredTower)
         tower.to(main_dtype(tower_weights))
-        tower.fill(tower_weights)
+        tower.load_encoder_weights(tower_weights)
     projector = fitting_projector(projector_config, tower, language_model.config.hidden_size)
     _fill_projector(projector, weights, folder)
     origin = {

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 BLOCKED = "mmllm_blocked"  # its name among transformers' attention functions
-QUERIES = 128  # of a block
-SCORES = 2**18  # made at a time, in fp32: 1 MB, what a core's cache holds
+QUERIES = 128  # per block
+SCORES = 2**18  # computed at a time, in fp32: 1 MB, which fits a core's cache
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class _Block:
     heads: slice  # of the N
     queries: slice
     keys: slice
-    bias: Tensor | None  # [Q, K], is added to the scores; None: every query sees every key
+    bias: Tensor | None  # [Q, K], added to the scores; None: every query sees every key
 
 
 def _heads(first: int, last: int, num_scores: int) -> Iterator[slice]:
@@ -48,16 +48,16 @@ def _causal_blocks(num_heads: int, length: int, device: torch.device) -> Iterato
 
 
 def _masked_blocks(mask: Tensor, heads_per_row: int) -> Iterator[_Block]:
-    """`mask` [B, Q, K] says of each row which keys a query sees."""
-    lowest = torch.finfo(torch.float32).min  # not -inf: a query of the padding may see nothing
-    for row, own in enumerate(mask):
-        for start in range(0, len(own), QUERIES):
-            queries = slice(start, min(start + QUERIES, len(own)))
-            seen = own[queries].any(0).nonzero()
-            if not len(seen):
+    """`mask` [B, Q, K] is True where a query of a row sees a key."""
+    lowest = torch.finfo(torch.float32).min  # not -inf: a padding query may see no key
+    for row, row_mask in enumerate(mask):
+        for start in range(0, len(row_mask), QUERIES):
+            queries = slice(start, min(start + QUERIES, len(row_mask)))
+            visible = row_mask[queries].any(0).nonzero()
+            if not len(visible):
                 continue
-            keys = slice(int(seen[0]), int(seen[-1]) + 1)
-            hidden = ~own[queries, keys]
+            keys = slice(int(visible[0]), int(visible[-1]) + 1)
+            hidden = ~row_mask[queries, keys]
             bias = torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, lowest)
             first = row * heads_per_row
             for heads in _heads(first, first + heads_per_row, bias.numel()):
@@ -70,35 +70,35 @@ class _Blocked(torch.autograd.Function):
         out = value.new_zeros(*query.shape[:2], value.shape[2])
         with torch.autocast("cpu", enabled=False):
             for block in blocks:
-                own, seen = (block.heads, block.queries), (block.heads, block.keys)
-                out[own] = torch.bmm(_chances(query[own], key[seen], block, scale), value[seen])
+                at_queries, at_keys = (block.heads, block.queries), (block.heads, block.keys)
+                out[at_queries] = torch.bmm(_chances(query[at_queries], key[at_keys], block, scale), value[at_keys])
         ctx.save_for_backward(query, key, value)
         ctx.blocks, ctx.scale = blocks, scale
         return out
 
     @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
-        (query, key, value), (slope,) = ctx.saved_tensors, slopes
-        of_query, of_key, of_value = (torch.zeros_like(one) for one in (query, key, value))
-        with torch.autocast("cpu", enabled=False):  # it may be on in backward too; scores stay fp32
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (query, key, value), (grad_output,) = ctx.saved_tensors, grad_outputs
+        grad_query, grad_key, grad_value = (torch.zeros_like(tensor) for tensor in (query, key, value))
+        with torch.autocast("cpu", enabled=False):  # autocast may be on in backward too; scores stay fp32
             for block in ctx.blocks:
-                own, seen = (block.heads, block.queries), (block.heads, block.keys)
-                chances = _chances(query[own], key[seen], block, ctx.scale)
-                of_value[seen] += torch.bmm(chances.transpose(1, 2), slope[own])
-                of_chances = torch.bmm(slope[own], value[seen].transpose(1, 2))
-                of_scores = torch._softmax_backward_data(of_chances, chances, -1, chances.dtype)
-                of_query[own] = torch.bmm(of_scores, key[seen])
-                of_key[seen] += torch.bmm(of_scores.transpose(1, 2), query[own])
-        return of_query.mul_(ctx.scale), of_key.mul_(ctx.scale), of_value, None, None
+                at_queries, at_keys = (block.heads, block.queries), (block.heads, block.keys)
+                probs = _chances(query[at_queries], key[at_keys], block, ctx.scale)
+                grad_value[at_keys] += torch.bmm(probs.transpose(1, 2), grad_output[at_queries])
+                grad_probs = torch.bmm(grad_output[at_queries], value[at_keys].transpose(1, 2))
+                grad_scores = torch._softmax_backward_data(grad_probs, probs, -1, probs.dtype)
+                grad_query[at_queries] = torch.bmm(grad_scores, key[at_keys])
+                grad_key[at_keys] += torch.bmm(grad_scores.transpose(1, 2), query[at_queries])
+        return grad_query.mul_(ctx.scale), grad_key.mul_(ctx.scale), grad_value, None, None
 
 
 def _chances(query: Tensor, key: Tensor, block: _Block, scale: float) -> Tensor:
-    """[N, Q, d], [N, K, d] -> [N, Q, K], each row of which adds up to one; from scores in fp32, as torch's kernel."""
-    wide, other = query.float(), key.float().transpose(1, 2)
+    """Attention probabilities [N, Q, d], [N, K, d] -> [N, Q, K], from scores in fp32, as in torch's kernel."""
+    wide_query, wide_key = query.float(), key.float().transpose(1, 2)
     if block.bias is None:
-        scores = torch.bmm(wide * scale, other)
+        scores = torch.bmm(wide_query * scale, wide_key)
     else:
-        scores = torch.baddbmm(block.bias, wide, other, alpha=scale)
+        scores = torch.baddbmm(block.bias, wide_query, wide_key, alpha=scale)
     return scores.softmax(-1).to(query.dtype)
 
 
@@ -113,28 +113,28 @@ def blocked_attention(
 ) -> Tensor:
     """softmax(query @ key * scale) @ value: [B, H, Q, d], twice [B, H, K, d] -> [B, H, Q, d].
 
-    `mask` [B or 1, 1, Q, K] is True where a query sees a key; `is_causal` is for as many queries as keys. `scale` is by
-    default the root of 1/d. A query that sees no key gives 0, or what is meaningless beside others of its block.
+    `mask` [B or 1, 1, Q, K] is True where a query sees a key; `is_causal` needs as many queries as keys. `scale` is
+    1/sqrt(d) by default. A query that sees no key gives 0, or a meaningless value if others of its block see one.
     """
     rows, heads, length, width = query.shape
-    flat = [one.reshape(rows * heads, *one.shape[2:]) for one in (query, key, value)]
+    flat = [tensor.reshape(rows * heads, *tensor.shape[2:]) for tensor in (query, key, value)]
     if mask is not None:
         blocks = list(_masked_blocks(mask[:, 0].expand(rows, -1, -1), heads))
     elif is_causal:
         blocks = list(_causal_blocks(rows * heads, length, query.device))
     else:
         whole = slice(0, length), slice(0, key.shape[2])
-        blocks = [_Block(some, *whole, None) for some in _heads(0, rows * heads, length * key.shape[2])]
+        blocks = [_Block(part, *whole, None) for part in _heads(0, rows * heads, length * key.shape[2])]
     out: Tensor = _Blocked.apply(*flat, blocks, width**-0.5 if scale is None else scale)  # type: ignore[no-untyped-call]
     return out.view(rows, heads, length, -1)
 
 
 def is_blocked_faster(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether this is where torch's kernel is slow, with autocast as it is now: bf16, on a CPU, with a gradient."""
+    """Whether torch's kernel is slow here: bf16 (or autocast to it) on a CPU, with a gradient and as many Q as K."""
     if query.device.type != "cpu" or not torch.is_grad_enabled() or query.shape[2] != key.shape[2]:
         return False
     in_bf16 = _computed_in(query) == torch.bfloat16
-    return in_bf16 and any(one.requires_grad for one in (query, key, value))
+    return in_bf16 and any(tensor.requires_grad for tensor in (query, key, value))
 
 
 def _computed_in(value: Tensor) -> torch.dtype:
@@ -153,26 +153,26 @@ def _transformers_attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers' layers call: blocked where that is faster, or else `sdpa`. [B, H, T, d] -> [B, T, H, d]."""
+    """Attention for transformers' layers: blocked where that is faster, else `sdpa`. [B, H, T, d] -> [B, T, H, d]."""
     from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
     is_plain = not dropout and all(kwargs.get(name) is None for name in ("position_bias", "cache", "softcap"))
     is_mask = attention_mask is None or (attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1)
     if not (is_plain and is_mask and is_blocked_faster(query, key, value)):
-        found: tuple[Tensor, None] = sdpa_attention_forward(
+        result: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
-        return found
+        return result
     dtype = _computed_in(query)
-    times = query.shape[1] // key.shape[1]
-    query, key, value = query.to(dtype), repeat_kv(key.to(dtype), times), repeat_kv(value.to(dtype), times)
+    num_repeats = query.shape[1] // key.shape[1]
+    query, key, value = query.to(dtype), repeat_kv(key.to(dtype), num_repeats), repeat_kv(value.to(dtype), num_repeats)
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     out = blocked_attention(query, key, value, attention_mask, is_causal=causal, scale=scaling)
     return out.transpose(1, 2).contiguous(), None
 
 
 def use_blocked_attention(language_model: Any) -> None:
-    """An LLM whose attention is `sdpa` computes it in blocks from now on, where that is faster."""
+    """Switches an LLM from `sdpa` to attention in blocks, used where that is faster."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -183,29 +183,29 @@ def use_blocked_attention(language_model: Any) -> None:
 
 
 def caps_scores(config: Any) -> bool:
-    """Whether an LLM's attention squeezes its scores (Gemma 2), which torch's own kernel, `sdpa`, cannot do."""
+    """Whether an LLM soft-caps its attention scores (Gemma 2), which torch's own kernel, `sdpa`, cannot do."""
     return getattr(config, "attn_logit_softcapping", None) is not None
 
 
-def keep_score_cap(language_model: Any) -> None:
-    """Takes `sdpa` from an LLM that caps its scores: some versions of transformers choose it, and drop the cap."""
+def replace_capped_sdpa(language_model: Any) -> None:
+    """Replaces `sdpa` by `eager` for an LLM that caps its scores: transformers may choose it and drop the cap."""
     if caps_scores(language_model.config) and language_model.config._attn_implementation == "sdpa":
         language_model.set_attn_implementation("eager")
 
 
 class SelfAttention(nn.MultiheadAttention):
-    """torch's module with one product for queries, keys and values of all positions, where they are of the same tokens.
+    """nn.MultiheadAttention with one product for queries, keys and values, where all three are the same tokens.
 
-    Its own takes them with batch and length exchanged, whereupon torch copies the weights once for every position.
+    torch's own forward exchanges batch and length, and its product then copies the weights once for every position.
     """
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """[B, T, D], thrice -> [B, T, D], and no weights where `need_weights` is False."""
+        """[B, T, D], three times -> [B, T, D] and the attention weights, or None where `need_weights` is False."""
         is_self = query is key and key is value and query.ndim == 3
-        asked = {name: value for name, value in kwargs.items() if value is not None}
-        if not is_self or args or asked != {"need_weights": False}:
+        options = {name: value for name, value in kwargs.items() if value is not None}
+        if not is_self or args or options != {"need_weights": False}:
             return super().forward(query, key, value, *args, **kwargs)
         projected = F.linear(query, self.in_proj_weight, self.in_proj_bias)
         parts = projected.unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
@@ -214,10 +214,10 @@ class SelfAttention(nn.MultiheadAttention):
 
 
 def use_self_attention(encoder: nn.Module) -> None:
-    """Makes SelfAttention of an encoder's attention; its weights and their names stay."""
+    """Turns an encoder's nn.MultiheadAttention into SelfAttention; the weights and their names stay."""
     for module in encoder.modules():
         if type(module) is not nn.MultiheadAttention or not module.batch_first or module.dropout:
             continue
-        own: Any = module
-        if own._qkv_same_embed_dim and own.bias_k is None and not own.add_zero_attn:
-            own.__class__ = SelfAttention
+        attention: Any = module
+        if attention._qkv_same_embed_dim and attention.bias_k is None and not attention.add_zero_attn:
+            attention.__class__ = SelfAttention

@@ -1,4 +1,4 @@
-"""Layers as compiled code, and Liger's kernels."""
+"""Compiles layers with torch.compile, and applies Liger's kernels."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from mmllm.config import ConfigError
 
 
 def compile_layers(layers: Iterable[nn.Module]) -> None:
-    """These layers as compiled code while they train, one code for all of them and for every length.
+    """Compiles these layers for training, once for all of them and for every length.
 
-    Answers and validation run as ever: each step of generation has other shapes, and code for all of them would push
-    that of training out.
+    Generation and validation stay uncompiled: each decoding step has other shapes, and code for all of them would
+    evict that of training.
     """
     for layer in layers:
         layer.forward = _compiled(layer, layer.forward)
@@ -33,7 +33,7 @@ def _compiled(layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., An
 def use_liger(language_model: Any) -> None:
     """Liger's kernels for norm, MLP and rotary embedding: https://arxiv.org/abs/2410.10989. The loss stays ours.
 
-    From now on the LLM runs on the GPU alone. Raises ConfigError for an LLM that Liger has nothing for.
+    The LLM then runs on a GPU only. Raises ConfigError for an LLM that Liger has no kernels for.
     """
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN

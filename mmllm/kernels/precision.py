@@ -1,4 +1,4 @@
-"""In which precision a device multiplies with instructions of its own."""
+"""Which precisions a device multiplies in hardware."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Whether a GPU or CPU has instructions for it (AVX512-BF16, AMX, or ARM's), and does not widen each number first.
+    """Whether a GPU or CPU has bf16 instructions (AVX512-BF16, AMX, or ARM's) and need not widen each number first.
 
     False for other kinds of device.
     """
@@ -16,5 +16,5 @@ def multiplies_bf16(device: torch.device) -> bool:
 
 
 def _cpu_multiplies_bf16() -> bool:
-    has = torch.cpu.get_capabilities()
-    return any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))

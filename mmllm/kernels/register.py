@@ -1,7 +1,7 @@
 """Every private name and hook of other libraries that this project relies on.
 
 A release may change them without notice. The test of this file looks each one up in the installed version, so that a
-new release fails there and not in somebody's run; a private name that is used and not listed here fails too.
+new release fails the test and not a run. A private name that is used but not listed here fails it too.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ class PrivateName:
     """One name: `module:attribute.attribute`.
 
     Attributes:
-        name: where it is found.
-        parameters: what it must take, by name; None for what is not called.
+        name: its path.
+        parameters: the parameter names that it must accept; None if it is not called.
         used_for: what would break without it.
-        package: the package to look for first, where it is optional.
+        package: the optional package that has to be installed for it.
     """
 
     name: str
@@ -33,17 +33,17 @@ _GENERATE = "transformers:GenerationMixin."
 _CLASS = "transformers:PreTrainedModel."
 PRIVATE_NAMES: tuple[PrivateName, ...] = (
     # generation hooks that the model overrides
-    PrivateName(f"{_GENERATE}_prepare_cache_for_generation", "the state of Mamba travels under its own name",
+    PrivateName(f"{_GENERATE}_prepare_cache_for_generation", "Mamba's state is passed under its own name",
                 ("generation_config", "model_kwargs")),
     PrivateName(f"{_GENERATE}_get_logits_processor", "an answer never holds the image token", ()),
     PrivateName(f"{_GENERATE}_expand_inputs_for_generation", "each beam gets its row's pictures",
                 ("expand_size", "is_encoder_decoder", "input_ids")),
     PrivateName(f"{_GENERATE}prepare_inputs_for_generation", "pictures are passed at prefill only", ("input_ids",)),
-    # what a class says of itself
+    # class attributes
     PrivateName(f"{_CLASS}_supports_sdpa", "which attention can be chosen"),
     PrivateName(f"{_CLASS}_supports_flash_attn", "which attention can be chosen"),
     PrivateName(f"{_CLASS}_supports_flex_attn", "which attention can be chosen"),
-    PrivateName(f"{_CLASS}_no_split_modules", "what stays on one device when a model is spread"),
+    PrivateName(f"{_CLASS}_no_split_modules", "what stays on one device when a model is split"),
     PrivateName(f"{_CLASS}_skip_keys_device_placement", "caches stay where their layers are"),
     PrivateName("transformers:PreTrainedConfig._attn_implementation", "which attention an LLM runs"),
     PrivateName("transformers:ProcessorMixin._process_images", "the layout gives the inputs", ("images",)),
@@ -87,38 +87,38 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName("deepspeed.runtime.engine:DeepSpeedEngine._config", "a ZeRO state for another number of ranks",
                 package="deepspeed"),
 )  # fmt: skip
-_INSTANCES = {  # attributes that `__init__` sets: looked for on an instance
+_INSTANCES = {  # attributes that `__init__` sets: looked up on an instance
     "transformers:PreTrainedConfig": lambda cls: cls(),
     "torch.nn:Module": lambda cls: cls(),
     "torch.nn:MultiheadAttention": lambda cls: cls(2, 1),
 }
 
 
-def find(entry: PrivateName) -> Any:
+def resolve(entry: PrivateName) -> Any:
     """The object of this name; None for an attribute that only instances have. Raises AttributeError or ImportError."""
     module, _, path = entry.name.partition(":")
-    found: Any = importlib.import_module(module)
-    for place, part in enumerate(names := path.split(".")):
-        owner = f"{module}:{'.'.join(names[:place])}"
-        if not hasattr(found, part) and owner in _INSTANCES:
-            found = _INSTANCES[owner](found)
-        if not hasattr(found, part) and inspect.isclass(found) and f"self.{part}" in inspect.getsource(found):
-            return None  # an instance would have it, and takes too much to make
-        found = getattr(found, part)
-    return found
+    value: Any = importlib.import_module(module)
+    for depth, part in enumerate(names := path.split(".")):
+        owner = f"{module}:{'.'.join(names[:depth])}"
+        if not hasattr(value, part) and owner in _INSTANCES:
+            value = _INSTANCES[owner](value)
+        if not hasattr(value, part) and inspect.isclass(value) and f"self.{part}" in inspect.getsource(value):
+            return None  # only instances have it, and they are costly to build
+        value = getattr(value, part)
+    return value
 
 
-def problem_with(entry: PrivateName) -> str | None:
-    """Why the installed version does not have what is relied on; None where it does."""
+def explain_mismatch(entry: PrivateName) -> str | None:
+    """How the installed version differs from this entry; None where it does not."""
     try:
-        found = find(entry)
+        value = resolve(entry)
     except (AttributeError, ImportError) as error:
         return f"{entry.name} is not there ({error}); it is used for: {entry.used_for}"
     if entry.parameters is None:
         return None
-    taken = inspect.signature(found).parameters
-    takes_any = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in taken.values())
-    missing = [name for name in entry.parameters if name not in taken and not takes_any]
+    parameters = inspect.signature(value).parameters
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    missing = [name for name in entry.parameters if name not in parameters and not takes_any]
     if missing:
         return f"{entry.name} does not take {', '.join(missing)} any more; it is used for: {entry.used_for}"
     return None

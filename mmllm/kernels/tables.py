@@ -1,8 +1,8 @@
-"""Tables: what a module computes when it is built and no file of weights holds, such as rotary positions.
+"""Tables: values that a module computes when it is built and that no weights file holds, such as rotary positions.
 
 Rotary positions of EVA-02 and PE-Core, index tables and masks of Swin, zero biases of EVA-01: buffers that torch leaves
-out of `state_dict`. A model that is built without memory and filled from a file has to compute them anew. transformers
-does so for its own classes, in `_init_weights`; timm's classes leave it to those who build them.
+out of `state_dict`. A model that is built without memory and filled from a file must compute them again. transformers
+does so for its own classes, in `_init_weights`; timm leaves it to the caller.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ def tables(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
 
 
 def compute_tables(module: nn.Module, build: Callable[[], nn.Module]) -> None:
-    """Gives a module that was built without memory the tables that `build` computes; types and devices stay.
+    """Gives a module that was built without memory the tables that `build` computes; dtypes and devices stay.
 
-    `build` makes the same module again. Its parameters take no memory; where a table depends on one, they do.
+    `build` builds the same module again. Its parameters take memory only where a table depends on one.
     """
     if next(tables(module), None) is None:
         return
@@ -36,13 +36,13 @@ def compute_tables(module: nn.Module, build: Callable[[], nn.Module]) -> None:
     try:
         with init_empty_weights(include_buffers=False):
             computed = list(tables(build()))
-    except (NotImplementedError, RuntimeError):  # a table that is made where a parameter is: on no memory
+    except (NotImplementedError, RuntimeError):  # a table is created on the device of a parameter, here meta
         computed = list(tables(build()))
     if any(value.is_meta for _, _, value in computed):
         computed = list(tables(build()))
-    own = list(tables(module))
-    places = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
-    assert [name for _, name, _ in own] == [name for _, name, _ in computed]
-    for (owner, name, old), (_, _, value) in zip(own, computed, strict=True):
-        device = places if old.is_meta else old.device
+    old_tables = list(tables(module))
+    default_device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    assert [name for _, name, _ in old_tables] == [name for _, name, _ in computed]
+    for (owner, name, old), (_, _, value) in zip(old_tables, computed, strict=True):
+        device = default_device if old.is_meta else old.device
         setattr(owner, name, value.to(device=device, dtype=old.dtype))

@@ -1,4 +1,4 @@
-"""A new model out of its parts: pretrained tower, fresh projector, pretrained LLM."""
+"""Builds a new model from its parts: pretrained tower, new projector, pretrained LLM."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from projector import Projector, build_projector
 
 
 def build_model(config: ModelConfig) -> tuple[VisionLanguageModel, VisionLanguageProcessor, dict[str, Any]]:
-    """(model, processor, where each part came from). Raises ConfigError where parts are missing or do not fit."""
+    """Builds (model, processor, source of each part). Raises ConfigError where a part is missing or does not fit."""
     assert config.vision is not None
     assert config.projector is not None
     assert config.language is not None
@@ -31,7 +31,7 @@ def build_model(config: ModelConfig) -> tuple[VisionLanguageModel, VisionLanguag
     language_model, tokenizer = load_language(config.language)
     width = language_model.config.get_text_config().hidden_size
     projector = fitting_projector(config.projector, tower, width)
-    model, processor = join_parts(
+    model, processor = assemble_model(
         tower, projector, language_model, tokenizer, kind=config.projector, vision=config.vision,
         template=config.template, picture_label=config.picture_label,
     )  # fmt: skip
@@ -44,7 +44,7 @@ def build_model(config: ModelConfig) -> tuple[VisionLanguageModel, VisionLanguag
 
 
 def fitting_projector(config: ProjectorConfig, tower: VisionTower, llm_dim: int) -> Projector:
-    """A fresh projector between a tower and an LLM of this width. Raises ConfigError where it fits no such tower."""
+    """A new projector from the tower's width to `llm_dim`. Raises ConfigError for options that do not fit the tower."""
     try:
         return build_projector(
             config.kind, vision_dim=tower.width, llm_dim=llm_dim, num_patches=tower.num_patches, **config.options
@@ -55,13 +55,13 @@ def fitting_projector(config: ProjectorConfig, tower: VisionTower, llm_dim: int)
 
 @torch.no_grad()
 def count_image_tokens(tower: VisionTower, projector: Projector) -> int:
-    """Tokens of one view, counted by running the projector once on as many patches as the tower gives."""
+    """Image tokens per view, counted by running the projector once on the tower's number of patches."""
     parameter = next(projector.parameters())
     tokens: Tensor = projector(parameter.new_zeros(1, tower.num_patches, tower.width))
     return tokens.shape[1]
 
 
-def join_parts(
+def assemble_model(
     tower: VisionTower,
     projector: Projector,
     language_model: Any,
@@ -73,7 +73,10 @@ def join_parts(
     image_newline: Tensor | None = None,
     picture_label: str | None = None,
 ) -> tuple[VisionLanguageModel, VisionLanguageProcessor]:
-    """The model of these parts, none of them copied, and the processor beside it. Of `vision`, `image_mode` is read."""
+    """The model around these parts, none of them copied, and its processor.
+
+    Of `vision` only the layout is read: `image_mode`, `tile_grids` and `max_image_tokens`.
+    """
     num_image_tokens = count_image_tokens(tower, projector)
     layout = new_layout(vision, tower, projector, num_image_tokens)
     config = VisionLanguageConfig(

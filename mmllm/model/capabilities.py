@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from mmllm.config import ConfigError
 from mmllm.model.hub import quiet_transformers
-from mmllm.model.probing import HALF_TYPES, held_in_float32, probing, spread_of
+from mmllm.model.probing import HALF_TYPES, held_in_float32, probing, relative_difference
 from mmllm.model.vlm import VisionLanguageModel
 
 # How far logits that should be equal may lie apart, as a share of the largest one.
@@ -25,6 +26,7 @@ SAME_KERNELS = 1e-3
 OTHER_KERNELS = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.1}
 _LARGE_LOGIT = 200.0  # far above any soft cap in use (Gemma 2: 30), far below what fp16 holds
 _LENGTHS = (7, 5, 6)  # of three examples in one row
+_PACKAGE = Path(__file__).parents[1]
 # What an architecture that cannot do what is asked of it answers with.
 _FAILURES = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
@@ -50,10 +52,16 @@ class Capabilities:
     needs_mask: bool = True
     packing_refusal: str | None = None
 
-    @property
-    def packs(self) -> bool:
-        """Whether several examples may share a row."""
-        return self.packing_refusal is None
+    def describe(self) -> str:
+        """One sentence for people."""
+        head = (
+            "logits are its head applied to the decoder's output"
+            if self.plain_head
+            else "logits are not its head alone"
+        )
+        mask = "needs the mask of padding on the right" if self.needs_mask else "needs no mask for padding on the right"
+        packing = "examples can share a row" if self.packing_refusal is None else f"not packed: {self.packing_refusal}"
+        return f"takes embeddings, padding on either side and a KV cache; {head}; {mask}; {packing}"
 
 
 def find_capabilities(language_model: Any) -> Capabilities:
@@ -79,6 +87,8 @@ def check_backbone(model: VisionLanguageModel) -> None:
                 with held_in_float32(model):
                     other = _beyond(OTHER_KERNELS[torch.float32], _spreads(model))
     except _FAILURES as error:
+        if _is_bug(error):
+            raise
         raise ConfigError(f"model.language: {name} cannot be used here: {error}; choose another LLM") from error
     if other:
         raise ConfigError(
@@ -106,10 +116,10 @@ def _spreads(model: VisionLanguageModel) -> dict[str, float]:
     cached = torch.cat([_follow(model, ids, None, follow, use_cache=True) for ids in (long, short)])
     left = torch.cat([long, torch.cat([padding, short], 1)])
     return {
-        "from embeddings": spread_of(plain[0], model(input_ids=long, use_cache=False).logits),
-        "in a batch that is padded on the right": spread_of(plain[1], padded[1:, :3]),
-        "with its cache": spread_of(alone, cached),
-        "in a batch that is padded on the left": spread_of(
+        "from embeddings": relative_difference(plain[0], model(input_ids=long, use_cache=False).logits),
+        "in a batch that is padded on the right": relative_difference(plain[1], padded[1:, :3]),
+        "with its cache": relative_difference(alone, cached),
+        "in a batch that is padded on the left": relative_difference(
             alone, _follow(model, left, mask.flip(1), follow, use_cache=True)
         ),
     }
@@ -129,6 +139,18 @@ def _follow(model: Any, ids: Tensor, mask: Tensor | None, follow: Sequence[int],
         return_dict_in_generate=True,
     )
     return torch.stack(out.logits, 1)
+
+
+def _is_bug(error: Exception) -> bool:
+    """Whether our code raised it, and not the LLM's: a wrong name, key or type in a frame of this package.
+
+    Tensors that do not fit are no sign of it: the LLM made them.
+    """
+    frame = error.__traceback__
+    while frame and frame.tb_next:
+        frame = frame.tb_next
+    is_ours = frame is not None and Path(frame.tb_frame.f_code.co_filename).is_relative_to(_PACKAGE)
+    return is_ours and isinstance(error, AttributeError | KeyError | TypeError)
 
 
 def has_router_loss(language_model: Any) -> bool:
@@ -157,7 +179,7 @@ def has_plain_head(language_model: Any) -> bool:
     seen: list[Tensor] = []
     with probing(language_model), decoder.register_forward_hook(enlarge):
         logits = language_model(input_ids=ids, use_cache=False).logits
-        return spread_of(head(seen[0]), logits) <= SAME_KERNELS
+        return relative_difference(head(seen[0]), logits) <= SAME_KERNELS
 
 
 def needs_mask(language_model: Any) -> bool:
@@ -176,7 +198,7 @@ def needs_mask(language_model: Any) -> bool:
             language_model(input_ids=some, use_cache=False).logits[:, :4]
             for some in (ids, torch.cat([ids[:, :4], ids[:, 4:].flip(1)], 1))
         )
-    return not spread_of(one, other) <= SAME_KERNELS
+    return not relative_difference(one, other) <= SAME_KERNELS
 
 
 def why_not_packed(language_model: Any) -> str | None:
@@ -188,7 +210,7 @@ def why_not_packed(language_model: Any) -> str | None:
     packed row is not compared with its examples alone: those go through other kernels, whose rounding moves a real
     LLM's logits by a quarter in bf16.
     """
-    if getattr(language_model.config, "output_router_logits", False):
+    if has_router_loss(language_model):
         return "the loss of its router is computed over whole rows"
     table = language_model.get_input_embeddings().weight
     embeds = table.detach()[torch.arange(sum(_LENGTHS), device=table.device) % len(table)][None]
@@ -196,6 +218,8 @@ def why_not_packed(language_model: Any) -> str | None:
         with probing(language_model):
             shift = _shift_by_neighbours(language_model, embeds)
     except _FAILURES as error:
+        if _is_bug(error):
+            raise
         return str(error).splitlines()[0] if str(error) else type(error).__name__
     return None if shift <= SAME_KERNELS else f"an example's logits change by {shift:.1%} when its neighbours do"
 
@@ -209,4 +233,4 @@ def _shift_by_neighbours(language_model: Any, embeds: Tensor) -> float:
         language_model(inputs_embeds=row, position_ids=where, use_cache=False).logits[:, watched]
         for row in (embeds, others)
     )
-    return spread_of(before, after)
+    return relative_difference(before, after)

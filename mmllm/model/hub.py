@@ -1,6 +1,7 @@
-"""Where a backbone's files are: a local folder, or a hub repository at a revision. Whole, or refused with the reason.
+"""Finds a backbone's files in a local folder or in a hub repository at a revision, and refuses incomplete ones.
 
-Looked at before anything big is read: the config, the list of shards, and the header of each file of weights.
+In a folder, and in the hub's cache when offline, the config, the list of shards and the header of each weights file are
+checked before any weights are loaded.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.b
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without transformers' progress bars, which would tear ours, and without its reports: what is wrong we say.
+    """Silences transformers: its progress bars would break ours, and we report problems ourselves.
 
-    Nor does DeepSpeed, which is imported to save a model where it is installed, say on stdout that there is no GPU.
+    Also keeps DeepSpeed, which saving a model imports if installed, from printing that there is no GPU.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -39,7 +40,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def check_source(source: str, revision: str | None, *, setting: str) -> None:
-    """Raises ConfigError, naming `setting`, for a source that is not there, not allowed, or not whole."""
+    """Raises ConfigError, naming `setting`, for a source that is missing, inaccessible or incomplete."""
     folder = Path(source).expanduser()
     if folder.is_dir():
         if revision:
@@ -51,7 +52,7 @@ def check_source(source: str, revision: str | None, *, setting: str) -> None:
 
         folder = hub_folder(source, revision, setting)
         if not is_offline_mode():
-            return  # transformers loads what the cache lacks
+            return  # transformers downloads what the cache lacks
     try:
         _check_files(folder)
     except ConfigError as error:
@@ -59,52 +60,54 @@ def check_source(source: str, revision: str | None, *, setting: str) -> None:
 
 
 def hub_folder(source: str, revision: str | None, setting: str) -> Path:
-    """The folder of the cache that holds this repository's config, which is downloaded where it may be."""
+    """The cache folder of this repository; its config is downloaded if needed. Raises ConfigError, naming `setting`."""
     from huggingface_hub import errors, hf_hub_download, is_offline_mode
 
-    at = f"{source} at revision {revision}" if revision else source
+    repository = f"{source} at revision {revision}" if revision else source
     try:
         return Path(hf_hub_download(source, "config.json", revision=revision)).parent
     except errors.GatedRepoError as error:
         reason = f"is gated; accept its terms at https://huggingface.co/{source}, run `hf auth login`, and start again"
-        raise ConfigError(f"{setting}: {at} {reason}, or give a folder that holds it") from error
+        raise ConfigError(f"{setting}: {repository} {reason}, or give a folder that holds it") from error
     except errors.RepositoryNotFoundError as error:
         reason = "is no folder here and no repository of the hub, or a private one"
-        raise ConfigError(f"{setting}: {at} {reason}; check the name, or run `hf auth login`") from error
+        raise ConfigError(f"{setting}: {repository} {reason}; check the name, or run `hf auth login`") from error
     except errors.RevisionNotFoundError as error:
         raise ConfigError(f"{setting}: {source} has no revision {revision}; give a commit, tag or branch") from error
     except errors.LocalEntryNotFoundError as error:
         why = "HF_HUB_OFFLINE is set" if is_offline_mode() else "the hub cannot be reached"
         download = f"hf download {source}" + (f" --revision {revision}" if revision else "")
         raise ConfigError(
-            f"{setting}: {at} is no folder here and not in the hub's cache, and {why}; "
+            f"{setting}: {repository} is no folder here and not in the hub's cache, and {why}; "
             f"run `{download}` where there is a network, or give a folder that holds it"
         ) from error
     except errors.EntryNotFoundError as error:
-        raise ConfigError(f"{setting}: {at} has no config.json, so it is no model of transformers") from error
+        raise ConfigError(f"{setting}: {repository} has no config.json, so transformers cannot load it") from error
     except errors.HFValidationError as error:
         raise ConfigError(f"{setting}: {source!r} is neither a folder nor a name of the hub: {error}") from error
     except (errors.HfHubHTTPError, OSError) as error:
-        raise ConfigError(f"{setting}: {at} cannot be downloaded: {error}; or give a folder that holds it") from error
+        raise ConfigError(
+            f"{setting}: {repository} cannot be downloaded: {error}; or give a folder that holds it"
+        ) from error
 
 
 def _check_files(folder: Path) -> None:
-    """Raises ConfigError where the config or a file of weights is missing, cut off, or no such file at all."""
+    """Raises ConfigError where the config or a weights file is missing, cut off or not in its format."""
     if not (folder / "config.json").is_file():
-        raise ConfigError("has no config.json, so it is no model of transformers")
-    found = next((name for name in WEIGHTS if (folder / name).is_file()), None)
-    if found is None:
+        raise ConfigError("has no config.json, so transformers cannot load it")
+    weights_name = next((name for name in WEIGHTS if (folder / name).is_file()), None)
+    if weights_name is None:
         raise ConfigError(f"has a config.json but no weights; looked for {', '.join(WEIGHTS)}; download them again")
-    names = [found]
-    if found.endswith(".index.json"):
+    names = [weights_name]
+    if weights_name.endswith(".index.json"):
         try:
-            names = sorted(set(json.loads((folder / found).read_text())["weight_map"].values()))
+            names = sorted(set(json.loads((folder / weights_name).read_text())["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"has a damaged {found}: {error}; download it again") from error
+            raise ConfigError(f"has a damaged {weights_name}: {error}; download it again") from error
         if missing := [name for name in names if not (folder / name).is_file()]:
             raise ConfigError(
                 f"is half downloaded: it lacks {', '.join(missing)}, {len(missing)} of the {len(names)} files that "
-                f"{found} lists; download it again"
+                f"{weights_name} lists; download it again"
             )
     for name in names:
         if name.endswith(".safetensors"):
@@ -112,7 +115,7 @@ def _check_files(folder: Path) -> None:
 
 
 def _check_header(path: Path) -> None:
-    """A safetensors file begins with the places of its tensors; one that was cut off is shorter than they say."""
+    """Raises ConfigError for a cut-off safetensors file: it is shorter than the tensor offsets in its header."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -120,5 +123,5 @@ def _check_header(path: Path) -> None:
             pass
     except (SafetensorError, OSError) as error:
         is_pointer = path.open("rb").read(7) == b"version"
-        what = "is a Git LFS pointer, run `git lfs pull`" if is_pointer else "is not whole, download it again"
-        raise ConfigError(f"has a {path.name} that {what} ({error})") from error
+        problem = "is a Git LFS pointer, run `git lfs pull`" if is_pointer else "is not whole, download it again"
+        raise ConfigError(f"has a {path.name} that {problem} ({error})") from error

@@ -1,7 +1,7 @@
 """The LLM backbone and its tokenizer: any AutoModelForCausalLM, with `<image>` as a real token of the vocabulary.
 
-What can be known without loading weights is checked before they are loaded: the folder or repository, the
-architecture, its attention. `check_backbone` of capabilities.py tries the rest on the model that was built.
+The folder or repository, the architecture and its attention are checked before any weights are loaded.
+`check_backbone` of capabilities.py tests the rest on the built model.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from transformers import __version__ as transformers_version
 
 from mmllm.batch import IMAGE_TOKEN
 from mmllm.config import ConfigError, LanguageConfig
-from mmllm.kernels.attention import caps_scores, keep_score_cap
+from mmllm.kernels.attention import caps_scores, replace_capped_sdpa
 from mmllm.model.hub import check_source, quiet_transformers
 
-PLAIN_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")  # all there is to them is in tokenizer.json
+PLAIN_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")  # tokenizer.json describes them completely
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# What an architecture that cannot do what is asked of it answers with.
+# What an unsuitable config or architecture may raise.
 _FAILURES = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
@@ -34,7 +34,7 @@ def _read_tokenizer(source: str, revision: str | None) -> Any:
         check_source(source, revision, setting="model.language.source")
     try:
         declared = get_tokenizer_config(source, revision=revision).get("tokenizer_class")
-        # AutoTokenizer replaces a plain tokenizer.json beside a Qwen2 model by Qwen2's own rules, without a word
+        # AutoTokenizer silently replaces a plain tokenizer.json beside a Qwen2 model by Qwen2's own rules
         loader: Any = PreTrainedTokenizerFast if declared in PLAIN_TOKENIZERS else AutoTokenizer
         return loader.from_pretrained(source, revision=revision)
     except (OSError, ValueError) as error:
@@ -42,7 +42,10 @@ def _read_tokenizer(source: str, revision: str | None) -> Any:
 
 
 def load_tokenizer(source: str, *, revision: str | None = None, extra_special_tokens: Sequence[str] = ()) -> Any:
-    """The tokenizer, with `<image>` and these special tokens, and with padding that is not the end token."""
+    """The tokenizer with `<image>`, these special tokens, and a padding token that is not the end token.
+
+    Raises ConfigError where there is no tokenizer or it has no end token.
+    """
     tokenizer = _read_tokenizer(source, revision)
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
@@ -55,7 +58,7 @@ def load_tokenizer(source: str, *, revision: str | None = None, extra_special_to
 
 
 def find_architecture(config: LanguageConfig) -> type:
-    """The class of the LLM, from its config alone. Raises ConfigError where it cannot be used here."""
+    """The class of the LLM, from its config alone. Raises ConfigError for an LLM that cannot be used here."""
     from transformers import AutoConfig, PretrainedConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -66,66 +69,66 @@ def find_architecture(config: LanguageConfig) -> type:
         values, _ = PretrainedConfig.get_config_dict(config.source, revision=config.revision)
         kind = values.get("model_type")
         if kind not in CONFIG_MAPPING:
-            own = "brings code of its own, which is never run: " if "auto_map" in values else ""
+            code_note = "brings code of its own, which is never run: " if "auto_map" in values else ""
             raise ConfigError(
-                f"{place} {own}its architecture {kind!r} is none that transformers {transformers_version} knows; "
+                f"{place} {code_note}its architecture {kind!r} is unknown to transformers {transformers_version}; "
                 "choose another LLM, or a release of transformers that knows it"
             )
-        found = AutoConfig.from_pretrained(config.source, revision=config.revision, trust_remote_code=False)
+        llm_config = AutoConfig.from_pretrained(config.source, revision=config.revision, trust_remote_code=False)
     except (OSError, *_FAILURES) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{place} has a config.json that cannot be used: {error}") from error
-    if type(found) not in MODEL_FOR_CAUSAL_LM_MAPPING or found.get_text_config() is not found:
-        raise ConfigError(f"{place} is a {kind}, which is no LLM by itself; give one that AutoModelForCausalLM reads")
-    hidden = getattr(found, "hidden_size", None)
-    width = getattr(found, "word_embed_proj_dim", hidden)  # OPT-350M
-    if hidden is None or width != hidden:
+    if type(llm_config) not in MODEL_FOR_CAUSAL_LM_MAPPING or llm_config.get_text_config() is not llm_config:
+        raise ConfigError(f"{place} is a {kind}, which is not a plain causal LM; give one of AutoModelForCausalLM")
+    hidden_size = getattr(llm_config, "hidden_size", None)
+    width = getattr(llm_config, "word_embed_proj_dim", hidden_size)  # OPT-350M
+    if hidden_size is None or width != hidden_size:
         raise ConfigError(
-            f"{place} has embeddings of width {width} for a hidden size of {hidden}, which the projector cannot be "
-            "built for; choose another LLM"
+            f"{place} has embeddings of width {width} for a hidden size of {hidden_size}, which the projector cannot "
+            "be built for; choose another LLM"
         )
-    if kind in ("mamba", "mamba2", "falcon_mamba") and found.use_bias:
+    if kind in ("mamba", "mamba2", "falcon_mamba") and llm_config.use_bias:
         raise ConfigError(
-            f"{place} is a {kind} with use_bias, whose state takes in what padding stands in front of a prompt, so "
-            "it would answer otherwise in a batch; choose one without"
+            f"{place} is a {kind} with use_bias, whose state absorbs the padding before a prompt, so its answers "
+            "would change in a batch; choose one without use_bias"
         )
-    architecture: type = MODEL_FOR_CAUSAL_LM_MAPPING[type(found)]
-    check_attention(architecture, found, config.attention)
+    architecture: type = MODEL_FOR_CAUSAL_LM_MAPPING[type(llm_config)]
+    check_attention(architecture, llm_config, config.attention)
     return architecture
 
 
 def check_attention(architecture: Any, text_config: Any, attention: str | None) -> None:
-    """Raises ConfigError for an attention that the architecture, or this machine, does not have."""
+    """Raises ConfigError for an attention that the architecture or this machine does not support."""
     from transformers.utils import is_flash_attn_2_available
 
     has_flash_here = is_flash_attn_2_available()
-    known = {
+    supported = {
         "eager": True,
         "sdpa": architecture._supports_sdpa and not caps_scores(text_config),
         "flex_attention": architecture._supports_flex_attn,
         "flash_attention_2": architecture._supports_flash_attn,
     }
-    if attention is None or (known[attention] and (attention != "flash_attention_2" or has_flash_here)):
+    if attention is None or (supported[attention] and (attention != "flash_attention_2" or has_flash_here)):
         return
-    why = f"{architecture.__name__} has none"
-    if known[attention]:
+    why = f"{architecture.__name__} does not support it"
+    if supported[attention]:
         why = "needs a CUDA GPU and the package flash-attn, and this machine lacks one of them"
-    possible = [name for name, has in known.items() if has and (name != "flash_attention_2" or has_flash_here)]
+    possible = [name for name, has in supported.items() if has and (name != "flash_attention_2" or has_flash_here)]
     raise ConfigError(f"model.language.attention: {attention}: {why}; possible here: {', '.join(possible)}")
 
 
 def grow_vocabulary(model: Any, num_tokens: int, new_ids: Sequence[int], multiple: int) -> None:
-    """Room for `num_tokens`, rounded up to a multiple. Old rows stay bit for bit; new ones are the mean of the old.
+    """Grows the embeddings to `num_tokens` rows, rounded up to `multiple`. Old rows keep every bit.
 
-    The mean of the old rows keeps the probabilities of old tokens nearly as they were:
+    New rows are the mean of the old, which leaves the probabilities of old tokens nearly unchanged:
     https://nlp.stanford.edu/~johnhew/vocab-expansion.html
     """
     num_old = model.get_input_embeddings().num_embeddings
     num_rows = -(-max(num_tokens, num_old) // multiple) * multiple
     if num_rows > num_old:
         model.resize_token_embeddings(num_rows, mean_resizing=False)
-    new = sorted({*range(num_old, num_rows), *new_ids})  # a new token may stand in a spare row
+    new = sorted({*range(num_old, num_rows), *new_ids})  # a new token may use a spare row of the old table
     old = sorted(set(range(num_old)) - set(new))
     head = model.get_output_embeddings()
     tables = [model.get_input_embeddings().weight, head.weight, getattr(head, "bias", None)]
@@ -136,12 +139,12 @@ def grow_vocabulary(model: Any, num_tokens: int, new_ids: Sequence[int], multipl
 
 
 def load_language(config: LanguageConfig) -> tuple[Any, Any]:
-    """(causal LM in `config.dtype` on the CPU, tokenizer), with a row for every token of it.
+    """(causal LM in `config.dtype` on the CPU, tokenizer), with an embedding row for every token. Raises ConfigError.
 
-    `model.config.trained_token_ids` are those of `extra_special_tokens`: LoRA trains their rows, and no others.
+    `model.config.trained_token_ids` are those of `extra_special_tokens`, the only embedding rows that LoRA trains.
     """
     architecture: Any = find_architecture(config)
-    known = set(_read_tokenizer(config.source, config.revision).get_vocab().values())
+    stored_ids = set(_read_tokenizer(config.source, config.revision).get_vocab().values())
     tokenizer = load_tokenizer(
         config.source, revision=config.revision, extra_special_tokens=config.extra_special_tokens
     )
@@ -166,21 +169,21 @@ def load_language(config: LanguageConfig) -> tuple[Any, Any]:
         raise ConfigError(
             f"model.language: the weights of {config.source} lack {shown}, which would be random; download them again"
         )
-    keep_score_cap(model)
-    new_ids = sorted(set(tokenizer.get_vocab().values()) - known)
+    replace_capped_sdpa(model)
+    new_ids = sorted(set(tokenizer.get_vocab().values()) - stored_ids)
     fit_vocabulary(model, tokenizer, new_ids=new_ids, multiple=config.vocab_multiple)
     model.config.trained_token_ids = [tokenizer.convert_tokens_to_ids(token) for token in config.extra_special_tokens]
     return model, tokenizer
 
 
 def fit_vocabulary(model: Any, tokenizer: Any, *, new_ids: Sequence[int] = (), multiple: int = 1) -> None:
-    """Makes an LLM fit its tokenizer: a row for every token, and padding that is the tokenizer's."""
+    """Gives an LLM an embedding row for every token of its tokenizer, and the tokenizer's padding token."""
     grow_vocabulary(model, len(tokenizer), new_ids, multiple)
     _set_padding(model, int(tokenizer.pad_token_id))
 
 
 def _set_padding(model: Any, pad_token_id: int) -> None:
-    """The embedding gives its padding row no gradient: that must not be the end token's, as many configs have it."""
+    """Sets the padding row, which gets no gradient; in many configs it is the end token's row, which needs one."""
     model.config.pad_token_id = pad_token_id
     embedding = model.get_input_embeddings()
     if embedding.padding_idx is not None:
@@ -188,9 +191,9 @@ def _set_padding(model: Any, pad_token_id: int) -> None:
 
 
 def decoder_layers(language_model: Any) -> list[nn.Module]:
-    """The LLM's layers in the order in which they run. Raises ConfigError where they are not found."""
-    count = language_model.config.num_hidden_layers
+    """The LLM's layers in the order in which they run. Raises ConfigError where the decoder has no such list."""
+    num_layers = language_model.config.num_hidden_layers
     for module in language_model.get_decoder().modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
             return list(module)
-    raise ConfigError(f"model.language: the {count} layers of {type(language_model).__name__} are not where others are")
+    raise ConfigError(f"model.language: found no list of {num_layers} layers in {type(language_model).__name__}")

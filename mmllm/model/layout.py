@@ -1,10 +1,10 @@
-"""How a picture becomes views that the tower sees, and in which order their tokens stand in the text.
+"""How a picture becomes views for the tower, and the order of its tokens in the text.
 
-`single` is one view of the tower's own size, the same number of tokens for every picture. With `tiles` and `native`
-the number depends on the picture, and a learnt newline token ends each row, so that the LLM can tell rows apart.
+`single` is one view of the tower's own size, so every picture has the same number of tokens. With `tiles` and `native`
+the number depends on the picture, and a learned newline token ends each row, so that the LLM can tell rows apart.
 
 Shapes: `N` pictures, `W` views of all pictures, `P` patches and `M` tokens of a view, `Dv` vision width, `D` LLM width.
-A picture's size is (height, width) in pixels, upright; its shape is the row of `image_sizes` [N, 2] that stands for it.
+A picture's size is (height, width) in pixels, upright; its shape is its row of `image_sizes` [N, 2].
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from projector import Projector
 
 Pair = tuple[int, int]
 
-# Rows and columns of the tiles of LLaVA-NeXT, https://llava-vl.github.io/blog/2024-01-30-llava-next/
+# (rows, columns) of LLaVA-NeXT's tiles, https://llava-vl.github.io/blog/2024-01-30-llava-next/
 NEXT_GRIDS: tuple[Pair, ...] = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 
 
@@ -43,7 +43,7 @@ class Layout:
 
     @property
     def num_image_tokens(self) -> int | Callable[[Pair], int]:
-        """Tokens of every picture, or of a picture by its size where they differ."""
+        """Tokens of every picture, or a function from a picture's size to its tokens where they differ."""
         return self.num_view_tokens
 
     def num_tokens(self, shape: Pair) -> int:
@@ -51,36 +51,37 @@ class Layout:
         return self.num_view_tokens
 
     def shapes(self, image_sizes: Tensor | None) -> list[Pair]:
-        """`image_sizes` [N, 2] as pairs; none where tokens do not depend on them. Raises ValueError where they lack."""
+        """`image_sizes` [N, 2] as pairs; empty for None. Raises ValueError for None where the layout needs them."""
         if image_sizes is None and self.has_newline:
             raise ValueError(f"pictures laid out as {self.kind} need image_sizes beside pixel_values")
-        return [] if image_sizes is None else [(int(one), int(two)) for one, two in image_sizes.tolist()]
+        return [] if image_sizes is None else [(int(first), int(second)) for first, second in image_sizes.tolist()]
 
     def inputs(self, processed: Mapping[str, Any]) -> dict[str, Any]:
-        """What the model takes of what the image processor gives."""
+        """The model's inputs from the output of the image processor."""
         return {"pixel_values": processed["pixel_values"]}
 
     def prepare(self, transform: Any, picture: Image.Image, size: Pair) -> dict[str, Any]:
-        """What the model takes of one picture, in little more memory than that. `size` may be larger than what it has.
+        """The model's inputs for one picture, computed in little more memory than they take.
 
-        Pictures of ordinary size go through the image processor as they are.
+        `size` is the original size; the picture may have been shrunk when read. Pictures of ordinary size go through
+        the image processor unchanged.
         """
         if self.num_pixels(transform, size) > MAX_ORDINARY_PIXELS or picture.size != size[::-1]:
             return self.inputs(self.prepare_large(transform, picture, size))
         return self.inputs(transform([picture], return_tensors="pt"))
 
     def num_pixels(self, transform: Any, size: Pair) -> int:
-        """The most pixels that the image processor would hold of a picture of this size."""
+        """The most pixels that the image processor would hold at once for a picture of this size."""
         return num_pixels_as(transform, size)
 
     def prepare_large(self, transform: Any, picture: Image.Image, size: Pair) -> Mapping[str, Any]:
-        """What the image processor would give, but for rounding."""
-        as_is = {"do_resize": False, "do_pad": False, "do_center_crop": False}
-        processed: Mapping[str, Any] = transform([fit_as(transform, picture)], **as_is, return_tensors="pt")
+        """What the image processor would give, up to rounding, in less memory."""
+        no_resizing = {"do_resize": False, "do_pad": False, "do_center_crop": False}
+        processed: Mapping[str, Any] = transform([fit_as(transform, picture)], **no_resizing, return_tensors="pt")
         return processed
 
     def join(self, prepared: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """The inputs of several pictures, one behind the other."""
+        """The inputs of several pictures, concatenated."""
         return {name: torch.cat([inputs[name] for inputs in prepared]) for name in prepared[0]}
 
     def encode(self, tower: VisionTower, pixel_values: Tensor, shapes: Sequence[Pair]) -> Tensor:
@@ -89,12 +90,12 @@ class Layout:
         return patches
 
     def project(self, projector: Projector, features: Tensor, shapes: Sequence[Pair], newline: Tensor | None) -> Tensor:
-        """Tokens of all pictures, one behind the other: [N, P, Dv] -> [N * M, D]."""
+        """Tokens of all pictures, concatenated: [N, P, Dv] -> [N * M, D]."""
         tokens: Tensor = projector(features)
         return tokens.flatten(0, 1)
 
     def image_processor(self, spec: TowerSpec, image_mode: str) -> Any:
-        """The tower's transform: `crop` cuts the middle out, `pad` pads with the mean color, `stretch` squeezes."""
+        """The tower's transform: `crop` keeps the center, `pad` pads with the mean color, `stretch` distorts."""
         from transformers import LlavaImageProcessor
 
         side = {"height": spec.image_size_px, "width": spec.image_size_px}
@@ -103,11 +104,11 @@ class Layout:
             size={"shortest_edge": spec.image_size_px} if image_mode == "crop" else side,
             do_center_crop=image_mode == "crop",
             crop_size=side,
-            **_normalisation(spec),
+            **_normalization(spec),
         )
 
     def to_json(self) -> dict[str, Any] | None:
-        """What `build_layout` needs besides the tokens of a view."""
+        """The `values` of `build_layout`; None for `single`."""
         if self.kind == "single":
             return None
         values = {name: value for name, value in asdict(self).items() if name != "num_view_tokens"}
@@ -116,13 +117,13 @@ class Layout:
 
 @dataclass(frozen=True)
 class Tiles(Layout):
-    """LLaVA-NeXT: the whole picture as one view, then the tiles of the grid that wastes least on it.
+    """LLaVA-NeXT: the whole picture as one view, then its tiles, in the grid that fits it best.
 
-    Tokens of the padding around the picture are left out; shape is size. https://arxiv.org/abs/2408.03326, section 3.2
+    Tokens of the padding are dropped. A picture's shape is its size. https://arxiv.org/abs/2408.03326, section 3.2
     """
 
     view_size_px: int
-    grids: tuple[Pair, ...]  # (rows, columns) that may be chosen
+    grids: tuple[Pair, ...]  # the (rows, columns) to choose from
 
     kind: ClassVar[str] = "tiles"
     has_newline: ClassVar[bool] = True
@@ -135,7 +136,7 @@ class Tiles(Layout):
         return _num_tile_tokens(self, shape)
 
     def grid(self, size: Pair) -> Pair:
-        """Rows and columns of the tiles of a picture."""
+        """(rows, columns) of the tiles of a picture of this size."""
         from transformers.image_processing_utils import select_best_resolution
 
         height, width = select_best_resolution(size, self.pinpoints)
@@ -143,7 +144,7 @@ class Tiles(Layout):
 
     @property
     def pinpoints(self) -> list[list[int]]:
-        """The sizes in pixels that pictures are brought to, as transformers' LlavaNext lists them."""
+        """(height, width) in pixels of each grid, as in transformers' `image_grid_pinpoints`."""
         return [[rows * self.view_size_px, columns * self.view_size_px] for rows, columns in self.grids]
 
     def inputs(self, processed: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,15 +166,17 @@ class Tiles(Layout):
             for row in range(rows)
             for column in range(columns)
         ]
-        return {"pixel_values": _normalised(transform, views)[None], "image_sizes": torch.tensor([size])}
+        return {"pixel_values": _normalized(transform, views)[None], "image_sizes": torch.tensor([size])}
 
     def join(self, prepared: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """As transformers joins them: filled up with zeros to the most views of a picture."""
-        most = max(inputs["pixel_values"].shape[1] for inputs in prepared)
-        return super().join([{**inputs, "pixel_values": _filled(inputs["pixel_values"], most)} for inputs in prepared])
+        """Pads every picture with views of zeros to the largest number of views, as transformers does."""
+        max_views = max(inputs["pixel_values"].shape[1] for inputs in prepared)
+        return super().join(
+            [{**inputs, "pixel_values": _pad_views(inputs["pixel_values"], max_views)} for inputs in prepared]
+        )
 
     def encode(self, tower: VisionTower, pixel_values: Tensor, shapes: Sequence[Pair]) -> Tensor:
-        """[N, views, C, H, W], filled up to the most views of a picture -> [W, P, Dv]."""
+        """[N, views, C, H, W], padded to the largest number of views -> [W, P, Dv]."""
         counts = [1 + math.prod(self.grid(shape)) for shape in shapes]
         patches: Tensor = tower(torch.cat([views[:count] for views, count in zip(pixel_values, counts, strict=True)]))
         return patches
@@ -184,7 +187,7 @@ class Tiles(Layout):
         tokens: Tensor = projector(features)  # [W, M, D]
         views = tokens.split([1 + math.prod(self.grid(shape)) for shape in shapes])
         pictures = [self._arrange(views, shape, newline) for views, shape in zip(views, shapes, strict=True)]
-        # no row of it where there is no picture: the newline keeps a gradient, which other ranks may wait for
+        # empty slices: without pictures, projector and newline keep a gradient, which other ranks may wait for
         return torch.cat([*pictures, tokens[:0].flatten(0, 1), newline[None][:0]])
 
     def _arrange(self, views: Tensor, size: Pair, newline: Tensor) -> Tensor:  # [views, M, D] -> [tokens, D]
@@ -204,13 +207,13 @@ class Tiles(Layout):
             size={"shortest_edge": side},
             crop_size={"height": side, "width": side},
             image_grid_pinpoints=self.pinpoints,
-            **_normalisation(spec),
+            **_normalization(spec),
         )
 
 
 @functools.lru_cache(maxsize=65536)
 def _num_tile_tokens(layout: Tiles, size: Pair) -> int:
-    """Counted by arranging tokens of no width."""
+    """Counts the tokens by arranging tokens of width 0."""
     rows, columns = layout.grid(size)
     views = torch.empty(1 + rows * columns, layout.num_view_tokens, 0)
     return len(layout._arrange(views, size, torch.empty(0)))
@@ -218,7 +221,7 @@ def _num_tile_tokens(layout: Tiles, size: Pair) -> int:
 
 @dataclass(frozen=True)
 class Native(Layout):
-    """One view of the picture's own aspect ratio, as large as a budget of tokens allows. Shape is rows and columns.
+    """One view in the picture's aspect ratio, as large as a token budget allows. Its shape is (rows, columns).
 
     The newline that ends each row comes on top of the budget. NaFlex, https://arxiv.org/abs/2502.14786, section 2.4
     """
@@ -247,7 +250,7 @@ class Native(Layout):
         return rows * (columns + 1)
 
     def shape(self, size: Pair) -> Pair:
-        """Rows and columns of the tokens of a picture of this size."""
+        """(rows, columns) of the tokens of a picture of this size."""
         return _native_shape(self, size)
 
     def inputs(self, processed: Mapping[str, Any]) -> dict[str, Any]:
@@ -258,45 +261,45 @@ class Native(Layout):
 
     def prepare_large(self, transform: Any, picture: Image.Image, size: Pair) -> Mapping[str, Any]:
         rows, columns = self.shape(size)
-        seen = resize(picture, (columns * self.unit_px, rows * self.unit_px), transform.resample)
-        processed: Mapping[str, Any] = transform([seen], do_resize=False, return_tensors="pt")
+        resized = resize(picture, (columns * self.unit_px, rows * self.unit_px), transform.resample)
+        processed: Mapping[str, Any] = transform([resized], do_resize=False, return_tensors="pt")
         return processed
 
     def encode(self, tower: VisionTower, pixel_values: Tensor, shapes: Sequence[Pair]) -> Tensor:
-        """[N, max_tokens, unit_px * unit_px * C], filled up behind the picture -> [patches of all pictures, Dv]."""
-        found: dict[int, Tensor] = {}
-        for shape, numbers in _by_shape(shapes).items():
-            found.update(zip(numbers, tower(self.as_pixels(pixel_values[numbers], shape)), strict=True))
-        return torch.cat([found[number] for number in range(len(shapes))])
+        """[N, max_tokens, unit_px * unit_px * C], padded after the picture -> [patches of all pictures, Dv]."""
+        patches: dict[int, Tensor] = {}
+        for shape, indices in _by_shape(shapes).items():
+            patches.update(zip(indices, tower(self.as_pixels(pixel_values[indices], shape)), strict=True))
+        return torch.cat([patches[index] for index in range(len(shapes))])
 
     def as_pixels(self, pixel_values: Tensor, shape: Pair) -> Tensor:
-        """Pictures of one shape as pixels again: [n, max_tokens, unit_px * unit_px * C] -> [n, C, H, W]."""
+        """Restores the pixels of pictures of one shape: [n, max_tokens, unit_px * unit_px * C] -> [n, C, H, W]."""
         rows, columns = shape
         side = self.unit_px
-        cut = pixel_values[:, : rows * columns].unflatten(2, (side, side, -1)).unflatten(1, (rows, columns))
-        pixels: Tensor = cut.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+        cells = pixel_values[:, : rows * columns].unflatten(2, (side, side, -1)).unflatten(1, (rows, columns))
+        pixels: Tensor = cells.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
         return pixels
 
     def project(self, projector: Projector, features: Tensor, shapes: Sequence[Pair], newline: Tensor | None) -> Tensor:
-        """[patches of all pictures, Dv] -> [tokens, D]; [0, P, Dv] where there is no picture."""
+        """[patches of all pictures, Dv], or [0, P, Dv] without pictures -> [tokens, D]."""
         assert newline is not None
         if not shapes:
             return torch.cat([projector(features).flatten(0, 1), newline[None][:0]])
         stride = self.token_stride
         patches = features.split([rows * columns * stride**2 for rows, columns in shapes])
-        found: dict[int, Tensor] = {}
-        for (rows, columns), numbers in _by_shape(shapes).items():
-            stacked = torch.stack([patches[number] for number in numbers])
+        lines_of: dict[int, Tensor] = {}
+        for (rows, columns), indices in _by_shape(shapes).items():
+            stacked = torch.stack([patches[index] for index in indices])
             tokens: Tensor = projector(stacked, (rows * stride, columns * stride))
             grid = tokens.unflatten(1, (rows, columns))  # [n, rows, columns, D]
             lines = torch.cat([grid, newline.expand(*grid.shape[:2], 1, -1)], 2)
-            found.update(zip(numbers, lines.flatten(1, 2), strict=True))
-        return torch.cat([found[number] for number in range(len(shapes))])
+            lines_of.update(zip(indices, lines.flatten(1, 2), strict=True))
+        return torch.cat([lines_of[index] for index in range(len(shapes))])
 
     def image_processor(self, spec: TowerSpec, image_mode: str) -> Any:
         from transformers import Siglip2ImageProcessor
 
-        return Siglip2ImageProcessor(patch_size=self.unit_px, max_num_patches=self.max_tokens, **_normalisation(spec))
+        return Siglip2ImageProcessor(patch_size=self.unit_px, max_num_patches=self.max_tokens, **_normalization(spec))
 
 
 @functools.lru_cache(maxsize=65536)
@@ -307,28 +310,28 @@ def _native_shape(layout: Native, size: Pair) -> Pair:
     return height // layout.unit_px, width // layout.unit_px
 
 
-def _normalised(transform: Any, views: Sequence[Image.Image]) -> Tensor:  # [views, C, H, W]
+def _normalized(transform: Any, views: Sequence[Image.Image]) -> Tensor:  # [views, C, H, W]
     pixels = torch.stack([torch.from_numpy(np.array(view)).permute(2, 0, 1) for view in views])
     mean, std = tuple(transform.image_mean), tuple(transform.image_std)
-    normal: Tensor = transform.rescale_and_normalize(
+    normalized: Tensor = transform.rescale_and_normalize(
         pixels, transform.do_rescale, transform.rescale_factor, transform.do_normalize, mean, std
     )
-    return normal
+    return normalized
 
 
-def _filled(views: Tensor, count: int) -> Tensor:  # [1, views, C, H, W] -> [1, count, C, H, W]
+def _pad_views(views: Tensor, count: int) -> Tensor:  # [1, views, C, H, W] -> [1, count, C, H, W]
     return torch.cat([views, views.new_zeros(1, count - views.shape[1], *views.shape[2:])], 1)
 
 
 def _by_shape(shapes: Sequence[Pair]) -> dict[Pair, list[int]]:
-    """Numbers of the pictures of each shape."""
-    found: dict[Pair, list[int]] = defaultdict(list)
-    for number, shape in enumerate(shapes):
-        found[shape].append(number)
-    return found
+    """The indices of the pictures of each shape."""
+    indices: dict[Pair, list[int]] = defaultdict(list)
+    for index, shape in enumerate(shapes):
+        indices[shape].append(index)
+    return indices
 
 
-def _normalisation(spec: TowerSpec) -> dict[str, Any]:
+def _normalization(spec: TowerSpec) -> dict[str, Any]:
     return {
         "resample": INTERPOLATIONS[spec.interpolation],
         "image_mean": list(spec.mean),
@@ -340,7 +343,7 @@ LAYOUTS: dict[str, type[Layout]] = {layout.kind: layout for layout in (Layout, T
 
 
 def build_layout(num_view_tokens: int, values: Mapping[str, Any] | None) -> Layout:
-    """The layout of a checkpoint: `values` is what `Layout.to_json` gave."""
+    """The layout of a checkpoint: `values` come from `Layout.to_json`."""
     if values is None:
         return Layout(num_view_tokens)
     options = {name: value for name, value in values.items() if name != "kind"}
@@ -350,14 +353,14 @@ def build_layout(num_view_tokens: int, values: Mapping[str, Any] | None) -> Layo
 
 
 def new_layout(config: VisionConfig, tower: VisionTower, projector: Projector, num_view_tokens: int) -> Layout:
-    """The layout of a run's settings. Raises ConfigError where tower or projector cannot do it."""
+    """The layout of a run's settings. Raises ConfigError where the tower or projector does not support it."""
     if config.image_mode not in ("anyres", "native"):
         return Layout(num_view_tokens)
     side, stride = tower.spec.image_size_px, projector.token_stride
     if stride is None:
         raise ConfigError(
-            f"model.vision.image_mode: {config.image_mode} needs tokens that stand where their patches are, which "
-            "those of this projector do not; take mlp, linear, downsample, or c_abstractor without num_tokens"
+            f"model.vision.image_mode: {config.image_mode} needs a projector whose tokens keep the grid of "
+            "patches, which this one does not; take mlp, linear, downsample, or c_abstractor without num_tokens"
         )
     if config.image_mode == "anyres":
         return Tiles(num_view_tokens, side, config.tile_grids or NEXT_GRIDS)
@@ -369,18 +372,18 @@ def new_layout(config: VisionConfig, tower: VisionTower, projector: Projector, n
 
 @torch.no_grad()
 def _try_native(layout: Native, tower: VisionTower) -> None:
-    """Shows the tower a picture that is not square. Raises ConfigError where it cannot take one."""
+    """Runs the tower on a picture that is not square. Raises ConfigError where it cannot take one."""
     parameter = next(tower.parameters(), torch.zeros(()))
     rows, columns = 2, 3
     height, width = rows * layout.unit_px, columns * layout.unit_px
     try:
         patches = tower(torch.zeros(1, 3, height, width, dtype=parameter.dtype, device=parameter.device))
-        found: object = patches.shape[1]
+        result: object = patches.shape[1]
     except (RuntimeError, ValueError, AssertionError, TypeError) as error:
-        found = str(error).splitlines()[0]
-    if found != (wanted := rows * columns * layout.token_stride**2):
+        result = str(error).splitlines()[0]
+    if result != (num_patches := rows * columns * layout.token_stride**2):
         raise ConfigError(
             f"model.vision.image_mode: native needs a tower that takes pictures of any shape, and {tower.spec.source} "
-            f"does not: of {height} x {width} pixels it gives {found}, where {wanted} patches are due; "
+            f"does not: for {height} x {width} pixels it gives {result} instead of {num_patches} patches; "
             "take image_mode: anyres"
         )

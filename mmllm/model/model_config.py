@@ -11,17 +11,17 @@ from transformers import AutoConfig, PretrainedConfig
 
 
 class VisionLanguageConfig(PretrainedConfig):  # type: ignore[misc]
-    """What a model is made of, in plain values: enough to build it without any part's own files.
+    """The parts of a model in plain values: enough to build it without the files of any part.
 
     Args:
         vision: a `TowerSpec` as a dict.
         projector: `kind` and `options` of one of PROJECTORS.
         text_config: the LLM's own transformers config.
-        image_token_id: the vocabulary's `<image>`.
-        num_image_tokens: how many of them stand for one view of the tower, counted by probing tower and projector.
-        layout: how an image becomes several views, or one of another shape; None: each is one view.
-        part_dtypes: of each of PARTS the dtype of its weights, such as "bfloat16". A model that is read in another
-            dtype than its LLM's has all parts in that one; None: all parts have the same.
+        image_token_id: the id of `<image>` in the vocabulary.
+        num_image_tokens: image tokens per view of the tower, counted by running tower and projector once.
+        layout: of `Layout.to_json`: how an image becomes views; None: each is one square view.
+        part_dtypes: the dtype of the weights of each of PARTS, such as "bfloat16"; None: all parts have the same.
+            A model loaded in a dtype other than its LLM's has all parts in that dtype.
     """
 
     model_type = "mmllm"
@@ -52,17 +52,17 @@ class VisionLanguageConfig(PretrainedConfig):  # type: ignore[misc]
         super().__init__(**kwargs)
 
     def dtype_of(self, part: str) -> torch.dtype:
-        """The dtype to build a part in: its own, or the one that all parts are asked for in."""
-        own = self.part_dtypes
-        if own is None or str(self.dtype).removeprefix("torch.") != own["language"]:
+        """The dtype to build a part in: its saved one, or the one in which the whole model is loaded."""
+        saved_dtypes = self.part_dtypes
+        if saved_dtypes is None or str(self.dtype).removeprefix("torch.") != saved_dtypes["language"]:
             return torch.get_default_dtype()
-        dtype: torch.dtype = getattr(torch, own[part])
+        dtype: torch.dtype = getattr(torch, saved_dtypes[part])
         return dtype
 
 
 @contextlib.contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """New tensors are made in this dtype meanwhile."""
+    """Creates new tensors in this dtype inside the `with` block."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

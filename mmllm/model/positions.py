@@ -1,7 +1,7 @@
-"""How many positions an LLM has: a row that is longer ends a run with an index out of range.
+"""How many positions an LLM has: a longer row would end a run with an index out of range.
 
-Rotary embeddings, most ALiBi and state-space models have no such end; `max_position_embeddings` is then the length that
-the LLM was trained on, and does not say what can be computed.
+Rotary embeddings, most ALiBi and state-space models have no such limit. There `max_position_embeddings` is the length
+that the LLM was trained on, not the longest that it can compute.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from torch import nn
 
 from mmllm.model.hub import quiet_transformers
 
-# What an architecture may raise that cannot be built on the meta device. None of them has a table of positions.
+# What architectures raise that cannot be built on the meta device. None of them has a table of positions.
 _FAILURES = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
 def _table_sizes(language_model: Any, num_positions: int) -> Iterator[int]:
-    """The usable rows of every table that has a row for each position."""
-    tokens = language_model.get_input_embeddings()
+    """The number of usable rows of each position table."""
+    token_embedding = language_model.get_input_embeddings()
     for module in language_model.modules():
-        if not isinstance(module, nn.Embedding) or module is tokens:
+        if not isinstance(module, nn.Embedding) or module is token_embedding:
             continue
-        offset = getattr(module, "offset", 0)  # OPT's and BART's tables begin with two rows that no position has
+        offset = getattr(module, "offset", 0)  # OPT's and BART's tables begin with two unused rows
         if module.num_embeddings - offset == num_positions:
-            # RoBERTa counts positions from behind the padding's row
+            # RoBERTa's positions begin after the padding row
             yield num_positions if offset or module.padding_idx is None else num_positions - module.padding_idx - 1
     for buffer in language_model.buffers():  # GPT-J's sines, CTRL's table, GPT-Neo's mask
         if buffer.ndim >= 2 and num_positions in buffer.shape:
@@ -34,9 +34,9 @@ def _table_sizes(language_model: Any, num_positions: int) -> Iterator[int]:
 
 
 def position_limit(language_model: Any) -> int | None:
-    """The longest row in tokens that an LLM can be given; None where nothing but memory limits it."""
+    """The longest row in tokens that an LLM can compute; None where only memory limits it."""
     config = language_model.config.get_text_config()
-    if config.model_type == "mpt":  # its ALiBi is a table too, made anew in every forward
+    if config.model_type == "mpt":  # its ALiBi is a table too, rebuilt in every forward
         return int(config.max_seq_len)
     num_positions = getattr(config, "max_position_embeddings", None)
     if not isinstance(num_positions, int):
@@ -45,7 +45,7 @@ def position_limit(language_model: Any) -> int | None:
 
 
 def position_limit_of(config: Any) -> int | None:
-    """The `position_limit` of the LLM with this config, built without its weights."""
+    """The `position_limit` of the LLM with this config, built without weights; None where it cannot be built so."""
     from transformers import AutoModelForCausalLM
 
     try:
@@ -56,6 +56,6 @@ def position_limit_of(config: Any) -> int | None:
 
 
 def max_length_tokens(model: Any) -> int:
-    """The longest prompt and answer together that a vision-language model was trained for and can compute."""
+    """The longest prompt plus answer, in tokens, that a vision-language model was trained for and can compute."""
     trained_length = getattr(model.config.text_config, "max_position_embeddings", 0) or 2**31
     return min(int(trained_length), position_limit(model.language_model) or 2**31)

@@ -22,17 +22,17 @@ from mmllm.model.layout import Layout, build_layout
 class VisionLanguageProcessor(ProcessorMixin):  # type: ignore[misc]
     """Text with `<image>` marks and pictures -> `input_ids`, `attention_mask`, `pixel_values`, `image_sizes`.
 
-    The last only where the number of image tokens depends on the picture.
+    `image_sizes` is given only where the number of image tokens depends on the picture.
 
     Args:
         image_processor: the tower's transform.
         tokenizer: the LLM's tokenizer, with `<image>` in its vocabulary.
-        chat_template: Jinja text that gives what the renderer of `template` gives.
+        chat_template: Jinja text that renders what the renderer of `template` renders.
         template: the renderer's template, a key of TEMPLATES or `tokenizer`.
-        num_image_tokens: image tokens that stand for one view of the tower.
-        layout: how a picture becomes several views, or one of another shape; None: each is one view.
-        picture_label: what stands before each of several pictures of a question; `{}` is its number.
-        encoding: how texts become ids, see Renderer; checkpoints that do not say it are of the first way.
+        num_image_tokens: image tokens per view of the tower.
+        layout: of `Layout.to_json`: how a picture becomes views; None: each is one square view.
+        picture_label: text before each picture of a question that has several; `{}` is the picture's number.
+        encoding: version of the rules from texts to ids, see Renderer; 1 for checkpoints that name none.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class VisionLanguageProcessor(ProcessorMixin):  # type: ignore[misc]
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
         """As ProcessorMixin's, without special tokens around the text: the chat template writes them all.
 
-        Said in the call, since no class attribute says it to every version of transformers.
+        Set per call, since no class attribute works in every version of transformers.
         """
         if "add_special_tokens" not in kwargs.get("text_kwargs", {}):
             kwargs.setdefault("add_special_tokens", False)
@@ -67,10 +67,10 @@ class VisionLanguageProcessor(ProcessorMixin):  # type: ignore[misc]
     def validate_inputs(self, images: Any = None, text: Any = None, **kwargs: Any) -> None:
         """Raises ValueError where the text has more or fewer `<image>` than there are pictures.
 
-        Older versions of transformers would leave pictures out without a word.
+        Older versions of transformers would drop pictures silently.
         """
         if text is not None:
-            marks = sum(one.count(IMAGE_TOKEN) for one in ([text] if isinstance(text, str) else text))
+            marks = sum(prompt.count(IMAGE_TOKEN) for prompt in ([text] if isinstance(text, str) else text))
             pictures = 0 if images is None else len(make_flat_list_of_images(images))
             if marks != pictures:
                 raise ValueError(
@@ -80,7 +80,7 @@ class VisionLanguageProcessor(ProcessorMixin):  # type: ignore[misc]
 
     @property
     def unused_input_names(self) -> list[str]:
-        """What tokenizers give and no causal LM takes."""
+        """Outputs of tokenizers that no causal LM takes."""
         return ["token_type_ids"]
 
     @property
@@ -89,36 +89,36 @@ class VisionLanguageProcessor(ProcessorMixin):  # type: ignore[misc]
         return build_layout(self.num_image_tokens, self.layout)
 
     def image_inputs(self, pictures: Iterable[Image.Image | PreparedImage]) -> dict[str, Tensor]:
-        """What the model takes of these pictures: float32 pixels, and `image_sizes` where they count.
+        """The model's inputs for these pictures: float32 `pixel_values`, and `image_sizes` where the layout needs them.
 
-        Small pictures are processed together and large ones one by one, each asked for when it is its turn.
+        Small pictures are processed together, large ones one by one. `pictures` is consumed lazily.
         """
-        layout, done = self.image_layout, list[dict[str, Tensor]]()
+        layout, processed = self.image_layout, list[dict[str, Tensor]]()
         waiting: list[Image.Image] = []
         for picture in pictures:
             is_large = isinstance(picture, PreparedImage) or self._is_large(layout, picture)
-            if is_large or sum(math.prod(one.size) for one in waiting) > MAX_ORDINARY_PIXELS:
-                done += self._process(layout, waiting)
+            if is_large or sum(math.prod(small.size) for small in waiting) > MAX_ORDINARY_PIXELS:
+                processed += self._process(layout, waiting)
                 waiting = []
             if isinstance(picture, PreparedImage):
-                done.append(dict(picture.inputs))
+                processed.append(dict(picture.inputs))
             elif is_large:
-                done.append(dict(self.prepare(picture).inputs))
+                processed.append(dict(self.prepare(picture).inputs))
             else:
                 waiting.append(picture)
-        done += self._process(layout, waiting)
-        return done[0] if len(done) == 1 else layout.join(done)
+        processed += self._process(layout, waiting)
+        return processed[0] if len(processed) == 1 else layout.join(processed)
 
     def load_prepared(self, image: ImageSource | Path) -> PreparedImage:
-        """A picture as the model takes it, and the only thing that stays of it. Raises ImageError."""
+        """Reads a picture into the model's inputs, and keeps nothing else of it. Raises ImageError."""
         if isinstance(image, PreparedImage):
             return image
         return self.prepare(load_image(image, may_shrink=True), image_size(image))
 
     def load_pixels(self, images: Iterable[ImageSource | Path]) -> dict[str, Tensor]:
-        """Pictures as the model takes them: `pixel_values` [N, C, H, W] in float32, and `image_sizes` where they count.
+        """Reads pictures into the model's inputs: float32 `pixel_values` [N, C, H, W], and `image_sizes` where needed.
 
-        Large ones are read and made small one by one. Raises ImageError for what is no picture.
+        Large ones are read and shrunk one by one. Raises ImageError for a file that is not a picture.
         """
         return self.image_inputs(self._loaded(image) for image in images)
 
@@ -129,7 +129,7 @@ class VisionLanguageProcessor(ProcessorMixin):  # type: ignore[misc]
         return picture if picture.size == size[::-1] else self.prepare(picture, size)
 
     def build_renderer(self) -> Renderer:
-        """The renderer that this processor describes: its tokenizer, template and image tokens. Raises ChatError."""
+        """The renderer for this processor's tokenizer, template and image tokens. Raises ChatError."""
         return Renderer(
             self.tokenizer,
             self.template,
@@ -140,7 +140,7 @@ class VisionLanguageProcessor(ProcessorMixin):  # type: ignore[misc]
         )
 
     def prepare(self, picture: Image.Image, size: tuple[int, int] | None = None) -> PreparedImage:
-        """One picture as the model takes it. `size` is its (height, width), where it was made smaller when read."""
+        """The model's inputs for one picture. `size` is its original (height, width), if it was shrunk when read."""
         size = size or (picture.height, picture.width)
         return PreparedImage(size, _as_float32(self.image_layout.prepare(self.image_processor, picture, size)))
 
@@ -155,11 +155,11 @@ class VisionLanguageProcessor(ProcessorMixin):  # type: ignore[misc]
         return self.image_layout.inputs(processed), marks
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
-        """What one `<image>` becomes before tokenisation."""
+        """What one `<image>` becomes before tokenization."""
         layout = self.image_layout
         sizes = layout.inputs(image_inputs).get("image_sizes")
-        one, two = (0, 0) if sizes is None else sizes[image_idx]
-        return IMAGE_TOKEN * layout.num_tokens((int(one), int(two)))
+        first, second = (0, 0) if sizes is None else sizes[image_idx]
+        return IMAGE_TOKEN * layout.num_tokens((int(first), int(second)))
 
 
 def _as_float32(inputs: dict[str, Any]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What a vision tower is: the contract of every family of encoders, and the plain values that describe one.
+"""The contract of every vision tower, and the plain values that describe one.
 
 Shapes: `N` images, `C H W` one image, `P` patches per image, `Dv` vision width.
 """
@@ -21,9 +21,9 @@ INTERPOLATIONS = {"bicubic": 3, "bilinear": 2}  # open_clip's names -> PIL.Image
 
 @dataclass(frozen=True)
 class TowerSpec:
-    """What a tower is: its encoder's config, the layers that are read, and the image transform of its training."""
+    """A tower in plain values: its encoder's config, the layers to read, and the image transform of its training."""
 
-    model_cfg: dict[str, Any]  # in the family's own words
+    model_cfg: dict[str, Any]  # with the family's own keys
     layer: int | tuple[int, ...]  # negative, counted from the last; several are concatenated by channel
     image_size_px: int
     mean: tuple[float, ...]
@@ -46,10 +46,10 @@ class TowerSpec:
 
 
 class VisionTower(nn.Module):
-    """pixels [N, C, H, W] -> patch tokens [N, P, Dv], row by row, without CLS or registers.
+    """pixels [N, C, H, W] -> patch tokens [N, P, Dv] in row-major order, without CLS or registers.
 
-    Read is the output of a layer as the next one would get it, without the encoder's final norm, as LLaVA does
-    (https://arxiv.org/abs/2304.08485). What stands behind the last layer that is read is not built.
+    Patch tokens are the output of a layer as the next one would get it, without the encoder's final norm, as LLaVA does
+    (https://arxiv.org/abs/2304.08485). Nothing after the last layer that is read is built.
     """
 
     num_patches: int
@@ -60,14 +60,14 @@ class VisionTower(nn.Module):
         self.spec = spec
 
     def blocks(self) -> list[nn.Module]:
-        """The layers in the order in which they run, for training the last ones alone."""
+        """The layers in the order in which they run, so that the last ones can be trained alone."""
         raise NotImplementedError
 
     def checkpoint_layers(self) -> None:
-        """From now on a layer in training keeps its input alone, and runs again in backward.
+        """Turns on gradient checkpointing: in training a layer keeps only its input, and runs again in backward.
 
-        Not left to the libraries: of one encoder they do it, of another they leave it out and say nothing. Raises
-        ConfigError where running twice is not the same as once.
+        The libraries do so for some encoders and silently skip others, so it is done here. Raises ConfigError for an
+        encoder with batch norm, which would count every batch twice.
         """
         if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.modules()):
             raise ConfigError(
@@ -88,7 +88,7 @@ class VisionTower(nn.Module):
 
     @torch.no_grad()
     def _probe(self) -> None:
-        """Counts patches and width by one run, on no memory where the weights have none."""
+        """Finds `num_patches` and `width` by one forward pass, on the meta device if the weights are there."""
         side, parameter = self.spec.image_size_px, next(self.parameters())
         was_training = self.training
         self.eval()
@@ -100,12 +100,12 @@ class VisionTower(nn.Module):
 
 
 class LayeredTower(VisionTower):
-    """A tower with an encoder of layers, of which some are read."""
+    """A tower that reads some of its encoder's layers."""
 
     encoder: Any
 
-    def fill(self, weights: Mapping[str, Tensor]) -> None:
-        """Takes the weights of a whole encoder; what it has behind the last layer that is read is left out."""
+    def load_encoder_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Loads the weights of a whole encoder; those after the last layer that is read are ignored."""
         self.encoder.load_state_dict({key: weights[key] for key in self.encoder.state_dict()})
 
 
@@ -119,8 +119,8 @@ def _recomputed(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., 
 
 
 def concatenate(maps: Sequence[Tensor]) -> Tensor:
-    """Layers' outputs [N, P, width] side by side. Raises ConfigError where their grids differ."""
-    if len({one.shape[1] for one in maps}) > 1:
-        counts = ", ".join(str(one.shape[1]) for one in maps)
+    """Concatenates layers' outputs [N, P, width] by channel. Raises ConfigError where they differ in P."""
+    if len({features.shape[1] for features in maps}) > 1:
+        counts = ", ".join(str(features.shape[1]) for features in maps)
         raise ConfigError(f"model.vision.feature_layer: these layers have {counts} patches; read layers of one size")
     return torch.cat(list(maps), dim=2) if len(maps) > 1 else maps[0]

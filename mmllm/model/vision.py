@@ -1,7 +1,7 @@
 """Vision towers by family: open_clip, transformers, `patches` (no encoder at all), and two of them fused.
 
-A tower is described by plain values (`TowerSpec.to_json`) that are stored in the checkpoint, so that it is built again
-without registry, weights or network.
+A checkpoint stores the plain values of its tower (`TowerSpec.to_json`), so the tower is rebuilt without registry,
+pretrained weights or network.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class PatchTower(VisionTower):
 class FusedTower(VisionTower):
     """Two towers that see the same picture, their patches concatenated by channel: Dv is the sum of their widths.
 
-    Pixels come in the transform of the first; the second gets them back in its own mean and standard deviation.
+    Pixels arrive normalized for the first; the second gets them renormalized with its own mean and standard deviation.
     Prismatic, https://arxiv.org/abs/2402.07865
     """
 
@@ -56,12 +56,12 @@ class FusedTower(VisionTower):
 
     @staticmethod
     def join(first: VisionTower, second: VisionTower) -> FusedTower:
-        """A tower of two that are loaded already."""
+        """Fuses two loaded towers. Raises ConfigError where they differ in image size or number of patches."""
         _check_fusion(first, second)
-        one = first.spec
-        parts = {"first": one.to_json(), "second": second.spec.to_json()}
-        source = f"{one.source} + {second.spec.source}"
-        spec = TowerSpec(parts, -1, one.image_size_px, one.mean, one.std, one.interpolation, source, "fused")
+        base = first.spec
+        parts = {"first": base.to_json(), "second": second.spec.to_json()}
+        source = f"{base.source} + {second.spec.source}"
+        spec = TowerSpec(parts, -1, base.image_size_px, base.mean, base.std, base.interpolation, source, "fused")
         with torch.device("meta"):
             tower = FusedTower(spec)
         tower.first, tower.second = first, second
@@ -78,10 +78,12 @@ class FusedTower(VisionTower):
         self.second.checkpoint_layers()
 
     def forward(self, pixels: Tensor) -> Tensor:  # [N, C, H, W] -> [N, P, Dv]
-        one, two = self.first.spec, self.second.spec
-        columns = [pixels.new_tensor(values).view(-1, 1, 1) for values in (one.mean, one.std, two.mean, two.std)]
-        again = (pixels * columns[1] + columns[0] - columns[2]) / columns[3]
-        return torch.cat([self.first(pixels), self.second(again)], dim=2)
+        first, second = self.first.spec, self.second.spec
+        stats = [
+            pixels.new_tensor(values).view(-1, 1, 1) for values in (first.mean, first.std, second.mean, second.std)
+        ]
+        renormalized = (pixels * stats[1] + stats[0] - stats[2]) / stats[3]
+        return torch.cat([self.first(pixels), self.second(renormalized)], dim=2)
 
 
 def _check_fusion(first: VisionTower, second: VisionTower) -> None:
@@ -89,8 +91,8 @@ def _check_fusion(first: VisionTower, second: VisionTower) -> None:
     if sizes[0] != sizes[1] or first.num_patches != second.num_patches:
         raise ConfigError(
             f"model.vision.fuse_with: {first.spec.source} has {first.num_patches} patches of a picture of {sizes[0]} "
-            f"pixels, {second.spec.source} has {second.num_patches} of {sizes[1]}; both need the same picture and as "
-            "many patches: set image_size_px of one"
+            f"pixels, {second.spec.source} has {second.num_patches} of {sizes[1]}; both need the same picture size "
+            "and number of patches: set image_size_px of one"
         )
 
 
@@ -109,11 +111,11 @@ def build_tower(spec: TowerSpec) -> VisionTower:
 
 def load_tower(config: VisionConfig) -> VisionTower:
     """The pretrained tower of a run's settings. Raises ConfigError where it has no weights or no such layer."""
-    tower = _load_one(config)
-    return FusedTower.join(tower, _load_one(config.fuse_with)) if config.fuse_with else tower
+    tower = _load_single(config)
+    return FusedTower.join(tower, _load_single(config.fuse_with)) if config.fuse_with else tower
 
 
-def _load_one(config: TowerConfig) -> VisionTower:
+def _load_single(config: TowerConfig) -> VisionTower:
     if config.source.startswith(TRANSFORMERS):
         return load_transformers_tower(config)
     if not config.source.startswith(PATCHES):

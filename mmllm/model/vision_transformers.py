@@ -17,12 +17,12 @@ TRANSFORMERS = "transformers:"
 RESAMPLINGS = {2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling -> open_clip's names
 
 
-_FIXED_POSITIONS = ("clip_vision_model", "siglip_vision_model")  # interpolated only where that is asked for
+_FIXED_POSITIONS = ("clip_vision_model", "siglip_vision_model")  # interpolated only on request
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """How one of transformers' encoders is built: its class, where its layers and its final norm are."""
+    """How to build one of transformers' encoders: its class, and the paths of its layers and its final norm."""
 
     model_class: str
     layers: str
@@ -51,11 +51,11 @@ class TransformersTower(LayeredTower):
         self.encoder: Any = _class(config)(config)
         layers = self.encoder.get_submodule(kind.layers)
         self._read = self._indices(len(layers))
-        del layers[max(self._read) + 1 :]  # what stands behind would only be run and saved
+        del layers[max(self._read) + 1 :]  # later layers would be run and saved for nothing
         setattr(self.encoder, kind.norm, nn.Identity())
         embeddings: Any = getattr(self.encoder, "embeddings", None)
         if getattr(embeddings, "mask_token", None) is not None:
-            embeddings.mask_token = None  # for training with hidden patches, as the encoder once was
+            embeddings.mask_token = None  # only for pretraining with masked patches
         self._num_prefix_tokens = kind.num_prefix_tokens + getattr(config, "num_register_tokens", 0)
         self._probe()
 
@@ -79,14 +79,14 @@ class TransformersTower(LayeredTower):
             return {"pixel_values": pixels, "interpolate_pos_encoding": True}
         if config.model_type != "siglip2_vision_model":
             return {"pixel_values": pixels}
-        size = self.encoder.config.patch_size  # takes patches, so that pictures of any aspect ratio fit one batch
+        size = self.encoder.config.patch_size  # SigLIP 2 takes patches, so that any aspect ratio fits one batch
         rows, columns = pixels.shape[2] // size, pixels.shape[3] // size
-        cut = pixels[:, :, : rows * size, : columns * size].unflatten(3, (columns, size)).unflatten(2, (rows, size))
-        patches = cut.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # [N, P, size * size * C]
+        cells = pixels[:, :, : rows * size, : columns * size].unflatten(3, (columns, size)).unflatten(2, (rows, size))
+        patches = cells.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # [N, P, size * size * C]
         return {
             "pixel_values": patches,
-            "pixel_attention_mask": None,  # all of them are of the picture
-            # read as numbers, also while the model is built without memory
+            "pixel_attention_mask": None,  # no patch is padding
+            # on the CPU: its values are read even while the model is on the meta device
             "spatial_shapes": torch.tensor([[rows, columns]] * len(pixels), dtype=torch.long, device="cpu"),
         }
 
@@ -95,7 +95,7 @@ def _config(model_cfg: dict[str, Any]) -> Any:
     from transformers import AutoConfig
 
     config = AutoConfig.for_model(**copy.deepcopy(model_cfg))
-    config.vision_use_head = False  # SigLIP's attention pool, which stands behind the last layer
+    config.vision_use_head = False  # drops SigLIP's attention pool, which follows the last layer
     return config
 
 
@@ -106,9 +106,9 @@ def _class(config: Any) -> Any:
 
 
 def load_transformers_tower(config: TowerConfig) -> TransformersTower:
-    """The pretrained tower of these settings. Raises ConfigError where it is none, is not whole or has no such layer.
+    """The pretrained tower of these settings. Raises ConfigError if it is no encoder, incomplete or lacks the layer.
 
-    Position embeddings are interpolated to `image_size_px` where that is not the size of the encoder's training.
+    Position embeddings are interpolated to `image_size_px` where the encoder was trained at another size.
     """
     from transformers import AutoConfig, AutoImageProcessor
 
@@ -116,8 +116,8 @@ def load_transformers_tower(config: TowerConfig) -> TransformersTower:
     check_source(name, config.revision, setting="model.vision.source")
     try:
         with quiet_transformers():
-            found = AutoConfig.from_pretrained(name, revision=config.revision)
-            encoder_config = getattr(found, "vision_config", found)
+            full_config = AutoConfig.from_pretrained(name, revision=config.revision)
+            encoder_config = getattr(full_config, "vision_config", full_config)
             if encoder_config.model_type not in ENCODERS:
                 raise ConfigError(
                     f"model.vision.source: {name} is of type {encoder_config.model_type!r}, which is no vision encoder "
@@ -146,7 +146,7 @@ def load_transformers_tower(config: TowerConfig) -> TransformersTower:
         spec.model_cfg["image_size"] = side
         weights["embeddings.position_embedding.weight"] = positions
     tower = TransformersTower(spec)
-    tower.fill(weights)
+    tower.load_encoder_weights(weights)
     return tower
 
 
@@ -167,7 +167,7 @@ def transformers_spec(
 
 
 def _image_size(transform: Any, config: Any) -> int:
-    """The side of the pictures that the encoder's own transform makes."""
+    """The side in pixels of the pictures that the encoder's own transform makes."""
     for size in (getattr(transform, "crop_size", None), getattr(transform, "size", None)):
         if size is not None and size.get("height"):
             return int(size["height"])
@@ -180,7 +180,7 @@ def _image_size(transform: Any, config: Any) -> int:
 def _positions(encoder: Any, side: int) -> Tensor | None:
     """CLIP's and SigLIP's position embeddings for another picture size, as transformers interpolates them.
 
-    None where the size is the encoder's own, and for encoders that interpolate by themselves (SigLIP 2, DINO).
+    None at the encoder's own size, and for encoders that interpolate by themselves (SigLIP 2, DINO).
     """
     config = encoder.config
     if config.model_type not in _FIXED_POSITIONS or side == config.image_size:

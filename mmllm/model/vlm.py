@@ -1,9 +1,9 @@
 """The model: image -> vision tower -> projector -> LLM. Read this file first.
 
 Shapes: `B` batch, `T` tokens, `N` images of the whole batch, `P` patches and `M` tokens per image, `Dv` vision width,
-`D` LLM width, `V` vocabulary. The image token stands `M` times in the text for each image; the projected patches
-take the places of those tokens, in the order in which the images stand. Where images are cut into tiles or keep their
-aspect ratio, `M` depends on the image: layout.py says how. Generation: generation.py; the config: model_config.py.
+`D` LLM width, `V` vocabulary. The text holds the image token `M` times for each image; the projected patches
+replace those tokens, in the order of the images. Where images are cut into tiles or keep their aspect ratio, `M`
+depends on the image: see layout.py. Generation is in generation.py, the config in model_config.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mmllm.batch import Batch
-from mmllm.kernels.attention import keep_score_cap
+from mmllm.kernels.attention import replace_capped_sdpa
 from mmllm.kernels.tables import compute_tables
 from mmllm.model.generation import ImageGenerationMixin
 from mmllm.model.layout import build_layout
@@ -30,7 +30,7 @@ PARTS = {"vision": "vision_tower", "projector": "projector", "language": "langua
 
 
 class VisionLanguageModel(PreTrainedModel, ImageGenerationMixin):  # type: ignore[misc]
-    """LLaVA's architecture with parts of one's choice. Paper: https://arxiv.org/abs/2304.08485"""
+    """LLaVA's architecture with any tower, projector and LLM. Paper: https://arxiv.org/abs/2304.08485"""
 
     config_class = VisionLanguageConfig
     base_model_prefix = ""
@@ -47,12 +47,12 @@ class VisionLanguageModel(PreTrainedModel, ImageGenerationMixin):  # type: ignor
         self.vision_tower = _build_tower(config)
         self.projector = _build_projector(config, self.vision_tower.width)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
-        keep_score_cap(self.language_model)
+        replace_capped_sdpa(self.language_model)
         self.layout = build_layout(config.num_image_tokens, config.layout)
         self.image_newline: nn.Parameter | None = None  # [D], at the end of each row of image tokens
         if self.layout.has_newline:
             width = config.text_config.hidden_size
-            newline = torch.randn(width, dtype=config.dtype_of("projector")) / width**0.5  # LlavaNext's size at first
+            newline = torch.randn(width, dtype=config.dtype_of("projector")) / width**0.5  # LlavaNext's initial scale
             self.image_newline = nn.Parameter(newline)
         self.language_inputs = frozenset(inspect.signature(self.language_model.forward).parameters)
         self.post_init()
@@ -72,8 +72,9 @@ class VisionLanguageModel(PreTrainedModel, ImageGenerationMixin):  # type: ignor
     ) -> CausalLMOutputWithPast:
         """Logits [B, T, V] of the LLM, and the mean loss where `labels` are given. `kwargs` go to the LLM.
 
-        `position_ids` do so where it takes any: a state-space LLM has no positions. With `logits_to_keep` the head runs
-        on that many last tokens alone, as `generate` asks for: of a long prompt it reads one row in hundreds.
+        So do `position_ids`, except to a state-space LLM, which takes none. With `logits_to_keep` the head runs on that
+        many last tokens only: of a long prompt `generate` reads just the last row. Raises ValueError unless exactly one
+        of `input_ids` and `inputs_embeds` is given.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -95,9 +96,9 @@ class VisionLanguageModel(PreTrainedModel, ImageGenerationMixin):  # type: ignor
     def encode_images(self, pixel_values: Tensor, image_sizes: Tensor | None = None) -> Tensor:
         """Patch tokens of the vision tower, without gradient where it is frozen: [N, C, H, W] -> [N, P, Dv].
 
-        Shapes are other ones where the layout of the images says so.
+        Layouts other than `single` have other shapes, see layout.py.
         """
-        dtype = next((one.dtype for one in self.vision_tower.parameters()), pixel_values.dtype)  # raw patches have none
+        dtype = next((weight.dtype for weight in self.vision_tower.parameters()), pixel_values.dtype)
         with self._tower_gradients():
             return self.layout.encode(self.vision_tower, pixel_values.to(dtype), self.layout.shapes(image_sizes))
 
@@ -106,42 +107,42 @@ class VisionLanguageModel(PreTrainedModel, ImageGenerationMixin):  # type: ignor
         return torch.set_grad_enabled(torch.is_grad_enabled() and is_trained)
 
     def project_images(self, image_features: Tensor, image_sizes: Tensor | None = None) -> Tensor:
-        """Image tokens of all pictures, one after the other: [N, P, Dv] -> [N * M, D], in the projector's dtype."""
-        if not torch.is_autocast_enabled(image_features.device.type):  # which casts by itself
+        """Image tokens of all pictures, concatenated: [N, P, Dv] -> [N * M, D], in the projector's dtype."""
+        if not torch.is_autocast_enabled(image_features.device.type):  # autocast casts by itself
             image_features = image_features.to(next(self.projector.parameters()).dtype)
         return self.layout.project(self.projector, image_features, self.layout.shapes(image_sizes), self.image_newline)
 
     def embed(self, input_ids: Tensor, image_features: Tensor | None, image_sizes: Tensor | None = None) -> Tensor:
         """Token embeddings with projected patches in the image slots: [B, T], [N, P, Dv] -> [B, T, D].
 
-        Raises ValueError where slots and image tokens do not agree in number.
+        Raises ValueError where the numbers of slots and image tokens differ.
         """
         embeds: Tensor = self.get_input_embeddings()(input_ids)
         slots = (input_ids == self.config.image_token_id).to(embeds.device)  # [B, T]
         if image_features is None:
-            if (found := int(slots.sum())) > 0:
-                raise ValueError(f"{found} image slots in the text but no image was given")
+            if (num_slots := int(slots.sum())) > 0:
+                raise ValueError(f"{num_slots} image slots in the text but no image was given")
             return embeds
         image_embeds = self.project_images(image_features, image_sizes)
-        if (found := int(slots.sum())) != len(image_embeds):
+        if (num_slots := int(slots.sum())) != len(image_embeds):
             images = f"{len(image_features)} images of {self.config.num_image_tokens}"
             if image_sizes is not None:
                 images = f"{len(image_sizes)} images, {self.layout.kind}"
             raise ValueError(
-                f"{found} image slots in the text but {len(image_embeds)} image tokens ({images}); each image needs "
-                "its slots"
+                f"{num_slots} image slots in the text but {len(image_embeds)} image tokens ({images}); each image "
+                "needs one slot per token"
             )
-        if found == 0:  # a batch without images: keep the projector in the graph, for ranks that wait for its gradient
+        if num_slots == 0:  # no images: keep the projector in the graph, for ranks that wait for its gradient
             return embeds + 0.0 * image_embeds.sum()
         filled: Tensor = embeds.masked_scatter(slots.unsqueeze(-1), image_embeds.to(embeds))
         return filled
 
     def embed_batch(self, batch: Batch, *, always_runs_tower: bool = False) -> Tensor:
-        """`embed` for a training batch; one without images still runs the projector, on none.
+        """`embed` for a training batch: [B, T, D]. Without images the projector still runs, on zero images.
 
-        And a tower that is trained, on a blank picture that goes nowhere (most encoders do not take none): all ranks
-        wait for the gradient of each part, whether they have images or not. A frozen tower does not run, unless
-        `always_runs_tower`, for ranks that wait for its weights.
+        A trained tower then runs on one blank picture whose output is dropped (most encoders reject zero pictures),
+        because all ranks wait for the gradient of each part. A frozen tower runs only with `always_runs_tower`, for
+        ranks that wait for its weights.
         """
         features, sizes = batch.image_features, batch.image_sizes
         if features is None and batch.pixel_values is not None:
@@ -149,7 +150,7 @@ class VisionLanguageModel(PreTrainedModel, ImageGenerationMixin):  # type: ignor
         if features is None:
             tower, sizes = self.vision_tower, batch.input_ids.new_zeros(0, 2)
             features = torch.zeros(0, tower.num_patches, tower.width, device=batch.input_ids.device)
-            dtype = next((one.dtype for one in tower.parameters()), features.dtype)
+            dtype = next((weight.dtype for weight in tower.parameters()), features.dtype)
             with self._tower_gradients():
                 if torch.is_grad_enabled() or always_runs_tower:
                     side = tower.spec.image_size_px
@@ -166,9 +167,9 @@ class VisionLanguageModel(PreTrainedModel, ImageGenerationMixin):  # type: ignor
         *,
         image_newline: Tensor | None = None,
     ) -> VisionLanguageModel:
-        """A model around parts that are loaded already; nothing is built, or held in memory, twice.
+        """A model around loaded parts; nothing is built, or held in memory, twice.
 
-        `image_newline` [D] is fresh where the layout needs one and none is given.
+        `image_newline` [D] is initialized where the layout needs one and none is given.
         """
         with torch.device("meta"):
             model = cls(config)
@@ -181,7 +182,7 @@ class VisionLanguageModel(PreTrainedModel, ImageGenerationMixin):  # type: ignor
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """transformers' own, and the tables of tower and projector, which it leaves uninitialised."""
+        """As transformers' own; then computes the tables of tower and projector, which it leaves uninitialized."""
         loaded: Any = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         compute_tables(model.vision_tower, lambda: _build_tower(model.config))
@@ -189,23 +190,25 @@ class VisionLanguageModel(PreTrainedModel, ImageGenerationMixin):  # type: ignor
         return loaded
 
     def _init_weights(self, module: Any) -> None:
-        """Each part brings its own initialisation; the LLM's tables are computed by its own `_init_weights`."""
+        """Each part brings its own initialization; the LLM's tables are computed by its own `_init_weights`."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the LLM, in which caches are made; tower and projector may be held in others."""
+        """The dtype of the LLM, and so of KV caches; tower and projector may be held in others."""
         dtype: torch.dtype = self.get_input_embeddings().weight.dtype
         return dtype
 
     def part_dtypes(self) -> dict[str, torch.dtype]:
         """The dtype in which each of PARTS is held now."""
-        held = {part: next(self.get_submodule(name).parameters(), None) for part, name in PARTS.items()}
-        found = {part: torch.float32 if one is None else one.dtype for part, one in held.items()}
-        return {**found, "language": self.dtype}
+        weights = {part: next(self.get_submodule(name).parameters(), None) for part, name in PARTS.items()}
+        dtypes = {part: torch.float32 if weight is None else weight.dtype for part, weight in weights.items()}
+        return {**dtypes, "language": self.dtype}
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """transformers' own, with the dtype of each part in the config, so that each is read as it was saved."""
-        self.config.part_dtypes = {part: str(one).removeprefix("torch.") for part, one in self.part_dtypes().items()}
+        """As transformers' own, with the dtype of each part in the config, so that loading restores it."""
+        self.config.part_dtypes = {
+            part: str(dtype).removeprefix("torch.") for part, dtype in self.part_dtypes().items()
+        }
         super().save_pretrained(*args, **kwargs)
 
     def get_input_embeddings(self) -> Any:

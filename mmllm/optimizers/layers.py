@@ -1,4 +1,4 @@
-"""The layers of tower and LLM: how deep each parameter lies, and which are the hidden matrices that Muon takes."""
+"""The layers of tower and LLM: the depth of each parameter for layer decay, and the hidden matrices for Muon."""
 
 from __future__ import annotations
 
@@ -10,63 +10,63 @@ from mmllm.model.vlm import VisionLanguageModel
 
 
 def depths(model: VisionLanguageModel) -> dict[str, int]:
-    """How many layers stand between a parameter and the top of its part, by its name.
+    """Parameter name -> the number of layers between the parameter and the top of its part.
 
-    0 is the last layer, and what stands behind it: norm and head. What stands before the first of n layers, such as
-    embeddings, and a head that is tied to them, has n. The projector has one layer.
+    The last layer has depth 0, as have the LLM's final norm and untied head, and the projector. With n layers, what
+    comes before the first of them has depth n, such as embeddings and a head that is tied to them.
     """
-    found: dict[int, int] = {}
+    depth_by_id: dict[int, int] = {}
     tower = model.vision_tower
-    found |= dict.fromkeys(map(id, tower.parameters()), len(tower.blocks()))
+    depth_by_id |= dict.fromkeys(map(id, tower.parameters()), len(tower.blocks()))
     for depth, block in enumerate(reversed(tower.blocks())):
-        found |= dict.fromkeys(map(id, block.parameters()), depth)
+        depth_by_id |= dict.fromkeys(map(id, block.parameters()), depth)
     layers = decoder_layers(model.language_model)
     for depth, layer in enumerate(reversed(layers)):
-        found |= dict.fromkeys(map(id, layer.parameters()), depth)
-    tables: list[nn.Module] = [one for one in model.language_model.modules() if isinstance(one, nn.Embedding)]
+        depth_by_id |= dict.fromkeys(map(id, layer.parameters()), depth)
+    tables: list[nn.Module] = [module for module in model.language_model.modules() if isinstance(module, nn.Embedding)]
     inside = {module for layer in layers for module in layer.modules()}
     for name, module in model.language_model.get_decoder().named_modules():
-        if module not in inside and "emb" in name.rpartition(".")[2]:  # such as Bloom's norm of its embeddings
+        if module not in inside and "emb" in name.rpartition(".")[2]:  # such as Bloom's norm after its embeddings
             tables.append(module)
-    for table in [*tables, model.get_input_embeddings()]:  # peft's rows of added tokens are in no nn.Embedding
-        found |= dict.fromkeys(map(id, table.parameters()), len(layers))
-    return {name: found.get(id(parameter), 0) for name, parameter in model.named_parameters()}
+    for table in [*tables, model.get_input_embeddings()]:  # peft keeps rows of added tokens outside nn.Embedding
+        depth_by_id |= dict.fromkeys(map(id, table.parameters()), len(layers))
+    return {name: depth_by_id.get(id(parameter), 0) for name, parameter in model.named_parameters()}
 
 
 class OuterModule(nn.Module):
-    """A module whose matrices lie between no two hidden layers: a head of its own. Muon leaves them to AdamW."""
+    """A module whose matrices are not between hidden layers, such as a separate head. AdamW trains them, not Muon."""
 
 
 def hidden_matrices(module: nn.Module) -> set[int]:
-    """The ids of the weights that Muon is made for: those of linear layers between hidden layers.
+    """The `id()` of every weight that Muon updates: the weights of linear layers between hidden layers.
 
-    Chosen by the module that holds them, since names differ from one architecture to the next. Of an LLM and of a tower
-    they lie in the repeated layers: embeddings and heads lie outside. Position tables, routers, convolutions and the
-    parameters of a state space (Mamba's `A_log`) are held by other modules than linear layers.
+    They are chosen by the type of the module that holds them, since names differ between architectures. In an LLM or a
+    tower only the repeated layers count, not embeddings and heads. Position tables, routers, convolutions and
+    state-space parameters (Mamba's `A_log`) are not in linear layers.
     """
     from transformers import PreTrainedModel
     from transformers.pytorch_utils import Conv1D  # GPT-2's linear layers
 
-    found: set[int] = set()
-    outer: set[int] = set()
+    linear_ids: set[int] = set()
+    outer_ids: set[int] = set()
     for part in module.modules():
         if isinstance(part, nn.Linear | Conv1D):
-            found.add(id(part.weight))
-        elif isinstance(part, nn.MultiheadAttention):  # its output layer is a linear one
+            linear_ids.add(id(part.weight))
+        elif isinstance(part, nn.MultiheadAttention):  # its output layer is an nn.Linear
             names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-            found |= {id(weight) for name in names if (weight := getattr(part, name)) is not None}
+            linear_ids |= {id(weight) for name in names if (weight := getattr(part, name)) is not None}
         if isinstance(part, VisionTower):
-            outer |= _outside(part, part.blocks())
+            outer_ids |= _ids_outside(part, part.blocks())
         elif isinstance(part, OuterModule):
-            outer |= _outside(part, [])
+            outer_ids |= _ids_outside(part, [])
         elif isinstance(part, VisionLanguageModel):
             continue
         elif isinstance(part, PreTrainedModel) and part.get_output_embeddings() is not None:
-            outer |= _outside(part, decoder_layers(part))
-    return found - outer
+            outer_ids |= _ids_outside(part, decoder_layers(part))
+    return linear_ids - outer_ids
 
 
-def _outside(whole: nn.Module, layers: list[nn.Module]) -> set[int]:
-    """The ids of the parameters that lie in none of the layers."""
+def _ids_outside(whole: nn.Module, layers: list[nn.Module]) -> set[int]:
+    """The ids of the parameters of `whole` that are in none of the layers."""
     inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
     return {id(parameter) for parameter in whole.parameters()} - inside

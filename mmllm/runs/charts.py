@@ -1,4 +1,4 @@
-"""Curves as SVG that stands inside a page and takes its colors from there: no script, no file beside it."""
+"""Curves as inline SVG that takes its colors from the page: no script, no separate file."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
-WIDTH, HEIGHT = 440, 230  # of the drawing's own coordinates; the page scales it
+WIDTH, HEIGHT = 440, 230  # in the drawing's own coordinates; the page scales it
 LEFT, RIGHT, TOP, BOTTOM = 48, 10, 10, 24
-NUM_COLORS = 6  # .c0 to .c5 of the page's style
+NUM_COLORS = 6  # .c0 to .c5 in the page's style sheet
 
 Curve = Sequence[tuple[int, float]]  # (step, value)
 
@@ -33,9 +33,9 @@ def _range(curves: Mapping[str, Curve], line: float | None) -> tuple[float, floa
 
 
 def chart(curves: Mapping[str, Curve], *, max_step: int, line: float | None = None, line_name: str = "") -> str:
-    """Curves over steps 0 to `max_step`, with a legend of their last values, and a dashed line where there is one.
+    """Curves over steps 0 to `max_step`, a legend with their last values, and a dashed line at `line` if given.
 
-    Few points are marked, and say their value on hover. What is not finite is left out.
+    A curve of at most 40 points has markers that show their values on hover. Values that are not finite are left out.
     """
     low, high = _range(curves, line)
 
@@ -70,6 +70,6 @@ def chart(curves: Mapping[str, Curve], *, max_step: int, line: float | None = No
         legend.append(f'<li><i class="key {color}"></i>{escape(name)} <b>{last}</b></li>')
     if line is not None:
         legend.append(f'<li><i class="key limit"></i>{escape(line_name)} <b>{line:.4g}</b></li>')
-    told = escape(", ".join(curves))
-    drawing = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role=img aria-label="Curve of {told}">{"".join(parts)}</svg>'
+    names = escape(", ".join(curves))
+    drawing = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role=img aria-label="Curve of {names}">{"".join(parts)}</svg>'
     return f"{drawing}<ul class=legend>{''.join(legend)}</ul>"

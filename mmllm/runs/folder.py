@@ -1,4 +1,4 @@
-"""The names in a run's folder. The checkpoint of a finished run lies beside them: see mmllm/checkpoint/folder.py."""
+"""File names in a run's folder. A finished run's checkpoint is in the same folder: see mmllm/checkpoint/folder.py."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class RunFolder:
 
     @property
     def states(self) -> Path:
-        """The saved states that an unfinished run goes on from, one folder each."""
+        """The saved states that an unfinished run resumes from, one folder each."""
         return self.path / "state"
 
     @property
@@ -46,10 +46,10 @@ class RunFolder:
 
     @property
     def about(self) -> Path:
-        """What the report says of the run beside its log."""
+        """What the report says about the run beyond its log."""
         return self.path / "about.json"
 
     @property
     def is_finished(self) -> bool:
-        """Whether the checkpoint of the last step is there."""
+        """Whether the checkpoint of the last step exists."""
         return (self.path / MANIFEST).is_file()

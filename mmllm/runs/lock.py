@@ -1,4 +1,4 @@
-"""One run at a time in a folder, by a lock that the operating system lets go when its process ends, however it ends."""
+"""One run at a time per folder, by a lock that the operating system releases when its process ends, even if killed."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def _holder(path: Path) -> str:
     try:
         holder = json.loads(path.read_text())
         return f"process {holder['pid']} on {holder['host']}"
-    except (OSError, ValueError, KeyError):  # it has the lock and has not yet written who it is
+    except (OSError, ValueError, KeyError):  # the holder has not written its id yet
         return "another process"
 
 
 def _acquire(path: Path) -> int | None:
-    """The descriptor that holds the lock; None where there are no locks. Raises LockedError where another has it.
+    """The descriptor that holds the lock; None on a file system without locks. Raises LockedError if it is taken.
 
-    A record lock, since forked workers, which would inherit another one, may outlive a killed run.
+    It is a record lock, which forked workers do not inherit: they may outlive a killed run.
     """
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -41,7 +41,7 @@ def _acquire(path: Path) -> int | None:
         except OSError:
             os.close(descriptor)
             raise
-        os.close(descriptor)  # who had it may have just removed it: then a new one is taken
+        os.close(descriptor)  # its holder may have just removed the file: then a new one is locked
         if outcome == "none":
             return None
         if outcome == "taken":
@@ -52,12 +52,12 @@ def _acquire(path: Path) -> int | None:
 
 @contextlib.contextmanager
 def exclusive_run(out: Path) -> Iterator[None]:
-    """Makes the folder, and holds it for this process. Raises LockedError where another process does."""
+    """Creates the folder and locks it for this process. Raises LockedError if another process holds the lock."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / LOCK_FILE
     descriptor = _acquire(path)
     if descriptor is None:
-        path.unlink(missing_ok=True)  # it would say that a run is there, to whom nothing tells otherwise
+        path.unlink(missing_ok=True)  # without locks, the file cannot show whether a run is active
         print(no_locks_warning(out), flush=True)
         yield
         return
@@ -66,6 +66,6 @@ def exclusive_run(out: Path) -> Iterator[None]:
         os.write(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
         yield
     finally:
-        with contextlib.suppress(PermissionError):  # Windows removes no open file; one without a lock blocks nobody
+        with contextlib.suppress(PermissionError):  # Windows removes no open file; an unlocked one blocks nobody
             path.unlink(missing_ok=True)
         os.close(descriptor)

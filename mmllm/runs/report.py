@@ -1,6 +1,6 @@
-"""`report.html`: what a run did, as one file that needs no network; made of what the run's folder holds.
+"""`report.html`: what a run did, as one file that needs no network, made from the files in the run's folder.
 
-It is written when a run ends, when it is stopped, and by `mmllm report RUN`.
+It is written when a run ends or is stopped, and by `mmllm report RUN`.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from mmllm.evaluation.reliance import RELIANCE, RELIANCE_ERROR
 from mmllm.runs.alarms import TEXT_LOSS, forgetting_of
 from mmllm.runs.charts import Curve, chart
 from mmllm.runs.folder import RunFolder
-from mmllm.runs.run_log import figures_of, read_log
+from mmllm.runs.run_log import metric_curves, read_log
 from mmllm.web_page import png_data_uri, self_contained_page
 
-MAX_SIDE_PX = 512  # of a picture in the page
-MAX_ANSWERS = 6  # of one sample over the run
+MAX_SIDE_PX = 512  # of a picture on the page
+MAX_ANSWERS = 6  # shown per sample, spread over the run
 
 
 def write_about(out: Path, notes: Sequence[str], machine: str) -> None:
-    """What the log does not say: versions, where it runs, what is not measured. Of the newest start."""
+    """Writes what the log does not say about the newest start: versions, the machine, what is not measured."""
     versions = {"python": platform.python_version(), **library_versions()}
     RunFolder(out).about.write_text(
         json.dumps({"versions": versions, "machine": machine, "notes": list(notes)}, indent=2)
@@ -37,7 +37,7 @@ def write_about(out: Path, notes: Sequence[str], machine: str) -> None:
 
 
 def write_report(out: Path) -> Path:
-    """Writes `report.html` into a run's folder. Raises MmllmError where that holds no run."""
+    """Writes `report.html` into a run's folder and returns its path. Raises MmllmError if the folder holds no run."""
     folder = RunFolder(out)
     if not folder.log.is_file() or not folder.settings.is_file():
         raise MmllmError(
@@ -56,7 +56,7 @@ def _page(out: Path) -> str:
     about = json.loads(folder.about.read_text()) if folder.about.is_file() else {}
     style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     title = escape(out.resolve().name)
-    curves: dict[str, Curve] = dict(figures_of(rows))
+    curves: dict[str, Curve] = dict(metric_curves(rows))
     body = [
         _head(out, rows, settings, about), _alarms(rows, about), _charts(curves, settings), _samples(folder.samples),
         _table(rows), _other_charts(curves, settings), _settings(text, about),
@@ -83,33 +83,33 @@ def _alarms(rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> str:
 
 
 def _charts(curves: dict[str, Curve], settings: Any) -> str:
-    """What a run is judged by: losses, reliance, text alone and answers. Takes their curves out of `curves`."""
+    """The main charts: losses, image reliance, text-only loss and answers. Removes their curves from `curves`."""
     alarms, steps = settings.get("alarms", {}), settings["optim"]["max_steps"]
     text = curves.get(TEXT_LOSS)
     budget = text[0][1] + alarms["forgetting_budget"] if text else None
 
-    def taken(*parts: str) -> dict[str, Curve]:
-        found = [name for part in parts for name in curves if name == part or name.startswith((f"{part}/", f"{part}_"))]
-        found = [name for name in found if name != RELIANCE_ERROR]  # of another size: it is under More curves
-        return {name: curves.pop(name) for name in dict.fromkeys(found)}
+    def pop_curves(*parts: str) -> dict[str, Curve]:
+        names = [name for part in parts for name in curves if name == part or name.startswith((f"{part}/", f"{part}_"))]
+        names = [name for name in names if name != RELIANCE_ERROR]  # its scale differs: it is under More curves
+        return {name: curves.pop(name) for name in dict.fromkeys(names)}
 
     groups: list[tuple[str, dict[str, Curve], float | None, str]] = [
-        ("Loss, nats per token", taken("loss", "val_loss"), None, ""),
-        ("Image reliance, nats per token", taken(RELIANCE), alarms.get("min_image_reliance"), "flat below"),
-        ("Loss on text alone, nats per token", taken(TEXT_LOSS), budget, "forgetting budget"),
-        ("Tasks", {name.removeprefix("task/"): curve for name, curve in taken("task").items()}, None, ""),
-        ("Answers that are exactly right", taken("exact"), None, ""),
+        ("Loss, nats per token", pop_curves("loss", "val_loss"), None, ""),
+        ("Image reliance, nats per token", pop_curves(RELIANCE), alarms.get("min_image_reliance"), "alarm below"),
+        ("Loss on text alone, nats per token", pop_curves(TEXT_LOSS), budget, "forgetting budget"),
+        ("Tasks", {name.removeprefix("task/"): curve for name, curve in pop_curves("task").items()}, None, ""),
+        ("Answers that are exactly right", pop_curves("exact"), None, ""),
     ]
     drawn = [
-        _section(name, chart(some, max_step=steps, line=line, line_name=said))
-        for name, some, line, said in groups
-        if some
+        _section(name, chart(group, max_step=steps, line=line, line_name=line_name))
+        for name, group, line, line_name in groups
+        if group
     ]
     return f"<div class=charts>{''.join(drawn)}</div>\n"
 
 
 def _other_charts(curves: Mapping[str, Curve], settings: Any) -> str:
-    """Whatever else the log has, folded away."""
+    """The remaining curves of the log, folded away."""
     steps = settings["optim"]["max_steps"]
     drawn = [
         f"<div><h2>{escape(name.replace('_', ' '))}</h2>{chart({name: curve}, max_step=steps)}</div>"
@@ -127,26 +127,26 @@ def _section(name: str, content: str) -> str:
 
 def _samples(folder: Path) -> str:
     """Each sample with its pictures and its answers over the run."""
-    found: dict[str, dict[str, Any]] = {}
+    samples: dict[str, dict[str, Any]] = {}
     answers: dict[str, list[tuple[int, str]]] = {}
     for path in sorted(folder.glob("step_*.json")):
-        for one in json.loads(path.read_text()):
-            found[one["id"]] = one
-            answers.setdefault(one["id"], []).append((int(path.stem.removeprefix("step_")), one["answer"]))
-    if not found:
+        for sample in json.loads(path.read_text()):
+            samples[sample["id"]] = sample
+            answers.setdefault(sample["id"], []).append((int(path.stem.removeprefix("step_")), sample["answer"]))
+    if not samples:
         return ""
     cards = []
-    for name, one in found.items():
-        told = answers[name]
-        shown = [told[index * (len(told) - 1) // max(1, MAX_ANSWERS - 1)] for index in range(MAX_ANSWERS)]
+    for name, sample in samples.items():
+        history = answers[name]
+        shown = [history[index * (len(history) - 1) // max(1, MAX_ANSWERS - 1)] for index in range(MAX_ANSWERS)]
         lines = "".join(f"<tr><td class=number>{step}<td>{_words(answer)}" for step, answer in dict.fromkeys(shown))
         pictures = "".join(
-            f'<img src="{_data_uri(folder / file)}" alt="What the model saw">' for file in one["pictures"]
+            f'<img src="{_data_uri(folder / file)}" alt="What the model saw">' for file in sample["pictures"]
         )
         cards.append(
-            f"<article><div class=pictures>{pictures}</div><div><p class=question>{_words(one['question'])}</p>"
-            f"<table class=answers><tr><th>step<th>answer{lines}<tr class=right><td>right<td>{_words(one['reference'])}"
-            f"</table></div></article>"
+            f"<article><div class=pictures>{pictures}</div><div><p class=question>{_words(sample['question'])}</p>"
+            f"<table class=answers><tr><th>step<th>answer{lines}<tr class=right><td>right"
+            f"<td>{_words(sample['reference'])}</table></div></article>"
         )
     return _section("Answers", f"<div class=samples>{''.join(cards)}</div>")
 
@@ -164,12 +164,12 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [
         f"<tr><td>{escape(name)}<td class=number>{curve[0][1]:.4g}<td class=number>{curve[-1][1]:.4g}"
         f"<td class=number>{curve[-1][0]}"
-        for name, curve in figures_of(rows).items()
+        for name, curve in metric_curves(rows).items()
     ]
     if (forgetting := forgetting_of(rows)) is not None:
-        lines.append(f"<tr><td>forgetting: text_loss above its first<td><td class=number>{forgetting:.4g}<td>")
-    head = "<tr><th>figure<th class=number>first<th class=number>last<th class=number>at step"
-    return _section("Figures", f"<div class=wide><table>{head}{''.join(lines)}</table></div>")
+        lines.append(f"<tr><td>forgetting: text_loss above its first value<td><td class=number>{forgetting:.4g}<td>")
+    head = "<tr><th>metric<th class=number>first<th class=number>last<th class=number>at step"
+    return _section("Metrics", f"<div class=wide><table>{head}{''.join(lines)}</table></div>")
 
 
 def _settings(text: str, about: Mapping[str, Any]) -> str:

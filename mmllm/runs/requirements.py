@@ -1,4 +1,4 @@
-"""What a run's settings ask of this machine, and leave to it. Looked at before anything loads."""
+"""Checks, before anything loads, that this machine has what a run's settings need, and resolves the precision."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mmllm.kernels.precision import multiplies_bf16
 
 
 def check_machine(config: RunConfig) -> None:
-    """Raises ConfigError for what is missing here, with the setting that asks for it and what to do."""
+    """Raises ConfigError if this machine lacks something; the error names the setting that needs it and the remedy."""
     kind = config.optim.kind
     if kind in BITSANDBYTES_KINDS:
         _need_package("bitsandbytes", "'mmllm[quant]'", f"optim.kind={kind}")
@@ -39,10 +39,10 @@ def check_machine(config: RunConfig) -> None:
         _need_package("bitsandbytes", "'mmllm[quant]'", f"lora.quantise={lora.quantise}")
 
 
-def settle(config: RunConfig, begun: str | None = None) -> RunConfig:
-    """The settings with `compute.precision: auto` decided: bf16 where this machine multiplies in it, else fp32.
+def resolve_precision(config: RunConfig, begun: str | None = None) -> RunConfig:
+    """The settings with `compute.precision: auto` resolved: bf16 if this machine multiplies in bf16, else fp32.
 
-    `begun` are the dumped settings of a run that is to go on: it keeps the precision that it began with.
+    `begun` holds the dumped settings of a run to resume, which keeps the precision that it began with.
     """
     if config.compute.precision != "auto":
         return config
@@ -53,23 +53,23 @@ def settle(config: RunConfig, begun: str | None = None) -> RunConfig:
 
 
 def is_slow_in_bf16(device: torch.device | None = None) -> bool:
-    """Whether this is a CPU without instructions for bf16; default: the device that a run here gets."""
+    """Whether a device is a CPU without bf16 instructions; default: the device that a run gets on this machine."""
     device = device or _device()
     return device.type == "cpu" and not multiplies_bf16(device)
 
 
 def slow_precision_text(config: RunConfig, device: torch.device) -> str | None:
-    """What to say where bf16 was asked for and is slower than fp32."""
+    """The warning if `compute.precision` is bf16 but the device is slower in bf16 than in fp32; otherwise None."""
     if config.compute.precision != "bf16" or not is_slow_in_bf16(device):
         return None
     return (
-        "compute.precision=bf16: this CPU has no instructions for bf16 and takes several times as long over a step as "
-        "in fp32; compute.precision=auto takes what the machine is fast in"
+        "compute.precision=bf16: this CPU has no instructions for bf16, so a step takes several times as long as in "
+        "fp32; compute.precision=auto takes the faster one"
     )
 
 
 def _device() -> torch.device:
-    """Where accelerate will put the model."""
+    """The device that accelerate will put the model on."""
     from accelerate.utils import parse_flag_from_env
 
     if parse_flag_from_env("ACCELERATE_USE_CPU"):

@@ -1,7 +1,7 @@
-"""What a run tells: JSON lines, trackers where asked, progress on the terminal, a plot and a table at the end.
+"""A run's output: a log of JSON lines, experiment trackers, terminal progress, and a plot and a table at the end.
 
-A line of the log is `{"step": ..., NAME: figure ...}`, an alarm, `{"step": ..., "alarm": KIND, "text": ...}`, or a
-guard's warning, `{"step": ..., "warning": TEXT ...}`.
+A line of the log is metrics, `{"step": ..., NAME: value ...}`, an alarm, `{"step": ..., "alarm": KIND, "text": ...}`,
+or a guard's warning, `{"step": ..., "warning": TEXT ...}`.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from mmllm.runs.folder import RunFolder
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log, without one that was cut off. None where there is no log yet."""
+    """The rows of a run's log, without a line that was cut off. Empty if there is no log yet."""
     if not path.is_file():
         return []
     return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
 
 
-def figures_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    """Every curve of a log: name -> (step, value) ..., in the order in which they first stand there."""
+def metric_curves(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """Every curve of a log: metric -> [(step, value), ...], in the order in which the metrics first appear."""
     curves: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         if "warning" in row or "alarm" in row:
@@ -40,7 +40,7 @@ def figures_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[tuple[int, f
     return curves
 
 
-_SHOWN = {  # how the terminal shows figures of each log line; what has none here is `name value`
+_SHOWN = {  # how the terminal shows frequent metrics; the others are shown as `name value`
     "learning_rate": "lr {:.4g}", "tokens_per_second": "{:,.0f} tokens/s", "samples_per_second": "{:.3g} samples/s",
     "padding": "padding {:.0%}", "data_wait": "waiting {:.0%}", "mfu": "MFU {:.1%}", "hfu": "", "grad_norm": "",
 }  # fmt: skip
@@ -50,11 +50,11 @@ def shown_figure(name: str, value: float) -> str:
     return _SHOWN.get(name, f"{name} {{:.4g}}").format(value)
 
 
-class Tracker:
-    """The voice of a run's main process.
+class RunLog:
+    """Writes a run's log, trackers and terminal output, on the main process alone.
 
-    Lines behind the step that a resumed run starts from are dropped, all of them where it starts anew. Trackers got
-    them already, and so do not get them again.
+    A resumed run drops the rows after the step that it resumes from; a new run drops all rows. Values of dropped rows
+    are not sent again to trackers, except to TensorBoard, which hides the old ones.
     """
 
     def __init__(
@@ -99,26 +99,26 @@ class Tracker:
         partial.replace(self.path)
 
     def say(self, text: str) -> None:
-        """A line for people, above the progress bar where there is one."""
+        """Prints a line, above the progress bar if there is one."""
         self.console.print(text, highlight=False, soft_wrap=True)
 
     def warn(self, row: Mapping[str, Any]) -> None:
-        """A row with a `warning` and whatever it is about: in the log, and on the terminal."""
+        """Writes a row with a `warning` and its details to the log, and prints the warning."""
         if not self.is_main:
             return
         self._write(dict(row))
         self.say(f"warning: {row['warning']}")
 
     def log(self, step: int, values: Mapping[str, float], *, seconds_left: float | None = None) -> None:
-        """One row of the log; the same numbers on the terminal."""
+        """Writes one row of metrics to the log, the trackers and the terminal."""
         if not self.is_main:
             return
         self._write({"step": step, **{name: float(f"{value:.6g}") for name, value in values.items()}})
         fresh = {name: float(value) for name, value in values.items() if (step, name) not in self._sent}
         for tracker in self._trackers:
-            shows_again = tracker.name == "tensorboard"  # it hides what it was told of these steps
-            if told := values if shows_again else fresh:
-                tracker.log(dict(told), step=step)
+            takes_repeats = tracker.name == "tensorboard"  # it hides earlier values of these steps
+            if new_values := values if takes_repeats else fresh:
+                tracker.log(dict(new_values), step=step)
         shown = "  ".join(filter(None, (shown_figure(name, value) for name, value in values.items())))
         if self._progress and "loss" in values:
             self._progress.update(
@@ -131,7 +131,7 @@ class Tracker:
             self.say(f"step {step}/{self.max_steps}  {shown}{left}")
 
     def alarm(self, step: int, kind: str, text: str) -> None:
-        """What must not be overlooked: a loud line, and a record of the log."""
+        """Writes an alarm to the log and prints it in bold red, so that nobody overlooks it."""
         if not self.is_main:
             return
         self._write({"step": step, "alarm": kind, "text": text})
@@ -149,16 +149,16 @@ class Tracker:
             file.write(json.dumps(row) + "\n")
 
     def finish(self) -> None:
-        """Stops the bar, draws `train_loss.png` and prints the table of what the run reached."""
+        """Stops the progress bar, draws `train_loss.png` and prints the first and last value of each metric."""
         self.close()
         if not self.is_main or not self.rows:
             return
         plot_losses(self.rows, self.out / "train_loss.png")
         table = Table(title=str(self.out), title_justify="left")
-        table.add_column("measure")
+        table.add_column("metric")
         table.add_column("first", justify="right")
         table.add_column("last", justify="right")
-        for name, curve in figures_of(self.rows).items():
+        for name, curve in metric_curves(self.rows).items():
             if name != "grad_norm":
                 table.add_row(name.replace("_", " "), f"{curve[0][1]:.4g}", f"{curve[-1][1]:.4g}")
         table.add_row("steps", "", str(self.rows[-1]["step"]))
@@ -177,10 +177,10 @@ def plot_losses(rows: list[dict[str, Any]], path: Path) -> None:
     """Training and validation loss over steps as a PNG."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(7, 4))  # fixed margins: a computed layout takes as long as the drawing
+    axes = figure.add_axes((0.15, 0.13, 0.82, 0.83))
     for name, style in (("loss", "-"), ("val_loss", "o-")):
-        if points := figures_of(rows).get(name):
+        if points := metric_curves(rows).get(name):
             axes.plot(*zip(*points, strict=True), style, label=name.replace("_", " "), linewidth=1, markersize=3)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss per supervised token or pair (nats)")

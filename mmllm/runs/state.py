@@ -1,10 +1,10 @@
-"""What a run needs to go on exactly where it stopped: trained weights and optimizers. Written whole or not at all.
+"""Saved states: the trained weights and optimizers that a run needs to resume exactly where it stopped.
 
-A state is written aside, brought to the disk, and then gets its name; each carries checksums, and one that is not what
-was written gives way to the one before it.
+A state is saved whole or not at all: it is written to a temporary folder, synced to disk and then renamed. Each state
+carries checksums; a damaged one is passed over for the state before it.
 
-No random generator is kept: order, dropout and all else that is random follow from the seed, step and rank. Of streamed
-data the position is.
+No random generator is saved: order, dropout and all other randomness follow from the seed, step and rank. The position
+in streamed data is saved.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from mmllm.config import CONFIGS, ConfigError
 from mmllm.config.file import saved_settings
 from mmllm.config.reference import resumable_paths
 from mmllm.distributed.ranks import gather_all
-from mmllm.distributed.shards import damaged_shards, shard_sums
+from mmllm.distributed.shards import damaged_shards, shard_checksums
 from mmllm.distributed.strategy import Strategy
 from mmllm.errors import MmllmError
-from mmllm.fault_points import reached
+from mmllm.fault_points import fault_point
 from mmllm.runs.folder import RunFolder
 
 STATE_FILE = "state.pt"
-STATE_OF_WEIGHTS = 3  # a state is at most so many times the trained weights: AdamW keeps two numbers for each
-SHARDS = "shards"  # of strategies whose ranks hold a part each
+STATE_OF_WEIGHTS = 3  # most times the size of the trained weights that a state takes: AdamW adds two numbers each
+SHARDS = "shards"  # key and folder, for strategies whose ranks hold a shard each
 
 
 class StateError(MmllmError):
-    """A saved state that cannot be used; the message says which and what is wrong with it."""
+    """A saved state cannot be used, or none can be saved; the message says why."""
 
 
 def _leaves(tree: Any, path: str = "") -> dict[str, Any]:
@@ -51,8 +51,8 @@ def _leaves(tree: Any, path: str = "") -> dict[str, Any]:
     }
 
 
-def _completed(text: str) -> Any:
-    """Dumped settings with the defaults of settings that did not exist yet when they were dumped."""
+def _with_defaults(text: str) -> Any:
+    """Dumped settings, with defaults for settings that did not exist yet when they were dumped."""
     tree = saved_settings(text)
     if not isinstance(tree, dict) or tree.get("stage") not in CONFIGS:
         return tree
@@ -62,13 +62,13 @@ def _completed(text: str) -> Any:
         return tree
 
 
-def settings_differences(there: str, here: str) -> list[str]:
-    """What tells two dumped settings apart as far as it decides the weights, a line for each key.
+def settings_differences(saved: str, current: str) -> list[str]:
+    """Differences between two dumped settings in what decides the weights, one line per key.
 
-    The mark RESUMABLE of a field says that it may change. The global batch may not, but how it is divided may, and what
-    is computed again to save memory.
+    Fields marked RESUMABLE may change. The global batch may not, but how it is split may, and so may what is recomputed
+    to save memory.
     """
-    old, new = (_leaves(_completed(text)) for text in (there, here))
+    old, new = (_leaves(_with_defaults(text)) for text in (saved, current))
     free = resumable_paths()
     keys = [key for key in {**old, **new} if not any(f"{key}.".startswith(f"{path}.") for path in free)]
     values = [(key, old.get(key, "nothing"), new.get(key, "nothing")) for key in keys]
@@ -80,15 +80,15 @@ def _step_of(folder: Path) -> int:
 
 
 def saved_steps(out: Path) -> list[Path]:
-    """States of a run that were written to their end, oldest first."""
-    found = [path for path in RunFolder(out).states.glob("step_*") if (path / STATE_FILE).is_file()]
-    return sorted((path for path in found if path.name[5:].isdigit()), key=_step_of)
+    """The completely written states of a run, oldest first."""
+    folders = [path for path in RunFolder(out).states.glob("step_*") if (path / STATE_FILE).is_file()]
+    return sorted((path for path in folders if path.name[5:].isdigit()), key=_step_of)
 
 
 def sync(path: Path) -> None:
-    """Has the disk hold what was written to this file or folder, so that a loss of power takes nothing.
+    """Flushes this file or folder to disk, so that a power failure loses nothing. Raises OSError.
 
-    Windows opens no folder, and writes out no file that is open for reading.
+    Windows cannot open a folder, and flushes only files that are open for writing.
     """
     if os.name == "nt" and path.is_dir():
         return
@@ -104,32 +104,32 @@ def _partial(folder: Path) -> Path:
 
 
 def _begin(folder: Path) -> None:
-    """An empty folder beside the one that is to be, for its files."""
-    for left in folder.parent.glob("part_*"):  # by a process that was killed; its room is needed
+    """Creates the empty temporary folder for the files of a new state."""
+    for left in folder.parent.glob("part_*"):  # left by a killed process; its disk space is needed
         shutil.rmtree(left)
     _partial(folder).mkdir(parents=True)
 
 
 def _commit(folder: Path, state: Mapping[str, Any]) -> None:
-    """Writes the state; the folder has its name once all is on disk. Raises OSError, and leaves nothing then."""
+    """Writes the state, and renames its folder once all is on disk. Raises OSError, and leaves nothing behind then."""
     partial = _partial(folder)
     try:
-        with (partial / STATE_FILE).open("wb") as file:  # opened here, so that a full disk is an OSError
+        with (partial / STATE_FILE).open("wb") as file:  # opened here, so that a full disk raises OSError
             torch.save(dict(state), file)
-        reached(f"{folder.name}: before sync")
+        fault_point(f"{folder.name}: before sync")
         for path in (*partial.rglob("*"), partial):
             sync(path)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)  # what cannot be used shall not fill the disk
+        shutil.rmtree(partial, ignore_errors=True)  # an incomplete state must not fill the disk
         raise
     shutil.rmtree(folder, ignore_errors=True)
-    reached(f"{folder.name}: before rename")
+    fault_point(f"{folder.name}: before rename")
     partial.rename(folder)
     sync(folder.parent)
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    """A saved state. Raises StateError where it is not what was written, by the checksums in torch's zip file."""
+    """A saved state. Raises StateError if it cannot be read or differs from the checksums in torch's zip file."""
     path = folder / STATE_FILE
     try:
         with zipfile.ZipFile(path) as archive:
@@ -139,7 +139,7 @@ def _read(folder: Path) -> dict[str, Any]:
     except (OSError, EOFError, KeyError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise StateError(f"{path} cannot be read: {str(error).splitlines()[0] if str(error) else error!r}") from error
     if not isinstance(state, dict) or {"step", "settings"} - set(state):
-        raise StateError(f"{path} is no state of a run")
+        raise StateError(f"{path} is not a saved state of a run")
     return dict(state)
 
 
@@ -154,45 +154,45 @@ def save_state(
     best: Mapping[str, Any] | None,
     keep: int,
 ) -> None:
-    """The state after `step` steps, by all ranks. Once it is whole, only it and the `keep - 1` before it stay.
+    """Saves the state after `step` steps, then removes all but it and the `keep - 1` states before it.
 
-    Raises OSError.
+    Every rank has to call it. Raises OSError if the state cannot be written.
     """
     accelerator = strategy.accelerator
     target = RunFolder(out).states / f"step_{step:07d}"
     if accelerator.is_main_process:
         _begin(target)
     accelerator.wait_for_everyone()
-    sums = _save_shards(strategy, _partial(target)) if strategy.has_shards else {}
+    checksums = _save_shards(strategy, _partial(target)) if strategy.state_io.has_shards else {}
     if not accelerator.is_main_process:
         return
     state = {
         "step": step,
         "strategy": strategy.name,
         "num_ranks": accelerator.num_processes,
-        **({SHARDS: sums} if strategy.has_shards else strategy.whole_state()),
+        **({SHARDS: checksums} if strategy.state_io.has_shards else strategy.state_io.whole_state()),
         "settings": settings,
         "global_batch": global_batch,
         "position": dict(position),
         "best": best,
     }
     _commit(target, state)
-    reached(f"{target.name}: before older states are removed")
+    fault_point(f"{target.name}: before older states are removed")
     kept = [path for path in saved_steps(out) if _step_of(path) <= step][-keep:]
-    for other in RunFolder(out).states.iterdir():  # later ones could not be read, or this run would stand behind them
+    for other in RunFolder(out).states.iterdir():  # later ones were unreadable, else this run had resumed there
         if other not in kept:
             shutil.rmtree(other)
 
 
 def _save_shards(strategy: Strategy, folder: Path) -> dict[str, str]:
-    """Has every rank write its share of the state; gives the sums of the files."""
-    strategy.save_shards(folder / SHARDS)
+    """Writes this rank's shard of the state. Returns the checksums of all files. Every rank has to call it."""
+    strategy.state_io.save_shards(folder / SHARDS)
     strategy.accelerator.wait_for_everyone()
-    return shard_sums(folder / SHARDS, strategy.accelerator)
+    return shard_checksums(folder / SHARDS, strategy.accelerator)
 
 
 def check_room(out: Path, trained_bytes: int, num_states: int) -> None:
-    """Raises StateError where so many states, and one more while it is written, find no room beside those there."""
+    """Raises StateError if the disk lacks room for `num_states` states and one being written, less those saved."""
     size = STATE_OF_WEIGHTS * trained_bytes
     needed = size * max(1, num_states + 1 - len(saved_steps(out)))
     if (free := shutil.disk_usage(out).free) < needed:
@@ -203,49 +203,51 @@ def check_room(out: Path, trained_bytes: int, num_states: int) -> None:
 
 
 def verify_saving(out: Path, strategy: Strategy, settings: str) -> str:
-    """Saves the weights as a state is saved, reads them back, compares and removes them; says what it took.
+    """Saves the weights like a state, reads them back, compares and removes them. Returns a line with size and time.
 
-    Every rank has to call it. Raises StateError where they come back as others, OSError where they cannot be written.
+    Every rank has to call it. Raises StateError if the weights read back differ, OSError if they cannot be written.
     """
     accelerator, folder, begun = strategy.accelerator, RunFolder(out).states / "rehearsal", time.monotonic()
     if accelerator.is_main_process:
         _begin(folder)
     accelerator.wait_for_everyone()
     state: dict[str, Any] = {"step": 0, "settings": settings}
-    if strategy.has_shards:
+    if strategy.state_io.has_shards:
         state[SHARDS] = _save_shards(strategy, _partial(folder))
     else:
-        state |= {"weights": strategy.whole_state()["weights"], "optimizers": []}
+        state |= {"weights": strategy.state_io.whole_weights(), "optimizers": []}
     if accelerator.is_main_process:
         _commit(folder, state)
     accelerator.wait_for_everyone()
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     wrong: list[str] = []
-    reached(f"{folder.name}: before it is read back")
+    fault_point(f"{folder.name}: before it is read back")
     try:
-        if strategy.has_shards or accelerator.is_main_process:
-            before = strategy.own_weights()
-            back = strategy.reread(folder / SHARDS) if strategy.has_shards else _read(folder)["weights"]
+        if strategy.state_io.has_shards or accelerator.is_main_process:
+            before = strategy.state_io.local_weights()
+            back = (
+                strategy.state_io.reread(folder / SHARDS) if strategy.state_io.has_shards else _read(folder)["weights"]
+            )
             wrong = [name for name, value in before.items() if not same_bits(back.get(name), value)]
-        found = gather_all(accelerator, {accelerator.process_index: wrong[:1]})
+        wrong_by_rank = gather_all(accelerator, {accelerator.process_index: wrong[:1]})
     finally:
         if accelerator.is_main_process:
             shutil.rmtree(folder)
-    if names := [name for one in found.values() for name in one]:
-        raise StateError(f"{out} does not give back what was saved there, first {names[0]}: is the disk sound?")
-    return f"rehearsed saving: {size / 1e6:.1f} MB written, read back and compared in {time.monotonic() - begun:.1f} s"
+    if names := [name for rank_names in wrong_by_rank.values() for name in rank_names]:
+        raise StateError(f"weights read back from {out} differ from those saved, first {names[0]}: check the disk")
+    return f"verified saving: {size / 1e6:.1f} MB written, read back and compared in {time.monotonic() - begun:.1f} s"
 
 
-def same_bits(one: Tensor | None, other: Tensor) -> bool:
-    """Whether two tensors are the same, where they are not numbers too."""
-    if one is None or one.dtype != other.dtype or one.shape != other.shape:
+def same_bits(actual: Tensor | None, expected: Tensor) -> bool:
+    """Whether two tensors have the same dtype, shape and bits, so that a NaN equals itself."""
+    if actual is None or actual.dtype != expected.dtype or actual.shape != expected.shape:
         return False
-    return torch.equal(*(value.cpu().contiguous().flatten().view(torch.uint8) for value in (one, other)))
+    return torch.equal(*(value.cpu().contiguous().flatten().view(torch.uint8) for value in (actual, expected)))
 
 
-def check_same_run(out: Path, there: str, here: str) -> None:
-    """Raises ConfigError where the settings of what stands in `out` are not those given now."""
-    if differences := settings_differences(there, here):
+def check_same_run(out: Path, saved: str, current: str) -> None:
+    """Raises ConfigError if the settings of the run saved in `out` differ from those of this run."""
+    if differences := settings_differences(saved, current):
         listed = "\n".join(f"  {line}" for line in differences)
         raise ConfigError(
             f"{out} holds a run with other settings:\n{listed}\n"
@@ -254,12 +256,13 @@ def check_same_run(out: Path, there: str, here: str) -> None:
 
 
 def read_newest(out: Path, say: Callable[[str], None], accelerator: Any) -> dict[str, Any] | None:
-    """The newest state that all ranks can read; each one passed over is told. None where none was saved.
+    """The newest state that all ranks can read; `say` reports each state passed over. None if none was saved.
 
-    Raises StateError where there are states and none can be read: a run never begins anew by itself.
+    Every rank has to call it. Raises StateError if ranks see different states, or if states exist and none can be read:
+    a run never starts anew by itself.
     """
     folders, rank = saved_steps(out), accelerator.process_index
-    if len({tuple(names) for names in gather_all(accelerator, {rank: [one.name for one in folders]}).values()}) > 1:
+    if len({tuple(names) for names in gather_all(accelerator, {rank: [path.name for path in folders]}).values()}) > 1:
         raise StateError(f"not all processes see the same states in {out}: all machines must see the same folder")
     wrong: list[str] = []
     for folder in reversed(folders):
@@ -278,15 +281,15 @@ def read_newest(out: Path, say: Callable[[str], None], accelerator: Any) -> dict
 
 
 def _try_read(folder: Path, accelerator: Any) -> tuple[dict[str, Any], str | None]:
-    """(a state, what is wrong with it for some rank): the same answer on every rank."""
+    """(state, error or None); the error is that of the first rank that has one, and the same on every rank."""
     state: dict[str, Any] = {}
     error: str | None = None
     try:
         state = _read(folder)
-    except StateError as found:
-        error = str(found)
+    except StateError as state_error:
+        error = str(state_error)
     errors = gather_all(accelerator, {accelerator.process_index: error})
-    error = next((one for _, one in sorted(errors.items()) if one), None)
+    error = next((text for _, text in sorted(errors.items()) if text), None)
     if error is None and (damaged := damaged_shards(folder / SHARDS, state.get(SHARDS, {}), accelerator)):
         error = f"{folder / SHARDS} is damaged at {', '.join(damaged[:3])}"
     return state, error
@@ -300,7 +303,7 @@ def load_state(
     settings: str,
     global_batch: int,
 ) -> None:
-    """Puts a saved state's weights and optimizers back. Raises ConfigError where it is another run's."""
+    """Restores a saved state's weights and optimizers. Raises ConfigError if the state is another run's."""
     check_same_run(out, state["settings"], settings)
     if (saved := state.get("global_batch", global_batch)) != global_batch:
         raise ConfigError(
@@ -312,10 +315,10 @@ def load_state(
             f"{out} was saved under {saved_as}, this launch is {strategy.name}; launch it with the accelerate config "
             f"of {saved_as}, or remove {out / 'state'} to begin anew"
         )
-    if strategy.has_shards:
+    if strategy.state_io.has_shards:
         shards = RunFolder(out).states / f"step_{state['step']:07d}" / SHARDS
-        strategy.load_shards(shards, saved_by=state["num_ranks"])
+        strategy.state_io.load_shards(shards, saved_by=state["num_ranks"])
     elif set(state["weights"]) != set(strategy.trained):
         raise ConfigError(f"{out} holds other parameters than this run trains; remove it to begin anew")
     else:
-        strategy.load_whole_state(state)
+        strategy.state_io.load_whole_state(state)

@@ -1,4 +1,4 @@
-"""How fast a run is, for every line of its log: tokens and samples a second, waste, waiting, and MFU."""
+"""A run's speed for each line of its log: tokens and samples per second, padding, waiting for data, MFU and HFU."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def _speed_text(flops_per_second: float) -> str:
 
 
 class Throughput:
-    """Counts over the steps since the last figures. Seconds that are no training (`paused`) do not count.
+    """Counts over the steps since the last metrics. Time spent in `paused` does not count.
 
-    `num_tokens` counts those of a batch. Products in bf16 are measured against the peak of bf16, others against that of
-    fp32. A peak that the run beats was measured while the machine was busy: it is raised to what the run reached.
+    `num_tokens` counts the tokens of a batch. bf16 products are measured against the bf16 peak, others against the fp32
+    peak. If the run is faster than its peaks, they are raised to its speed: a busy machine may have measured too low.
     """
 
     def __init__(self, flops: StepFlops | None, accelerator: Any, num_tokens: Callable[[Any], int]):
@@ -37,27 +37,27 @@ class Throughput:
         self.restart()
 
     def restart(self) -> None:
-        """Counts from here on."""
+        """Sets all counts to 0."""
         self._since, self._waited, self._paused = time.monotonic(), 0.0, 0.0
         self.samples = self.tokens = self.text_tokens = self.positions = 0
         self.counted = Flops()
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around taking the next batches: the device has nothing to do meanwhile."""
+        """Wraps taking the next batches, while the device is idle."""
         begun = time.monotonic()
         yield
         self._waited += time.monotonic() - begun
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Around validation, and whatever else is no training."""
+        """Wraps validation and everything else that is not training."""
         begun = time.monotonic()
         yield
         self._paused += time.monotonic() - begun
 
     def stepped(self, batches: Sequence[Any]) -> None:
-        """The micro-batches of a step that has been made."""
+        """Counts the micro-batches of a finished step."""
         for batch in batches:
             self.tokens += self.num_tokens(batch)
             mask = getattr(batch, "attention_mask", None)
@@ -69,25 +69,25 @@ class Throughput:
             if self.flops:
                 self.counted += self.flops.count(batch)
 
-    def figures(self) -> dict[str, float]:
-        """The rates of all ranks together since the last call. Every rank has to call it."""
+    def metrics(self) -> dict[str, float]:
+        """Metrics of all ranks together since the last call, by name. Every rank has to call it."""
         seconds = max(1e-9, time.monotonic() - self._since - self._paused)
         counted = self.counted
-        mine = (
+        local_values = (
             self.samples, self.tokens, self.text_tokens, self.positions, self._waited, counted.model, counted.hardware,
             counted.model_bf16, counted.hardware_bf16,
         )  # fmt: skip
-        samples, tokens, text_tokens, positions, waited, *operations = all_reduce_sums(self.accelerator, mine)
+        samples, tokens, text_tokens, positions, waited, *operations = all_reduce_sums(self.accelerator, local_values)
         world = self.accelerator.num_processes
         self.restart()
-        found = {"tokens_per_second": tokens / seconds}
+        metrics = {"tokens_per_second": tokens / seconds}
         if positions:
-            found |= {"samples_per_second": samples / seconds, "padding": 1 - text_tokens / positions}
-        found["data_wait"] = waited / world / seconds
-        return found | self._utilisation(Flops(*operations), seconds * world)
+            metrics |= {"samples_per_second": samples / seconds, "padding": 1 - text_tokens / positions}
+        metrics["data_wait"] = waited / world / seconds
+        return metrics | self._utilization(Flops(*operations), seconds * world)
 
-    def _utilisation(self, counted: Flops, seconds: float) -> dict[str, float]:
-        """The seconds that the device needs at its peak, as a share of those that it took."""
+    def _utilization(self, counted: Flops, seconds: float) -> dict[str, float]:
+        """MFU and HFU: the seconds that the device needs at its peak, as a share of the seconds taken."""
         if not self.peaks:
             return {}
         hfu = self._least_seconds(counted.hardware, counted.hardware_bf16) / seconds
@@ -104,23 +104,23 @@ class Throughput:
         return sum(shares[kind] / peak.flops_per_second for kind, peak in self.peaks.items())
 
     def beaten_text(self) -> str | None:
-        """What to say, once, where the run has been faster than the peak that it was measured against."""
+        """A note if the run was faster than its peak since the last call; otherwise None."""
         if not self._beaten:
             return None
         self._beaten = False
-        return f"this run is faster than the peak that was taken for this device: {self.describe()} from now on"
+        return f"this run is faster than the peak assumed for this device; from now on: {self.describe()}"
 
     def threads_text(self) -> str | None:
-        """What to say where fewer threads would be faster."""
+        """The warning if fewer threads would be faster; otherwise None."""
         if not self.peaks:
             return None
         dtype = torch.bfloat16 if "bf16" in self.peaks else torch.float32
         return threads_text(torch.device(self.accelerator.device), dtype)
 
     def describe(self) -> str | None:
-        """What the utilisation is measured against, for the head of a run's log."""
+        """The peaks that MFU is measured against, for the start of a run; None if FLOPs are not counted."""
         if not self.peaks or not self.flops:
             return None
         note = f"; {self.flops.note}" if self.flops.note else ""
-        peaks = [f"{_speed_text(one.flops_per_second)} in {kind} ({one.source})" for kind, one in self.peaks.items()]
+        peaks = [f"{_speed_text(peak.flops_per_second)} in {kind} ({peak.source})" for kind, peak in self.peaks.items()]
         return f"MFU against {' and '.join(peaks)}{note}"

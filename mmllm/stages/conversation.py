@@ -1,4 +1,4 @@
-"""Stage 1 and stage 2: what is trained, on what, and how it is judged while it trains."""
+"""Stage 1 and stage 2: the trained parts, their data, and the validation during training."""
 
 from __future__ import annotations
 
@@ -21,11 +21,10 @@ from mmllm.checkpoint.folder import save_checkpoint
 from mmllm.checkpoint.generation_settings import write_generation_settings
 from mmllm.checkpoint.golden import make_golden
 from mmllm.checkpoint.reload import check_reload
-from mmllm.config import (
-    ConfigError,
-    StageConfig,
-)
+from mmllm.config import ConfigError, StageConfig
 from mmllm.config.file import dump_config
+from mmllm.feature_cache.cache import FeatureCache, open_cache
+from mmllm.feature_cache.encoder import FeatureEncoder
 from mmllm.kernels.attention import use_blocked_attention
 from mmllm.kernels.compiled import compile_layers, use_liger
 from mmllm.model.capabilities import Capabilities, find_capabilities
@@ -35,12 +34,12 @@ from mmllm.optimizers.layers import depths
 from mmllm.runs.flops import StepFlops
 from mmllm.runs.folder import RunFolder
 from mmllm.runs.requirements import is_slow_in_bf16
-from mmllm.runs.run_log import figures_of
+from mmllm.runs.run_log import metric_curves
 from mmllm.stages.conversation_batches import BatchMaker
 from mmllm.stages.load import load_model
 from mmllm.stages.trained_parts import choose_trained
 from mmllm.training.data import TrainingData
-from mmllm.training.features import FeatureCache
+from mmllm.training.gradient_checkpointing import enable_gradient_checkpointing
 from mmllm.training.lora import move_adapters
 from mmllm.training.losses import conversation_loss_sum
 from mmllm.training.stage import LossOutput
@@ -48,9 +47,9 @@ from mmllm.training.validation import Validation
 
 
 class _ConversationLoss(nn.Module):
-    """What DDP wraps: batch -> summed loss, or that of each example; every trained part takes part in every forward.
+    """The module that DDP wraps: batch -> summed loss, or the loss of each example. Every trained part runs each time.
 
-    `always_runs_tower` is set where ranks wait for each other's tower although it is frozen: ZeRO-3.
+    `always_runs_tower` is set for ZeRO-3, where ranks wait for each other even at a frozen tower.
     """
 
     always_runs_tower = False
@@ -90,15 +89,15 @@ class ConversationStage:
         self.features: FeatureCache | None = None
         if config.data.cache_features:
             folder = Path(config.data.cache_folder or Path(config.out).parent / "cache")
-            self.features = FeatureCache(self.model, self.processor, self.examples, folder)
+            self.features = open_cache(self.model, self.processor, self.examples, folder)
         if config.compute.precision == "bf16" and not config.compute.compile and not torch.accelerator.is_available():
             use_blocked_attention(self.model.language_model)
         self.capabilities = find_capabilities(self.model.language_model)
         self.module: nn.Module = _ConversationLoss(self.model, self.capabilities, config.compute.loss_chunk_tokens)
-        limited = config.data.model_copy(update={"max_length_tokens": self.data.max_length_tokens})
-        self.packer = Packer(self.model.language_model, limited, self.capabilities)
+        data_config = config.data.model_copy(update={"max_length_tokens": self.data.max_length_tokens})
+        self.packer = Packer(self.model.language_model, data_config, self.capabilities)
         self.batches = BatchMaker(self.renderer, self.processor, self.packer, self.features)
-        self._recompute_layers()
+        enable_gradient_checkpointing(self.model, config.compute.gradient_checkpointing)
         if config.compute.liger:
             use_liger(self.model.language_model)
         if config.compute.compile:
@@ -114,37 +113,27 @@ class ConversationStage:
         return Validation(
             self.config, self.model, self.processor, examples=examples,
             text=self.data.text_probe(examples), module=self.module,
-            collate=lambda some: self.batches.make(some, use_features=False),
+            collate=lambda chosen: self.batches.make(chosen, use_features=False),
         )  # fmt: skip
 
     def _precisions(self) -> list[str]:
-        """What the head of the run says where not all weights are held in fp32."""
-        held = {part: str(dtype).removeprefix("torch.") for part, dtype in self.model.part_dtypes().items()}
+        """Notes shown at the start of a run where not all weights are held in fp32."""
+        dtypes = {part: str(dtype).removeprefix("torch.") for part, dtype in self.model.part_dtypes().items()}
         lora = self.config.lora
         if lora and lora.quantise:
-            held["language"] = f"{lora.quantise} (linear layers) and {held['language']} (embeddings and head)"
-        if set(held.values()) == {"float32"}:
+            dtypes["language"] = f"{lora.quantise} (linear layers) and {dtypes['language']} (embeddings and head)"
+        if set(dtypes.values()) == {"float32"}:
             return []
-        notes = [f"weights are held in: {', '.join(f'{part} {dtype}' for part, dtype in held.items())}"]
-        if "bfloat16" in held.values() and is_slow_in_bf16():
+        notes = [f"weights are held in: {', '.join(f'{part} {dtype}' for part, dtype in dtypes.items())}"]
+        if "bfloat16" in dtypes.values() and is_slow_in_bf16():
             notes.append(
-                "this CPU has no instructions for bf16: weights held in it save memory, and take several times as long "
-                "as in fp32"
+                "this CPU has no instructions for bf16: weights held in it save memory, but compute several times "
+                "slower than in fp32"
             )
         return notes
 
-    def _recompute_layers(self) -> None:
-        wanted, language_model = self.config.compute.gradient_checkpointing, self.model.language_model
-        if "language" in wanted:
-            if not language_model.supports_gradient_checkpointing:
-                kind = self.model.config.text_config.model_type
-                raise ConfigError(f"compute.gradient_checkpointing: {kind} cannot recompute its layers; leave it out")
-            language_model.gradient_checkpointing_enable({"use_reentrant": False})
-        if "vision" in wanted:
-            self.model.vision_tower.checkpoint_layers()
-
     def _set_modes(self) -> None:
-        """Training mode, also for a frozen LLM (only then are gradients checkpointed); not for a frozen tower."""
+        """Training mode for all but a frozen tower; a frozen LLM needs it for gradient checkpointing."""
         self.model.train()
         self.model.vision_tower.train("vision" in self.config.train)
 
@@ -171,7 +160,8 @@ class ConversationStage:
 
     def prepare_features(self, device: Any, *, rank: int, world_size: int) -> None:
         if self.features is not None:
-            self.features.fill(device, rank=rank, world_size=world_size)
+            encoder = FeatureEncoder(self.features, self.model.vision_tower, self.processor)
+            encoder.fill(device, rank=rank, world_size=world_size)
 
     def count(self, batch: Batch) -> int:
         return batch.num_supervised
@@ -187,22 +177,22 @@ class ConversationStage:
 
     @torch.no_grad()
     def validate(self, step: int, *, writes: bool = True) -> dict[str, float]:
-        """What `Validation` finds, with the model in eval mode while it looks."""
+        """The metrics of `Validation`, computed with the model in eval mode."""
         self.model.eval()
         try:
-            return self.validation.figures(step, writes=writes)
-        finally:  # also where a signal breaks it off
+            return self.validation.metrics(step, writes=writes)
+        finally:  # also when a signal interrupts it
             self._set_modes()
 
     @property
     def validates(self) -> bool:
-        """Whether a validation has anything to look at."""
+        """Whether there are validation examples, a text probe or tasks."""
         validation = self.validation
         return bool(validation.examples or validation.text or validation.task_names)
 
     @torch.no_grad()
-    def rehearse_validation(self) -> None:
-        """What needs most memory in a validation; nothing is kept of it."""
+    def run_largest_validation(self) -> None:
+        """Runs the part of a validation that needs most memory, and drops the result."""
         self.model.eval()
         try:
             self.validation.rehearse()
@@ -210,10 +200,10 @@ class ConversationStage:
             self._set_modes()
 
     def save(self, out: Path, log: list[dict[str, Any]]) -> None:
-        """A checkpoint with its golden answers; of an LLM with LoRA the adapter and not the base's weights.
+        """Writes a checkpoint with its golden answers; for an LLM with LoRA, the adapter without the base's weights.
 
-        Adapters of the tower are merged, in a copy: the tower is small beside the LLM and saved whole. Those of a
-        quantised LLM are laid on the one in full precision, which is their base then and gives the golden answers.
+        Tower adapters are merged in a copy: the tower is small beside the LLM and saved whole. The adapters of a
+        quantized LLM are moved to the full-precision LLM, which becomes their base and gives the golden answers.
         """
         tower, language_model = self.model.vision_tower, self.model.language_model
         if self.config.lora and self.config.lora.quantise:
@@ -230,12 +220,12 @@ class ConversationStage:
     def _save(self, out: Path, log: list[dict[str, Any]]) -> None:
         settings = dump_config(self.config)
         RunFolder(out).settings.write_text(settings)
-        last = {"step": log[-1]["step"], **{name: curve[-1][1] for name, curve in figures_of(log).items()}}
+        metrics = {"step": log[-1]["step"], **{name: curve[-1][1] for name, curve in metric_curves(log).items()}}
         facts: dict[str, Any] = {
-            "origin": self.origin, "settings": settings, "figures": last, "capabilities": asdict(self.capabilities),
+            "origin": self.origin, "settings": settings, "figures": metrics, "capabilities": asdict(self.capabilities),
         }  # fmt: skip
         num_examples = "streamed" if self.num_examples is None else self.num_examples
-        made = f"{self.config.stage}, {last['step']} steps on {num_examples} examples"
-        card = model_card(out, made, self.origin, last, base=self.base, has_settings=True)
+        summary = f"{self.config.stage}, {metrics['step']} steps on {num_examples} examples"
+        card = model_card(out, summary, self.origin, metrics, base=self.base, has_settings=True)
         files = make_golden(self.model, self.processor)
         save_checkpoint(out, self.model, self.processor, card=card, files=files, base=self.base, **facts)

@@ -1,4 +1,4 @@
-"""Conversations as batches: rendered, packed into rows, their pictures beside them."""
+"""Makes batches of conversations: renders them, packs them into rows, and loads their pictures."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from mmllm.batch import Batch, Example
 from mmllm.batching.collate import collate
 from mmllm.batching.packed_rows import Packer
 from mmllm.chat.renderer import Renderer
+from mmllm.feature_cache.cache import FeatureCache
 from mmllm.model.processor import VisionLanguageProcessor
-from mmllm.training.features import FeatureCache
 
 
 class BatchMaker:
-    """Makes a batch of examples. Pictures come from the feature cache, where there is one and `features` is set."""
+    """Makes batches of examples. Pictures come from the feature cache if there is one and `use_features` is set."""
 
     def __init__(
         self, renderer: Renderer, processor: VisionLanguageProcessor, packer: Packer, features: FeatureCache | None
@@ -23,7 +23,7 @@ class BatchMaker:
         self.renderer, self.processor, self.packer, self.features = renderer, processor, packer, features
 
     def make(self, examples: Sequence[Example], *, use_features: bool) -> Batch:
-        """The examples in rows, in the order of the rows; their pictures in the order of the examples."""
+        """A batch with the examples in the order of its rows, and the pictures in the order of the examples."""
         rendered = [self.renderer.render_example(example) for example in examples]
         rows = self.packer.rows([len(conversation.input_ids) for conversation in rendered])
         if rows:  # pictures follow their examples

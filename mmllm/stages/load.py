@@ -1,4 +1,4 @@
-"""The model that a stage begins with: of a checkpoint, its adapter merged, or built of new parts."""
+"""Loads the model that a stage begins with: a checkpoint with its adapter merged, or new parts."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ from mmllm.model.vlm import VisionLanguageModel
 
 
 def load_model(config: StageConfig) -> tuple[VisionLanguageModel, VisionLanguageProcessor, dict[str, Any]]:
-    """(model, processor, where it came from): a checkpoint, an adapter of its own merged, or new parts."""
+    """(model, processor, origin) from a checkpoint with its adapter merged, or from new parts."""
     if not config.model.checkpoint:
         return build_model(config.model)
     is_adapted = "base" in read_manifest(config.model.checkpoint)
     dtypes = _dtypes(config)
-    first = {**dtypes, "language": torch.float32} if is_adapted else dtypes  # an adapter is merged in full precision
-    model, processor, manifest = load_verified(config.model.checkpoint, dtype=first)
+    load_dtypes = (
+        {**dtypes, "language": torch.float32} if is_adapted else dtypes
+    )  # an adapter is merged in full precision
+    model, processor, manifest = load_verified(config.model.checkpoint, dtype=load_dtypes)
     if is_adapted:
         merge_adapter(model)
         model.language_model.to(dtypes["language"])
@@ -39,10 +41,10 @@ def load_model(config: StageConfig) -> tuple[VisionLanguageModel, VisionLanguage
 
 
 def _dtypes(config: StageConfig) -> dict[str, torch.dtype]:
-    """In which dtype each part of `model.checkpoint` is held: what is trained in fp32, the rest as it is stored.
+    """The dtype of each part of `model.checkpoint`: fp32 for trained parts, the stored one for the rest.
 
-    `model.language.dtype` is another one for an LLM that is frozen or has LoRA. One in fp16, in which small gradients
-    vanish, is held in fp32, which is exact.
+    `model.language.dtype` overrides it for an LLM that is frozen or has LoRA. fp16 becomes fp32, which is exact: in
+    fp16 small gradients vanish.
     """
     assert config.model.checkpoint is not None
     dtypes = stored_dtypes(config.model.checkpoint)

@@ -19,7 +19,7 @@ from mmllm.batch import Batch
 from mmllm.config import ConfigError, RunConfig, StageConfig
 from mmllm.distributed.ranks import build_accelerator, set_threads
 from mmllm.errors import is_out_of_memory
-from mmllm.runs.requirements import settle
+from mmllm.runs.requirements import resolve_precision
 from mmllm.stages.conversation import ConversationStage
 from mmllm.stages.registry import build_stage
 from mmllm.training.loop import Run
@@ -28,19 +28,19 @@ from mmllm.training.memory import (
     Shape,
     Suggestion,
     available_bytes,
-    forget_peak,
     parameter_bytes,
     peak_bytes,
+    reset_peak,
     size_text,
     suggestions,
 )
 
-TYPICAL_STEPS = 2  # steps of the run's own order, for its speed
+TYPICAL_STEPS = 2  # steps in the run's own data order, timed for its speed
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def parse_size(text: str) -> int:
-    """`24GB`, `24G`, `512MB`; powers of ten. Raises ConfigError."""
+    """The bytes of `24GB`, `24G` or `512MB`, in powers of ten. Raises ConfigError."""
     number = text.strip().upper().removesuffix("IB").removesuffix("B")
     unit = number[-1:] if number[-1:] in _UNITS else ""
     try:
@@ -48,16 +48,16 @@ def parse_size(text: str) -> int:
     except ValueError:
         value = -1.0
     if value <= 0:
-        raise ConfigError(f"--memory: {text!r} is no size; give one such as 24GB")
+        raise ConfigError(f"--memory: {text!r} is not a size; give one such as 24GB")
     return int(value * _UNITS[unit])
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run needs. `speed` is of all devices together; `memory` of each."""
+    """What a run needs: `speed` of all devices together, `memory` in bytes of each."""
 
     longest: str
-    memory: Memory | None  # None where the batch did not fit while it was tried
+    memory: Memory | None  # None where the longest batch ran out of memory
     limit: int
     device: str
     speed: dict[str, float]
@@ -74,28 +74,28 @@ class Plan:
 
 
 class _Saved:
-    """The bytes that autograd keeps for backward, now and at most: each storage once, without the weights."""
+    """Counts the bytes that autograd saves for backward, now and at the peak: each storage once, without weights."""
 
     def __init__(self, weights: Iterator[Tensor]):
-        self.ours = {weight.untyped_storage().data_ptr() for weight in weights}
-        self.kept: dict[int, int] = {}
+        self.weight_storages = {weight.untyped_storage().data_ptr() for weight in weights}
+        self.use_counts: dict[int, int] = {}
         self.now = self.peak = 0
 
     def pack(self, tensor: Tensor) -> Any:
         storage = tensor.untyped_storage()
         key, size = storage.data_ptr(), storage.nbytes()
-        if key in self.ours:
+        if key in self.weight_storages:
             return tensor
-        self.kept[key] = self.kept.get(key, 0) + 1
-        self.now += size if self.kept[key] == 1 else 0
+        self.use_counts[key] = self.use_counts.get(key, 0) + 1
+        self.now += size if self.use_counts[key] == 1 else 0
         self.peak = max(self.peak, self.now)
-        held = _Held(tensor)
-        weakref.finalize(held, self._drop, key, size)
-        return held
+        holder = _Held(tensor)
+        weakref.finalize(holder, self._drop, key, size)
+        return holder
 
     def _drop(self, key: int, size: int) -> None:
-        self.kept[key] -= 1
-        self.now -= size if self.kept[key] == 0 else 0
+        self.use_counts[key] -= 1
+        self.now -= size if self.use_counts[key] == 0 else 0
 
     @staticmethod
     def unpack(held: Any) -> Tensor:
@@ -108,7 +108,7 @@ class _Held:
 
 
 def longest_batch(stage: ConversationStage, batch_size: int, max_length: int) -> Batch:
-    """The longest examples of a run; where they are streamed, some of them made as long as they may be."""
+    """A batch of a run's longest examples; streamed examples are extended to `max_length` tokens."""
     lengths = stage.lengths
     if stage.num_examples is not None and lengths is not None:
         order = sorted(range(stage.num_examples), key=lambda index: -int(lengths[index]))
@@ -116,20 +116,20 @@ def longest_batch(stage: ConversationStage, batch_size: int, max_length: int) ->
     batch = stage.batch(list(stage.sampler(batch_size).rank_items(0, 0, 1))[:batch_size])
     if stage.num_examples is not None:
         return batch
-    more = max(0, max_length - batch.input_ids.shape[1])
-    word = int(batch.labels.max())  # a token that is taught stands in every batch
+    num_more = max(0, max_length - batch.input_ids.shape[1])
+    filler = int(batch.labels.max())  # every batch has a supervised token
 
-    def longer(values: Tensor, filled: int) -> Tensor:
-        return torch.cat([values, values.new_full((len(values), more), filled)], 1)
+    def extend(values: Tensor, fill_value: int) -> Tensor:
+        return torch.cat([values, values.new_full((len(values), num_more), fill_value)], 1)
 
-    return replace(batch, input_ids=longer(batch.input_ids, word), labels=longer(batch.labels, word),
-                   attention_mask=longer(batch.attention_mask, 1))  # fmt: skip
+    return replace(batch, input_ids=extend(batch.input_ids, filler), labels=extend(batch.labels, filler),
+                   attention_mask=extend(batch.attention_mask, 1))  # fmt: skip
 
 
 def _measure(run: Run, batch: Batch) -> Memory:
-    """The parts of memory at the peak of a step, the second one: the optimizer has its state by then.
+    """The parts of memory at the peak of the second step, when the optimizer has its state.
 
-    On a CPU what autograd keeps is counted in the first step, since counting holds some of it for longer.
+    On a CPU what autograd saves is counted in the first step, since counting itself holds some of it for longer.
     """
     device, module = run.accelerator.device, run.stage.module
     saved = _Saved(itertools.chain(module.parameters(), module.buffers()))
@@ -140,11 +140,11 @@ def _measure(run: Run, batch: Batch) -> Memory:
     else:
         with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
             run.stepper.step(0, itertools.repeat(batch))
-        forget_peak()
+        reset_peak()
     run.stepper.step(1, itertools.repeat(batch))
     weights = parameter_bytes(itertools.chain(module.parameters(), module.buffers()))
     gradients = parameter_bytes(run.strategy.trained.values())
-    states = [value for one in run.strategy.optimizers for state in one.state.values() for value in state.values()]
+    states = [value for optim in run.strategy.optimizers for state in optim.state.values() for value in state.values()]
     optimizer = parameter_bytes(value for value in states if isinstance(value, Tensor))
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
@@ -153,10 +153,10 @@ def _measure(run: Run, batch: Batch) -> Memory:
 
 
 def _of_process(parts: Memory, peak: int) -> Memory:
-    """The parts of a process that held `peak` bytes. Gradients come as activations go: together they are fewer."""
-    together = min(parts.gradients + parts.activations, max(0.0, peak - parts.weights - parts.optimizer))
-    activations = max(0.0, together - parts.gradients)
-    parts = replace(parts, gradients=together - activations, activations=activations)
+    """The parts of a process that held `peak` bytes. Gradients grow as activations are freed: the sum is capped."""
+    backward_bytes = min(parts.gradients + parts.activations, max(0.0, peak - parts.weights - parts.optimizer))
+    activations = max(0.0, backward_bytes - parts.gradients)
+    parts = replace(parts, gradients=backward_bytes - activations, activations=activations)
     return replace(parts, process=max(0.0, peak - parts.total))
 
 
@@ -164,47 +164,49 @@ def _shape_of(stage: ConversationStage, config: StageConfig, batch: Batch) -> Sh
     language: Any = stage.model.language_model
     settings = language.config.get_text_config()
     layers = int(getattr(settings, "num_hidden_layers", 1) or 1)
-    numbers = batch.input_ids.numel() * int(getattr(settings, "hidden_size", 0)) * layers
-    weights = {id(one): one for one in language.parameters()}.values()
-    linear = {id(one.weight): one.weight for one in language.get_decoder().modules() if isinstance(one, nn.Linear)}
-    held = sum(one.numel() for one in weights)
-    width = 2 if config.compute.precision == "bf16" else 4
+    num_inputs = batch.input_ids.numel() * int(getattr(settings, "hidden_size", 0)) * layers
+    weights = {id(weight): weight for weight in language.parameters()}.values()
+    linear = {
+        id(layer.weight): layer.weight for layer in language.get_decoder().modules() if isinstance(layer, nn.Linear)
+    }
+    num_weights = sum(weight.numel() for weight in weights)
+    bytes_per_input = 2 if config.compute.precision == "bf16" else 4
     return Shape(
-        language_trained=parameter_bytes(one for one in weights if one.requires_grad),
-        language_numbers=held,
-        language_bytes=parameter_bytes(weights) / max(1, held),
+        language_trained=parameter_bytes(weight for weight in weights if weight.requires_grad),
+        language_numbers=num_weights,
+        language_bytes=parameter_bytes(weights) / max(1, num_weights),
         linear_numbers=sum(weight.numel() for weight in linear.values()),
         num_layers=layers,
-        layer_inputs=numbers * width,
+        layer_inputs=num_inputs * bytes_per_input,
     )
 
 
 def _disk(stage: ConversationStage, config: StageConfig, memory: Memory | None) -> dict[str, int]:
     weights = parameter_bytes(stage.module.parameters())
-    trained = parameter_bytes(one for named in stage.parts.values() for _, one in named)
-    found = {"checkpoint": weights}
+    trained = parameter_bytes(parameter for named in stage.parts.values() for _, parameter in named)
+    sizes = {"checkpoint": weights}
     if config.lora:
-        base = [one for one in stage.model.language_model.parameters() if not one.requires_grad]
-        found["checkpoint"] = weights - parameter_bytes(base)  # the base stays where it is
+        base = [weight for weight in stage.model.language_model.parameters() if not weight.requires_grad]
+        sizes["checkpoint"] = weights - parameter_bytes(base)  # the base is not written again
     if config.log.save_every_steps:
         state = trained + (memory.optimizer if memory else 2 * trained)
-        found["states"] = int(state * (config.log.keep_checkpoints + 1))  # one more while the newest is written
+        sizes["states"] = int(state * (config.log.keep_checkpoints + 1))  # one more while the newest is written
     if stage.features is not None:
-        found["feature cache, still to write"] = stage.features.missing_bytes
-    return found
+        sizes["feature cache, still to write"] = stage.features.missing_bytes
+    return sizes
 
 
 def make_plan(config: RunConfig, *, gpus: int = 1, memory: int | None = None) -> Plan:
-    """Builds the run's stage and model, makes a few steps that are thrown away, and measures them.
+    """Builds the run's stage and model, measures a few training steps, and throws them away. Raises ConfigError.
 
-    On a CPU the memory is the peak of this process, which loads, trains and validates as the run will.
+    On a CPU the memory is the peak of this process, which loads, trains and validates like the run.
     """
     if not isinstance(config, StageConfig):
         raise ConfigError(f"stage: mmllm plan is for stage1 and stage2; {config.stage} trains a small model in minutes")
-    config = settle(config)
+    config = resolve_precision(config)
     assert isinstance(config, StageConfig)
     set_threads(config)
-    forget_peak()
+    reset_peak()
     accelerator = build_accelerator(config)
     stage = build_stage(config)
     assert isinstance(stage, ConversationStage)
@@ -214,25 +216,25 @@ def make_plan(config: RunConfig, *, gpus: int = 1, memory: int | None = None) ->
     seconds, batch, notes = None, None, []
     features = stage.features
     if features is not None and features.num_missing:
-        features.blank = True  # a plan encodes nothing: rows of zeros take as much memory
+        features.returns_zeros = True  # a plan encodes nothing: rows of zeros take as much memory
         notes.append("the feature cache is not filled yet; its time is not counted")
     try:
         run = Run(config, stage, accelerator, lambda: build_stage(config))
         batch = longest_batch(stage, config.compute.batch_size, stage.data.max_length_tokens)
-        loading = peak_bytes()
+        loading_peak = peak_bytes()
         measured = _measure(run, batch)
-        run.throughput.figures()
-        last = min(TYPICAL_STEPS + 1, config.optim.max_steps)
-        first = min(1, last - 1)  # step 0 has the longest example
-        data = run.batches.start(first)
-        begun = time.monotonic()
-        for step in range(first, last):
+        run.throughput.metrics()
+        last_step = min(TYPICAL_STEPS + 1, config.optim.max_steps)
+        first_step = min(1, last_step - 1)  # step 0 has the longest example
+        data = run.batches.start(first_step)
+        start = time.monotonic()
+        for step in range(first_step, last_step):
             run.stepper.step(step, data)
-        seconds = (time.monotonic() - begun) / (last - first)
-        speed = run.throughput.figures()
-        stage.rehearse_validation()
+        seconds = (time.monotonic() - start) / (last_step - first_step)
+        speed = run.throughput.metrics()
+        stage.run_largest_validation()
         if accelerator.device.type == "cpu":
-            measured = _of_process(measured, max(loading, peak_bytes()))
+            measured = _of_process(measured, max(loading_peak, peak_bytes()))
         if stage.validates:
             notes.append("the time of validations is not counted")
         notes += run.machine_notes()
@@ -242,7 +244,7 @@ def make_plan(config: RunConfig, *, gpus: int = 1, memory: int | None = None) ->
         notes.append("the longest batch was tried and did not fit: nothing could be measured")
     if measured and gpus > 1:
         measured = replace(measured, gradients=2 * measured.gradients)
-        notes.append(f"{gpus} GPUs: gradients count twice, for DDP's buckets; the time of their exchange is left out")
+        notes.append(f"{gpus} GPUs: gradients count twice, for DDP's buckets; the time to exchange them is not counted")
     return _assemble(config, stage, batch, measured, speed, seconds, limit, gpus, notes, accelerator.device)
 
 
@@ -256,11 +258,11 @@ def _assemble(
         if name in speed:
             speed[name] *= gpus
     rate = speed.get("samples_per_second")
-    found = suggestions(config, measured, shape)
-    folder = next(one for one in (Path(config.out).resolve(), *Path(config.out).resolve().parents) if one.is_dir())
-    size = "" if batch is None else f"{len(batch.input_ids)} x {batch.input_ids.shape[1]} tokens"
+    changes = suggestions(config, measured, shape)
+    folder = next(path for path in (Path(config.out).resolve(), *Path(config.out).resolve().parents) if path.is_dir())
+    longest = "" if batch is None else f"{len(batch.input_ids)} x {batch.input_ids.shape[1]} tokens"
     return Plan(
-        longest=size,
+        longest=longest,
         memory=measured,
         limit=limit,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
@@ -269,7 +271,7 @@ def _assemble(
         epoch_seconds=stage.num_examples / rate if rate and stage.num_examples else None,
         disk=_disk(stage, config, measured),
         disk_free=shutil.disk_usage(folder).free,
-        changes=found,
+        changes=changes,
         notes=notes,
     )
 
@@ -331,7 +333,7 @@ def show(plan: Plan) -> None:
 def _show_changes(plan: Plan, console: Any) -> None:
     from rich.table import Table
 
-    table = Table(title="To make it fit: what costs least first, each on top of those above",
+    table = Table(title="To make it fit: the cheapest change first, each on top of those above",
                   title_justify="left", width=78)  # fmt: skip
     table.add_column("setting", overflow="fold")
     table.add_column("costs")
@@ -346,5 +348,5 @@ def _show_changes(plan: Plan, console: Any) -> None:
             break
     else:
         if plan.memory:
-            table.add_row("", "all of them are not enough: take a smaller LLM, or shard it", "", "")
+            table.add_row("", "all together are not enough: take a smaller LLM, or shard it", "", "")
     console.print(table)

@@ -1,4 +1,4 @@
-"""The entry of every training script: settings -> stage -> loop, with one readable block for whatever goes wrong."""
+"""The entry point of every training script: settings -> stage -> loop, with errors as one readable block."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from mmllm.config.file import dump_config, load_config
 from mmllm.errors import report_errors
 
 
-def begun_settings(out: Path) -> tuple[str | None, bool]:
-    """The dumped settings of the run that stands in `out`, if one does, and whether it has ended."""
+def saved_run_settings(out: Path) -> tuple[str | None, bool]:
+    """(the saved settings of the run in `out`, None if there is no run; whether it has finished)."""
     from mmllm.checkpoint.folder import read_manifest
     from mmllm.runs.folder import RunFolder
     from mmllm.runs.state import saved_steps
@@ -28,7 +28,7 @@ def begun_settings(out: Path) -> tuple[str | None, bool]:
 
 
 def _tidy(out: Path) -> None:
-    """Removes what a finished run needs no more, and has still where it was killed as it ended."""
+    """Removes what a finished run no longer needs; it is left where the run was killed at its very end."""
     from mmllm.checkpoint.folder import read_manifest
     from mmllm.runs.folder import RunFolder
 
@@ -41,14 +41,14 @@ def _tidy(out: Path) -> None:
 
 
 def is_first_process() -> bool:
-    """Before anything is loaded: whether a launcher started this process as the first of several, or nobody did."""
+    """Whether this process has rank 0 or was started without a launcher; works before anything is loaded."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def run(config: RunConfig) -> None:
     """One run from its settings, or from its newest saved state, to its finished checkpoint.
 
-    Raises LockedError where another one writes into the same folder.
+    Raises LockedError where another run writes into the same folder.
     """
     from mmllm.evaluation.validation_tasks import check_tasks
     from mmllm.runs.experiment_trackers import check_trackers
@@ -64,7 +64,7 @@ def _run(config: RunConfig) -> None:
     from mmllm.distributed.ranks import build_accelerator, set_threads
     from mmllm.runs.folder import RunFolder
     from mmllm.runs.report import write_about, write_report
-    from mmllm.runs.requirements import settle
+    from mmllm.runs.requirements import resolve_precision
     from mmllm.runs.state import check_same_run
     from mmllm.stages.registry import build_stage
     from mmllm.training.loop import train
@@ -72,8 +72,8 @@ def _run(config: RunConfig) -> None:
     from mmllm.training.stage import PreparesFeatures
 
     out = Path(config.out)
-    begun, is_finished = begun_settings(out)
-    config = settle(config, begun)
+    begun, is_finished = saved_run_settings(out)
+    config = resolve_precision(config, begun)
     if begun is not None:
         check_same_run(out, begun, dump_config(config))
     if is_finished:
@@ -102,14 +102,12 @@ def _run(config: RunConfig) -> None:
 
 def main(stage: str | None = None, arguments: list[str] | None = None) -> None:
     """`CONFIG [section.key=value ...]`; exits with 2 for wrong usage or settings, 1 for a run that failed."""
-    given = sys.argv[1:] if arguments is None else arguments
+    args = sys.argv[1:] if arguments is None else arguments
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with report_errors():
-        if not given or given[0].startswith("-"):
+        if not args or args[0].startswith("-"):
             raise ConfigError(f"usage: {Path(sys.argv[0]).name} CONFIG.yaml [section.key=value ...]")
-        config = load_config(given[0], given[1:])
+        config = load_config(args[0], args[1:])
         if stage and config.stage != stage:
-            raise ConfigError(
-                f"{given[0]} is for {config.stage}, this script runs {stage}: use train/{config.stage}.py"
-            )
+            raise ConfigError(f"{args[0]} is for {config.stage}, this script runs {stage}: use train/{config.stage}.py")
         run(config)

@@ -24,7 +24,7 @@ _PREFIXES: dict[str, tuple[str, ...]] = {  # of the names of each part's paramet
 
 @dataclass(frozen=True)
 class TrainedParts:
-    """The trained parameters with their names, by part; and the adapters of the tower, where it has some."""
+    """The trained parameters with their names, by part, and the adapters of the tower if it has any."""
 
     parts: dict[str, list[tuple[str, nn.Parameter]]]
     tower_adapters: Any = None
@@ -62,7 +62,7 @@ def _quantise(model: VisionLanguageModel, config: StageConfig, lora: LanguageLor
 
 
 def _unfreeze_tower(model: VisionLanguageModel, config: StageConfig) -> Any:
-    """The adapters of the tower; None where it is trained itself."""
+    """Makes the tower trainable and returns its adapters; None where its own weights are trained."""
     tower, last_layers = model.vision_tower, config.vision_last_layers
     if not any(True for _ in tower.parameters()):
         raise ConfigError(f"train lists vision, but {tower.spec.source} has no encoder to train")

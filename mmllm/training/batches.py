@@ -1,4 +1,4 @@
-"""This rank's micro-batches, in the order of the sampler, made ahead by worker processes where a run asks for them."""
+"""This rank's micro-batches in sampler order, prepared ahead of time by worker processes if the stage has any."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from mmllm.training.stage import Stage
 
 
 def _ignore_interrupt(worker: int) -> None:
-    """A worker process gets the terminal's Ctrl-C too; only the run itself decides when it ends."""
+    """Ctrl-C reaches the workers too, but only the main process acts on it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _Items(Dataset[Any]):
-    """The sampler yields the item itself: the index of an example, or a streamed example."""
+    """Maps each item to itself: the sampler already yields an example's index, or a streamed example."""
 
     def __getitem__(self, item: Item) -> Item:
         return item
@@ -28,8 +28,8 @@ class _Items(Dataset[Any]):
 class StepBatches:
     """The micro-batches of each step of one rank.
 
-    Where data are wrong or cannot be read, the MmllmError stands in place of the batch: an error that a worker raises
-    would bring its traceback, and the other ranks must learn of it before they wait for this one.
+    If data are wrong or cannot be read, an MmllmError is yielded instead of the batch. An error raised in a worker
+    would arrive with its traceback, and the other ranks must learn of it before they wait for this one.
     """
 
     def __init__(
@@ -38,12 +38,12 @@ class StepBatches:
         self.stage, self.max_steps, self.accumulate_steps = stage, max_steps, accumulate_steps
         self.rank, self.world_size = rank, world_size
         self.sampler = stage.sampler(batch_size)
-        self._states: dict[int, dict[int, Any]] = {}  # of the sampler after each step that batches are made for
+        self._sampler_states: dict[int, dict[int, Any]] = {}  # step -> the sampler's state after it
 
     def _micro_batches(self, first_step: int) -> Iterator[Sequence[Item]]:
         for step in range(first_step, self.max_steps):
             items = self.sampler.rank_items(step, self.rank, self.world_size)
-            self._states[step + 1] = self.sampler.state()
+            self._sampler_states[step + 1] = self.sampler.state()
             yield from self.sampler.split_step(items, self.accumulate_steps)
 
     def _batch(self, items: Sequence[Item]) -> Any:
@@ -55,7 +55,7 @@ class StepBatches:
             return MmllmError(f"the data can no longer be read: {error}")
 
     def start(self, first_step: int) -> Iterator[Any]:
-        """The micro-batches from a step to the end of the run."""
+        """The micro-batches from step `first_step` (from 0) to the end of the run, or an MmllmError for bad data."""
         loader: DataLoader[Any] = DataLoader(
             _Items(),
             batch_sampler=self._micro_batches(first_step),  # type: ignore[arg-type]
@@ -66,6 +66,6 @@ class StepBatches:
         return iter(loader)
 
     def state_after(self, step: int) -> dict[int, Any]:
-        """The sampler's state after `step` steps; those before it are forgotten."""
-        self._states = {done: state for done, state in self._states.items() if done >= step}
-        return self._states[step]
+        """The sampler's state after `step` steps; earlier states are dropped."""
+        self._sampler_states = {done: state for done, state in self._sampler_states.items() if done >= step}
+        return self._sampler_states[step]

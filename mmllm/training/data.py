@@ -1,4 +1,4 @@
-"""The data of a stage: which examples it trains on, in which order, and on which it is judged."""
+"""The data of a stage: its training examples, their order, and its validation examples."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from mmllm.readers.folders import describe_passed_over
 
 
 class TrainingData:
-    """The sources of `data.train`, mixed, with `data.replay` behind them; only the latter is indexed where they stream.
+    """The mixed sources of `data.train`, followed by `data.replay`. With streaming, only the replay source is indexed.
 
-    Raises DataError where they cannot be used.
+    Raises DataError if the sources cannot be used.
     """
 
     def __init__(self, config: StageConfig, renderer: Renderer, *, max_positions: int | None = None):
         self.config, self.renderer, data = config, renderer, config.data
-        self.max_positions = max_positions  # the longest row that the LLM can be given; None: no such end
+        self.max_positions = max_positions  # tokens that the LLM can take; None: no limit
         self.max_length_tokens = min(data.max_length_tokens, max_positions or data.max_length_tokens)
         if self.max_length_tokens < data.max_length_tokens:
             print(positions_note(data.max_length_tokens, self.max_length_tokens), file=sys.stderr)
@@ -48,9 +48,9 @@ class TrainingData:
         self.lengths: NDArray[np.int64] | None = None if self.stream else self.report.lengths
 
     def _load(self, sources: list[SourceConfig]) -> tuple[Examples, DataReport]:
-        """Raises DataError where too much cannot be used; where less cannot, says so."""
+        """Loads the usable examples and prints how many rows are left out. Raises DataError if too many are bad."""
         try:
-            found, report = load_examples(
+            examples, report = load_examples(
                 sources,
                 self.renderer,
                 self.config.data,
@@ -59,47 +59,47 @@ class TrainingData:
                 max_positions=self.max_positions,
             )
         except DataError as error:
-            listed = (
-                f"\n{len(self.quarantine)} rows stand in {Path(self.config.out) / CHECK_FOLDER / BAD_LIST_FILE}, which "
+            hint = (
+                f"\n{len(self.quarantine)} rows are listed in {Path(self.config.out) / CHECK_FOLDER / BAD_LIST_FILE}, "
             )
-            listed += "`mmllm check` wrote; run it again where pictures were mended"
-            raise DataError(f"{error}{listed if self.quarantine else ''}") from error
+            hint += "which `mmllm check` wrote; run it again if you have repaired pictures"
+            raise DataError(f"{error}{hint if self.quarantine else ''}") from error
         if report.num_bad:
-            told = f"left out: {report.num_bad} of {report.num_rows} rows; `mmllm check` lists them with their reasons"
-            print(told, file=sys.stderr)
+            note = f"left out: {report.num_bad} of {report.num_rows} rows; `mmllm check` lists them with their reasons"
+            print(note, file=sys.stderr)
         if passed_over := describe_passed_over(report.passed_over):
             print(passed_over, file=sys.stderr)
-        return found, report
+        return examples, report
 
     @property
     def may_have_images(self) -> bool:
         return self.stream is not None or self.report.num_images > 0
 
     def validation(self) -> list[Example]:
-        """The examples that the run is judged by."""
+        """At most `validation.max_examples` examples of `data.val`; none without `data.val`. Raises DataError."""
         if not self.config.data.val:
             return []
-        return spread(self._load(list(self.config.data.val))[0], self.config.validation.max_examples)
+        return evenly_spaced(self._load(list(self.config.data.val))[0], self.config.validation.max_examples)
 
     def size_of(self, item: Item) -> tuple[int, int]:
-        """Tokens and pictures of an example."""
+        """(tokens, pictures) of an example."""
         if isinstance(item, Example):
             return len(self.renderer.render_example(item).input_ids), len(item.images)
         return int(self.report.lengths[item]), int(self.report.images[item])
 
     def text_probe(self, validation: list[Example]) -> list[Example]:
-        """Conversations without pictures that show what a trained LLM forgets; none where it is not trained."""
+        """Text-only conversations that measure what the LLM forgets; none if it is not trained. Raises DataError."""
         path = self.config.validation.text_probe
         if "language" not in self.config.train:
             return []
-        found = self._load([SourceConfig(path=path)])[0] if path else validation
-        text = [example for example in found if not example.images]
+        candidates = self._load([SourceConfig(path=path)])[0] if path else validation
+        text = [example for example in candidates if not example.images]
         if path and not text:
-            raise DataError(f"validation.text_probe: every conversation of {path} has a picture; name text alone")
-        return spread(text, self.config.validation.max_text_examples)
+            raise DataError(f"validation.text_probe: every conversation of {path} has a picture; name a text-only file")
+        return evenly_spaced(text, self.config.validation.max_text_examples)
 
     def sampler(self, batch_size: int, split_step: StepSplitter = in_order) -> Sampler:
-        """The order of examples in global batches of this size. Raises DataError where there are too few."""
+        """The sampler for global batches of this size. Raises DataError if there are fewer examples than one batch."""
         data, seed = self.config.data, self.config.seed
         replay = (self.examples.sizes[-1], data.replay.fraction) if data.replay else None
         if self.stream:
@@ -111,8 +111,8 @@ class TrainingData:
         )
 
 
-def spread(examples: Sequence[Example], count: int) -> list[Example]:
-    """At most `count` examples, taken evenly over the whole."""
+def evenly_spaced(examples: Sequence[Example], count: int) -> list[Example]:
+    """At most `count` examples, evenly spaced over the sequence."""
     if len(examples) <= count:
         return list(examples)
     return [examples[index * len(examples) // count] for index in range(count)]

@@ -11,8 +11,8 @@ from mmllm.config import ConfigError, LoraConfig
 from mmllm.model.tower import VisionTower
 from mmllm.model.vlm import VisionLanguageModel
 
-# Their kernels read these weights past the layer that holds them, so an adapter there does nothing, or only without
-# the kernels: https://github.com/huggingface/transformers/blob/main/src/transformers/models/mamba/modeling_mamba.py
+# Their kernels read these weights without calling the layer that holds them, so an adapter there has no effect, or only
+# without the kernels: https://github.com/huggingface/transformers/blob/main/src/transformers/models/mamba/modeling_mamba.py
 _BYPASSED = {
     "mamba": ["x_proj", "dt_proj", "out_proj"],
     "falcon_mamba": ["x_proj", "dt_proj", "out_proj"],
@@ -21,7 +21,10 @@ _BYPASSED = {
 
 
 def add_lora(model: VisionLanguageModel, config: LoraConfig) -> None:
-    """Puts adapters into the LLM's linear layers; they and the rows of added tokens alone get gradients there."""
+    """Adds adapters to the LLM's linear layers. In the LLM, only they and the rows of added tokens get gradients.
+
+    Raises ConfigError if peft is not installed or rejects the settings.
+    """
     quiet_bitsandbytes()
     try:
         import peft
@@ -46,26 +49,27 @@ def add_lora(model: VisionLanguageModel, config: LoraConfig) -> None:
 
 
 def move_adapters(model: VisionLanguageModel, language_model: Any, config: LoraConfig) -> None:
-    """Lays the trained adapters on another LLM, which is the same in full precision, and puts it into the model.
+    """Moves the trained adapters to `language_model`, the same LLM in full precision, and puts that into the model.
 
-    Everything goes to the main memory: a GPU that held the LLM in few bits may be too small for it.
+    The model moves to main memory: a GPU that held the quantized LLM may be too small for it.
     """
     import peft
 
-    trained = peft.get_peft_model_state_dict(model.language_model, save_embedding_layers=False)
+    adapter_state = peft.get_peft_model_state_dict(model.language_model, save_embedding_layers=False)
     model.language_model = language_model
     model.to("cpu")
     add_lora(model, config)
     with quiet_peft():
-        report = peft.set_peft_model_state_dict(model.language_model, trained)
-    lost = [name for name in report.missing_keys if ".lora_" in name] + list(report.unexpected_keys)
-    assert not lost, lost
+        report = peft.set_peft_model_state_dict(model.language_model, adapter_state)
+    mismatched = [name for name in report.missing_keys if ".lora_" in name] + list(report.unexpected_keys)
+    assert not mismatched, mismatched
 
 
 def add_tower_lora(tower: VisionTower, config: LoraConfig) -> Any:
-    """Puts adapters into the tower's linear layers, in place; they alone get gradients. `merge_and_unload` ends them.
+    """Adds adapters to the tower's linear layers, in place; only they get gradients. `merge_and_unload` merges them.
 
-    The output layer inside torch's own attention is left alone: attention reads its weight past the layer.
+    The output layer inside nn.MultiheadAttention gets none: attention reads its weight without calling the layer.
+    Raises ConfigError if peft is not installed or `target_modules` matches no linear layer.
     """
     quiet_bitsandbytes()
     try:
@@ -77,8 +81,8 @@ def add_tower_lora(tower: VisionTower, config: LoraConfig) -> Any:
     names = sorted(name for name in linear if not any(name.startswith(f"{attention}.") for attention in attentions))
     targets = config.target_modules
     if targets != "all-linear":
-        wanted = [targets] if isinstance(targets, str) else targets
-        names = [name for name in names if name.rsplit(".", 1)[-1] in wanted]
+        suffixes = [targets] if isinstance(targets, str) else targets
+        names = [name for name in names if name.rsplit(".", 1)[-1] in suffixes]
     if not names:
         kinds = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear})) or "none"
         raise ConfigError(f"vision_lora.target_modules: {targets} finds no linear layer of the tower; it has {kinds}")
@@ -95,11 +99,13 @@ def add_tower_lora(tower: VisionTower, config: LoraConfig) -> Any:
 
 
 def _trained_rows(model: VisionLanguageModel) -> dict[str, list[int]] | None:
-    """The rows of added tokens by the names of the embedding and of a head of its own; peft lets a tied head follow."""
-    rows = getattr(model.config.text_config, "trained_token_ids", None)
-    if not rows:
+    """Ids of added tokens, by the name of the embedding and of an untied head; peft updates a tied head itself."""
+    token_ids = getattr(model.config.text_config, "trained_token_ids", None)
+    if not token_ids:
         return None
     language_model = model.language_model
     embedding, head = language_model.get_input_embeddings(), language_model.get_output_embeddings()
     tables = [embedding] if head.weight is embedding.weight else [embedding, head]
-    return {name: rows for name, module in language_model.named_modules() if any(module is table for table in tables)}
+    return {
+        name: token_ids for name, module in language_model.named_modules() if any(module is table for table in tables)
+    }

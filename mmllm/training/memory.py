@@ -1,6 +1,6 @@
-"""What a run keeps in memory, and what to change where that is too much, in the order of least loss.
+"""Memory of a run: estimates by part, and settings that need less, ordered by what they cost.
 
-The one place of this advice: `mmllm plan` shows it with what each change saves, a run that is out of memory without.
+`mmllm plan` shows these suggestions with the bytes that each one saves; the out-of-memory error shows them without.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mmllm.config.file import with_overrides
 from mmllm.distributed.launch import launched_strategy
 from mmllm.errors import is_out_of_memory
 
-NF4_BYTES = 0.5625  # of a weight: 4 bits, and a scale of 32 bits for 64 of them
+NF4_BYTES = 0.5625  # per weight: 4 bits, and a 32-bit scale for each 64 weights
 _CGROUP = Path("/sys/fs/cgroup/memory.max")
 
 
@@ -34,8 +34,8 @@ class Memory:
     weights: float
     gradients: float
     optimizer: float
-    activations: float  # what is kept for backward, and what the kernels need for themselves
-    process: float = 0.0  # of a CPU: program, libraries, data, and what the allocator has not given back
+    activations: float  # saved for backward, and the workspace of kernels
+    process: float = 0.0  # CPU only: program, libraries, data, and memory that the allocator keeps
 
     @property
     def total(self) -> float:
@@ -44,24 +44,24 @@ class Memory:
 
 @dataclass(frozen=True)
 class Shape:
-    """What the estimates need to know of model and batch."""
+    """The sizes of model and batch that the estimates need."""
 
     language_trained: float  # bytes of the LLM's trained weights
-    language_numbers: float  # how many numbers the LLM's weights are
-    language_bytes: float  # of each of them
-    linear_numbers: float  # of those, in the linear layers within the LLM's layers, which QLoRA holds in few bits
+    language_numbers: float  # elements of the LLM's weights
+    language_bytes: float  # bytes per element
+    linear_numbers: float  # elements in the linear layers of the LLM's blocks, which QLoRA quantizes
     num_layers: int
-    layer_inputs: float  # bytes of the inputs of all layers, which checkpointing keeps
+    layer_inputs: float  # bytes of all layers' inputs, which gradient checkpointing keeps
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """A setting to change. `saves` bytes, with the changes above it made; None where nothing has been measured."""
+    """A setting to change. It `saves` so many bytes on top of the suggestions before it; None without a measurement."""
 
     setting: str
     cost: str
     saves: float | None = None
-    left: float | None = None  # bytes at the peak with it and those above it
+    left: float | None = None  # bytes at the peak, with it and the suggestions before it
 
 
 def size_text(num_bytes: float) -> str:
@@ -73,22 +73,23 @@ def size_text(num_bytes: float) -> str:
 
 
 def parameter_bytes(parameters: Iterable[Tensor]) -> int:
-    return sum({id(one): one.numel() * one.element_size() for one in parameters}.values())
+    """The bytes of all parameters; a shared one counts once."""
+    return sum({id(parameter): parameter.numel() * parameter.element_size() for parameter in parameters}.values())
 
 
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_STATUS_FILE, _RESET_FILE = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def forget_peak() -> None:
-    """From here on `peak_bytes` is that of what follows, where the system can be told so (Linux).
+def reset_peak() -> None:
+    """Resets the peak that `peak_bytes` reports to what is in use now, if the system can do so (Linux).
 
-    What the allocator keeps for later is given back before, where it is glibc's.
+    Free memory that glibc's allocator keeps is returned to the system first.
     """
-    give_back = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if give_back is not None:
-        give_back(0)
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
     with contextlib.suppress(OSError):
-        _CLEAR.write_text("5")
+        _RESET_FILE.write_text("5")
 
 
 def _unix_resources() -> Any:
@@ -104,9 +105,9 @@ def _unix_resources() -> Any:
 
 
 def peak_bytes() -> int:
-    """The most main memory that this process has held: its peak resident size."""
-    if _STATUS.is_file():
-        (line,) = [line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:")]
+    """The peak resident size of this process, in bytes of main memory."""
+    if _STATUS_FILE.is_file():
+        (line,) = [line for line in _STATUS_FILE.read_text().splitlines() if line.startswith("VmHWM:")]
         return 1024 * int(line.split()[1])
     resource = _unix_resources()
     peak = int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
@@ -114,36 +115,37 @@ def peak_bytes() -> int:
 
 
 def available_bytes(device: torch.device) -> int:
-    """The memory of this device: of a GPU, of this machine, or what this process may have of it."""
+    """The memory of a GPU in bytes; for a CPU, the machine's memory or the process's limit, whichever is less."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     resource = _unix_resources()
-    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     if (limit := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
-        found.append(limit)
+        limits.append(limit)
     if _CGROUP.is_file() and (text := _CGROUP.read_text().strip()).isdigit():
-        found.append(int(text))
-    return min(found)
+        limits.append(int(text))
+    return min(limits)
 
 
 _Estimate = Callable[[Memory, Shape], Memory]
 
 
 def _smaller_batch(compute: Any) -> Iterator[tuple[list[str], str, _Estimate]]:
-    """Smaller micro-batches, the global batch staying what it is: another one would be another recipe."""
+    """Smaller micro-batches with the same global batch, since another global batch is another recipe."""
 
-    def shrunk(factor: int) -> _Estimate:
-        return lambda m, _: replace(m, activations=m.activations / factor)
+    def divide_activations(divisor: int) -> _Estimate:
+        return lambda m, _: replace(m, activations=m.activations / divisor)
 
     size, steps = compute.batch_size, compute.accumulate_steps
     while size > 1:
-        factor = next(number for number in range(2, size + 1) if size % number == 0)
-        size, steps = size // factor, steps * factor
-        yield [f"compute.batch_size={size}", f"compute.accumulate_steps={steps}"], "none but time", shrunk(factor)
+        divisor = next(number for number in range(2, size + 1) if size % number == 0)
+        size, steps = size // divisor, steps * divisor
+        settings = [f"compute.batch_size={size}", f"compute.accumulate_steps={steps}"]
+        yield settings, "only time", divide_activations(divisor)
 
 
-def _layers_again(config: Any) -> Iterator[tuple[list[str], str, _Estimate]]:
-    """Gradient checkpointing of the LLM, beside that of the tower where it is asked for already."""
+def _recomputed_layers(config: Any) -> Iterator[tuple[list[str], str, _Estimate]]:
+    """Gradient checkpointing of the LLM, in addition to that of the tower if the settings have it."""
     if config.recomputes_language:
         return
     both = "'compute.gradient_checkpointing=[language,vision]'"
@@ -155,7 +157,7 @@ def _layers_again(config: Any) -> Iterator[tuple[list[str], str, _Estimate]]:
 
 
 def _frozen_language(config: Any) -> Iterator[tuple[list[str], str, _Estimate]]:
-    """LoRA in place of training the LLM whole, and fewer bits for what is frozen of it then."""
+    """LoRA instead of training the whole LLM, and fewer bits for its frozen weights."""
     trains, lora = "language" in config.train, config.lora
     if trains and not lora:
         yield (
@@ -170,7 +172,7 @@ def _frozen_language(config: Any) -> Iterator[tuple[list[str], str, _Estimate]]:
     halves = getattr(config.model.language, "dtype", "fp32") == "fp32" and not is_quantised
     if halves:
         yield (
-            ["model.language.dtype=bf16"], "rounding of the frozen LLM",
+            ["model.language.dtype=bf16"], "rounds the frozen LLM",
             lambda m, s: replace(m, weights=m.weights - s.language_numbers * max(0.0, s.language_bytes - 2)),
         )  # fmt: skip
     if trains and not is_quantised:
@@ -181,32 +183,32 @@ def _frozen_language(config: Any) -> Iterator[tuple[list[str], str, _Estimate]]:
 
 
 def _suggestions(config: Any) -> Iterator[tuple[list[str], str, _Estimate]]:
-    """(settings, cost, estimate) of all that may need less memory, what costs least first."""
+    """(settings, cost, estimate) of every change that may save memory, the cheapest first."""
     is_stage = isinstance(config, StageConfig)
     if is_stage:
-        yield from _layers_again(config)
+        yield from _recomputed_layers(config)
     yield from _smaller_batch(config.compute)
     if config.compute.precision == "fp32":
-        cost = "rounding to 3 digits in what is computed"
+        cost = "computation rounds to 3 digits"
         yield ["compute.precision=bf16"], cost, lambda m, _: replace(m, activations=m.activations / 2)
     works_on_whole_tensors = launched_strategy() == "ddp"  # see check_divisible
     if config.optim.kind == "adamw" and works_on_whole_tensors:
-        cost = "coarser averages of gradients; needs the extra `quant`"
+        cost = "coarser gradient averages; needs the extra `quant`"
         yield ["optim.kind=adamw8bit"], cost, lambda m, _: replace(m, optimizer=m.optimizer / 4)
     if is_stage:
-        for one in _frozen_language(config):
-            if works_on_whole_tensors or one[0] != ["lora.quantise=nf4"]:
-                yield one
+        for change in _frozen_language(config):
+            if works_on_whole_tensors or change[0] != ["lora.quantise=nf4"]:
+                yield change
         length = f"data.max_length_tokens={config.data.max_length_tokens // 2}"
         yield [length], "leaves longer examples out", lambda m, _: replace(m, activations=m.activations / 2)
 
 
 def suggestions(config: RunConfig, memory: Memory | None = None, shape: Shape | None = None) -> list[Suggestion]:
-    """What this run can change to need less memory, what costs least first; with estimates where memory is known.
+    """Settings of this run that need less memory, the cheapest first; with estimates if `memory` and `shape` are given.
 
-    Each stands on those above it. What the settings do not allow together is left out.
+    Each suggestion assumes that those before it are applied. Invalid combinations of settings are left out.
     """
-    found: list[Suggestion] = []
+    changes: list[Suggestion] = []
     for settings, cost, estimate in _suggestions(config):
         try:
             changed = with_overrides(config, [shlex.split(setting)[0] for setting in settings])
@@ -214,31 +216,33 @@ def suggestions(config: RunConfig, memory: Memory | None = None, shape: Shape | 
             continue
         text = " ".join(settings)
         if memory is None or shape is None:
-            found.append(Suggestion(text, cost))
+            changes.append(Suggestion(text, cost))
         else:
             after = estimate(memory, shape)
             if (saves := memory.total - after.total) <= 0.005 * (memory.total - memory.process):
                 continue
-            found.append(Suggestion(text, cost, saves, after.total))
+            changes.append(Suggestion(text, cost, saves, after.total))
             memory = after
         config = changed
-    return found
+    return changes
 
 
 def out_of_memory_text(config: Any, error: BaseException) -> str:
-    """What a run says that was out of memory."""
-    steps = [f"  {change.setting}  (costs: {change.cost})" for change in suggestions(config)]
+    """The message of a run that is out of memory, with the settings to change."""
+    lines = [f"  {change.setting}  (costs: {change.cost})" for change in suggestions(config)]
     size = f"compute.batch_size={config.compute.batch_size}"
     return (
         f"out of memory: {str(error).splitlines()[0] if str(error) else type(error).__name__}\n"
-        f"With {size} it does not fit. What costs least stands first; add until it fits:\n" + "\n".join(steps) + "\n"
-        "`mmllm plan CONFIG` runs the longest batch once and says what each of them saves"
+        f"It does not fit with {size}. Add these settings in order, the cheapest first, until it does:\n"
+        + "\n".join(lines)
+        + "\n"
+        "`mmllm plan CONFIG` runs the longest batch once and shows what each setting saves"
     )
 
 
 @contextlib.contextmanager
 def explain_out_of_memory(config: RunConfig) -> Iterator[None]:
-    """Turns an error of memory into what to change."""
+    """Replaces an out-of-memory error by a TrainingError that lists the settings to change."""
     from mmllm.training.guards import TrainingError
 
     try:

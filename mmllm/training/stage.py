@@ -1,4 +1,4 @@
-"""The contract between a stage and the training loop: what each stage brings, and what only some can do."""
+"""The contract between a stage and the training loop: what every stage provides, and optional abilities."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class LossOutput:
 
     Attributes:
         total: summed over the items that the stage counts, such as supervised tokens: [].
-        denominator: how many items that are. The loop divides by their number in the whole step, over all micro-batches
-            and ranks, so that the loss does not depend on how a batch is divided.
-        metrics: further sums over the same items, by name: [] each. The log shows them divided as the loss is.
+        denominator: the number of these items. The loop divides by their number in the whole step, over all
+            micro-batches and ranks, so that the loss does not depend on how a batch is split.
+        metrics: further sums over the same items, by name: [] each. The log divides them as it divides the loss.
     """
 
     total: Tensor
@@ -31,15 +31,15 @@ class LossOutput:
 
 
 class Stage(Protocol):
-    """What every stage brings. A new objective is one class with these members and one row in STAGES.
+    """What every stage provides. A new objective is one class with these members and one row in STAGES.
 
     Attributes:
-        module: what the strategy wraps for several processes; `loss` is given the wrapped one.
-        notes: what the head of the run says, such as what will not be measured, and why.
-        num_examples: None where they are streamed.
+        module: the module that the strategy wraps for several processes; `loss` receives the wrapped one.
+        notes: lines to print when the run starts, such as what will not be measured, and why.
+        num_examples: the number of training examples; None if they are streamed.
         parts: the trained parameters with their names, by part; each part has a learning rate.
-        depths: how many layers stand between a trained parameter and the top of its part, by name; for `layer_decay`.
-        num_workers: the processes that make batches ahead; 0: this one does.
+        depths: how many layers lie between a trained parameter and the top of its part, by name; for `layer_decay`.
+        num_workers: processes that prepare batches ahead of time; 0: the main process makes them.
     """
 
     module: nn.Module
@@ -54,31 +54,31 @@ class Stage(Protocol):
     def depths(self) -> Mapping[str, int]: ...
 
     def sampler(self, batch_size: int) -> Sampler:
-        """The order of examples, in global batches of this size."""
+        """The sampler for global batches of this size."""
 
     def batch(self, items: Sequence[Any]) -> Any:
-        """The micro-batch of these items of the sampler."""
+        """The micro-batch of these sampler items. Raises MmllmError or OSError for data that cannot be used."""
 
     def loss(self, module: nn.Module, batch: Any) -> LossOutput:
-        """The loss of a micro-batch, by this wrapped module."""
+        """The loss of a micro-batch, computed by the wrapped `module`."""
 
     def count(self, batch: Any) -> int:
-        """What `loss` gives as its denominator, known before anything is computed."""
+        """The denominator that `loss` will return, before anything is computed."""
 
     def num_tokens(self, batch: Any) -> int:
-        """The tokens of a batch without padding, for tokens a second."""
+        """The tokens of a batch without padding, for the log's tokens per second."""
 
     def can_train(self, part: str, batch: Any) -> bool:
-        """Whether this batch gives the part a gradient: text alone teaches a projector nothing."""
+        """Whether this batch gives the part a gradient: a text-only batch gives the projector none."""
 
     def names(self, batch: Any) -> list[str]:
         """The ids of the batch's examples, for messages."""
 
     def validate(self, step: int, *, writes: bool = True) -> dict[str, float]:
-        """Every metric after `step` steps. Files are written where this process `writes`."""
+        """Every validation metric after `step` steps, by name. Writes files only if `writes`."""
 
     def save(self, out: Path, log: list[dict[str, Any]]) -> None:
-        """Writes what the run has made, with the metrics of its log, into `out`."""
+        """Writes the trained model and the metrics of the run's `log` into `out`."""
 
 
 @runtime_checkable
@@ -86,12 +86,12 @@ class CountsFlops(Protocol):
     """A stage whose FLOPs can be counted, for MFU."""
 
     def step_flops(self) -> StepFlops:
-        """The counter, built before the model is wrapped for several devices."""
+        """The FLOP counter. It must be built before the model is wrapped for several devices."""
 
 
 @runtime_checkable
 class PreparesFeatures(Protocol):
-    """A stage that computes something once, before the first step, which the ranks share."""
+    """A stage that computes features once, before the first step, for all ranks."""
 
     def prepare_features(self, device: Any, *, rank: int, world_size: int) -> None:
-        """Computes what is missing. Every rank has to call it."""
+        """Computes the missing features. Every rank has to call it."""

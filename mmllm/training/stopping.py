@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while a run trains: a word at once, and an end at which nothing is lost."""
+"""Ctrl-C and SIGTERM during training: a message at once, and a stop that loses no work."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-SAME_STOP_SECONDS = 2  # launchers pass a Ctrl-C on to their processes, which got it from the terminal already
-STEP = "the step in hand ends, and the state is saved"
+SAME_STOP_SECONDS = 2  # a launcher forwards Ctrl-C to processes that have got it from the terminal already
+STEP = "the current step is completed, and the state is saved"
 
 
 class BrokenOffError(BaseException):
-    """Raised by the signal itself, in what may be broken off. No `except Exception` on its way takes it."""
+    """Raised by the signal handler in a block that may be interrupted. No `except Exception` catches it."""
 
 
 class StopSignal:
-    """Collects both signals and says what happens now. A later, second one ends the process as it stands.
+    """Records SIGINT and SIGTERM and prints what happens next.
 
-    `speaks` is set in one of the processes of a run: a terminal sends its Ctrl-C to all of them.
+    A second signal, more than SAME_STOP_SECONDS after the first, goes to the previous handler, which ends the process.
+    Only one process of a run has `speaks`, since a terminal sends Ctrl-C to all of them.
     """
 
     def __init__(self, *, speaks: bool = True):
         self.speaks = speaks
         self.received: list[float] = []
-        self._does, self._breaks = STEP, False
+        self._effect, self._breaks = STEP, False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
@@ -39,15 +40,15 @@ class StopSignal:
             signal.signal(number, handler)
 
     @contextlib.contextmanager
-    def during(self, does: str, *, breaks: bool = False) -> Iterator[None]:
-        """Around something long: `does` says how a stop ends it. With `breaks` that is at once, by BrokenOffError."""
+    def during(self, effect: str, *, breaks: bool = False) -> Iterator[None]:
+        """Around a long block: `effect` says how it ends after a signal; `breaks` means at once, by BrokenOffError."""
         if breaks and self.received:
             raise BrokenOffError
-        before, self._does, self._breaks = self._does, does, breaks
+        previous_effect, self._effect, self._breaks = self._effect, effect, breaks
         try:
             yield
         finally:
-            self._does, self._breaks = before, False
+            self._effect, self._breaks = previous_effect, False
 
     def _receive(self, number: int, frame: Any) -> None:
         self.received.append(time.monotonic())
@@ -56,8 +57,8 @@ class StopSignal:
             signal.raise_signal(number)
             return
         if self.speaks and len(self.received) == 1:
-            # not print: the signal may have come in the middle of one
-            os.write(2, f"\nstopping: {self._does}. A second Ctrl-C ends it as it stands\n".encode())
+            # not print: the signal may have interrupted one
+            os.write(2, f"\nstopping: {self._effect}. A second Ctrl-C ends it at once\n".encode())
         if self._breaks:
             self._breaks = False
             raise BrokenOffError

@@ -1,7 +1,6 @@
-"""How a stage is judged while it trains: its loss on data that it never learns, what it makes of the pictures, what is
-left of its speech, the scores of tasks, and answers for people to read.
+"""Validation while a stage trains: loss on held-out data, image reliance, text loss, task scores, and sample answers.
 
-Losses are in nats per supervised token. `val_loss/SOURCE` stands beside `val_loss` where there are several sources.
+Losses are in nats per supervised token. With several sources, `val_loss/SOURCE` is logged beside `val_loss`.
 """
 
 from __future__ import annotations
@@ -25,22 +24,23 @@ from mmllm.model.processor import VisionLanguageProcessor
 from mmllm.model.vlm import VisionLanguageModel
 from mmllm.runs.alarms import TEXT_LOSS
 from mmllm.runs.folder import RunFolder
-from mmllm.training.data import spread
+from mmllm.training.data import evenly_spaced
 from mmllm.training.losses import supervised_counts
 
-REHEARSED_QUESTIONS = 32  # of a task: a batch
-_NO_FILE_NAME = re.compile(r"[^\w.-]")  # characters of an id that a file name better does without
+REHEARSED_QUESTIONS = 32  # per task: one batch
+_UNSAFE_CHARACTER = re.compile(r"[^\w.-]")  # of an id, in a file name
 
 
 def short_names(paths: Sequence[str]) -> dict[str, str]:
-    """A name for each data file: its own without suffix, with as many of its folders as tell it from the others."""
+    """A short name for each data file: its stem, with as many parent folders as tell it apart from the others."""
     parts = {path: PurePath(path).with_suffix("").parts for path in paths}
     names: dict[str, str] = {}
-    for path, own in parts.items():
+    for path, path_parts in parts.items():
         others = [other for key, other in parts.items() if key != path]
-        depth = next((d for d in range(1, len(own)) if all(other[-d:] != own[-d:] for other in others)), len(own))
-        names[path] = "/".join(_NO_FILE_NAME.sub("_", part) for part in own[-depth:])
-    if len(set(names.values())) < len(names):  # such as a.json and a.jsonl of one folder
+        depths = range(1, len(path_parts))
+        depth = next((d for d in depths if all(other[-d:] != path_parts[-d:] for other in others)), len(path_parts))
+        names[path] = "/".join(_UNSAFE_CHARACTER.sub("_", part) for part in path_parts[-depth:])
+    if len(set(names.values())) < len(names):  # such as a.json and a.jsonl in one folder
         return {path: f"{name}-{number}" for number, (path, name) in enumerate(names.items(), start=1)}
     return names
 
@@ -48,8 +48,8 @@ def short_names(paths: Sequence[str]) -> dict[str, str]:
 class Validation:
     """The validation of stage 1 and stage 2. `notes` says what cannot be computed on this data, and why.
 
-    `collate` makes a batch of examples, `module` its summed loss. `text` are conversations without pictures, none
-    where the LLM is not trained.
+    `collate` makes a batch from examples, `module` returns its summed loss. `text` holds text-only conversations; it is
+    empty if the LLM is not trained.
     """
 
     def __init__(
@@ -89,39 +89,39 @@ class Validation:
         return notes
 
     def _losses(self, examples: Sequence[Example]) -> tuple[list[float], list[int]]:
-        """Of each example, in their order: its loss summed over supervised tokens, and their number."""
+        """The summed loss and the number of supervised tokens of each example, in the order of the examples."""
         losses, counts, size = [0.0] * len(examples), [0] * len(examples), self.config.compute.batch_size
         for start in range(0, len(examples), size):
             batch = self.collate(examples[start : start + size])
-            places: dict[str, deque[int]] = defaultdict(deque)  # packing puts the examples of a batch in another order
-            for place, example in enumerate(examples[start : start + size], start=start):
-                places[example.id].append(place)
-            found = self.module(batch, per_example=True).tolist()
-            for name, loss, count in zip(batch.example_ids, found, supervised_counts(batch), strict=True):
-                place = places[name].popleft()
-                losses[place], counts[place] = loss, count
+            indices: dict[str, deque[int]] = defaultdict(deque)  # by id: packing reorders the examples of a batch
+            for index, example in enumerate(examples[start : start + size], start=start):
+                indices[example.id].append(index)
+            batch_losses = self.module(batch, per_example=True).tolist()
+            for name, loss, count in zip(batch.example_ids, batch_losses, supervised_counts(batch), strict=True):
+                index = indices[name].popleft()
+                losses[index], counts[index] = loss, count
         return losses, counts
 
-    def figures(self, step: int, *, writes: bool = True) -> dict[str, float]:
-        """Every figure after `step` steps. Needs a model in eval mode, and no gradients.
+    def metrics(self, step: int, *, writes: bool = True) -> dict[str, float]:
+        """Every metric after `step` steps, by name. The model must be in eval mode, with gradients off.
 
-        Answers go to `samples/`, where this process `writes`; others only take part in making them.
+        Sample answers are written to `samples/` if this process `writes`; other processes only help to generate them.
         """
-        found = self._validation_losses()
+        metrics = self._validation_losses()
         if self.text:
             losses, counts = self._losses(self.text)
-            found[TEXT_LOSS] = sum(losses) / max(1, sum(counts))
+            metrics[TEXT_LOSS] = sum(losses) / max(1, sum(counts))
         for task, name in self.task_names.items():
             scores = task_scores(self.engine, task, self.config.validation.task_questions)
-            found |= {f"task/{name}/{measure}": value for measure, value in scores.items()}
+            metrics |= {f"task/{name}/{measure}": value for measure, value in scores.items()}
         if self.examples:
             self._write_samples(step, writes=writes)
-        return found
+        return metrics
 
     def rehearse(self) -> None:
-        """What needs most memory of `figures`: the longest batch, the longest prompt, and a batch of each task."""
+        """Runs what needs most memory in `metrics`: the longest batch, the longest prompt, and a batch of each task."""
         examples = [*self.examples, *self.exchanged.values(), *self.text]
-        longest = sorted(examples, key=lambda one: -len(self.engine.renderer.render_example(one).input_ids))
+        longest = sorted(examples, key=lambda example: -len(self.engine.renderer.render_example(example).input_ids))
         self._losses(longest[: self.config.compute.batch_size])
         if self.examples and self.config.validation.num_samples:
             self.engine.reply(_first_question(longest[0]), Sampling(max_new_tokens=2))
@@ -129,68 +129,71 @@ class Validation:
             task_scores(self.engine, task, min(self.config.validation.task_questions, REHEARSED_QUESTIONS))
 
     def _validation_losses(self) -> dict[str, float]:
-        """The loss, that of each source, and image reliance: the same batches are shown twice, so it costs one pass."""
+        """The loss, that of each source, and image reliance, which runs examples again with exchanged pictures."""
         groups: dict[tuple[str, bool], list[int]] = defaultdict(list)
         for index, example in enumerate(self.examples):
             groups[example.source, index in self.exchanged].append(index)
         sums: dict[str, tuple[float, int]] = defaultdict(lambda: (0.0, 0))
-        own: list[float] = []
-        others: list[float] = []
-        counts: list[int] = []
+        right_losses: list[float] = []
+        other_losses: list[float] = []
+        num_tokens: list[int] = []
         for (source, has_exchange), indices in groups.items():
-            losses, numbers = self._losses([self.examples[index] for index in indices])
-            sums[source] = (sums[source][0] + sum(losses), sums[source][1] + sum(numbers))
+            losses, counts = self._losses([self.examples[index] for index in indices])
+            sums[source] = (sums[source][0] + sum(losses), sums[source][1] + sum(counts))
             if has_exchange:
-                others += self._losses([self.exchanged[index] for index in indices])[0]
-                own += losses
-                counts += numbers
+                other_losses += self._losses([self.exchanged[index] for index in indices])[0]
+                right_losses += losses
+                num_tokens += counts
         if not sums:
             return {}
         total, count = (sum(column) for column in zip(*sums.values(), strict=True))
-        found = {"val_loss": total / max(1, count)}
-        found |= {f"val_loss/{name}": sums[path][0] / max(1, sums[path][1]) for path, name in self.names.items()}
-        return found | (reliance_of(own, others, counts) if counts else {})
+        metrics = {"val_loss": total / max(1, count)}
+        metrics |= {f"val_loss/{name}": sums[path][0] / max(1, sums[path][1]) for path, name in self.names.items()}
+        return metrics | (reliance_of(right_losses, other_losses, num_tokens) if num_tokens else {})
 
     def _write_samples(self, step: int, *, writes: bool) -> None:
-        """`samples/step_N.md` for people and `step_N.json` for the report, with the pictures as the model saw them."""
+        """Writes `samples/step_N.md` and, for the report, `step_N.json`, with the pictures as the model saw them."""
         folder = RunFolder(Path(self.config.out)).samples
         folder.mkdir(parents=True, exist_ok=True)
         samples = [
             self._sample(example, folder, writes=writes)
-            for example in spread(self.examples, self.config.validation.num_samples)
+            for example in evenly_spaced(self.examples, self.config.validation.num_samples)
         ]
         if not writes:
             return
         lines = [f"# Answers after step {step}\n"]
-        for one in samples:
-            lines += [f"![what the model saw]({name})\n" for name in one["pictures"]]
-            lines.append(f"- question: {one['question']}\n- answer: {one['answer']}\n- reference: {one['reference']}\n")
+        for sample in samples:
+            lines += [f"![what the model saw]({name})\n" for name in sample["pictures"]]
+            lines.append(
+                f"- question: {sample['question']}\n- answer: {sample['answer']}\n- reference: {sample['reference']}\n"
+            )
         (folder / f"step_{step:07d}.md").write_text("\n".join(lines))
         (folder / f"step_{step:07d}.json").write_text(json.dumps(samples, ensure_ascii=False, indent=1))
 
     def _sample(self, example: Example, folder: Path, *, writes: bool) -> Mapping[str, Any]:
-        asked = _first_question(example)
+        question = _first_question(example)
         pictures = []
-        for number, image in enumerate(asked.images):
-            name = f"{_NO_FILE_NAME.sub('_', example.id)[-80:]}-{number}.png"
+        for number, image in enumerate(question.images):
+            name = f"{_UNSAFE_CHARACTER.sub('_', example.id)[-80:]}-{number}.png"
             if writes and not (folder / name).is_file():
                 self.engine.preview(image).save(folder / name)
             pictures.append(name)
         return {
             "id": example.id,
             "pictures": pictures,
-            "question": asked.messages[-1].text.strip(),
-            "answer": self.engine.reply(asked).text,
+            "question": question.messages[-1].text.strip(),
+            "answer": self.engine.reply(question).text,
             "reference": example.messages[_first_answer(example)].text,
         }
 
 
 def _first_answer(example: Example) -> int:
+    """The index of the first message of the assistant."""
     return next(index for index, message in enumerate(example.messages) if message.role == "assistant")
 
 
 def _first_question(example: Example) -> Example:
-    """The conversation up to its first answer, with the images that stand there."""
+    """The conversation before its first answer, with the images of these messages."""
     messages = example.messages[: _first_answer(example)]
     num_images = sum(isinstance(part, ImageRef) for message in messages for part in message.parts)
     return Example(example.id, example.source, messages, example.images[:num_images])

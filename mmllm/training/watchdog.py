@@ -1,4 +1,4 @@
-"""A thread beside the training that speaks when nothing goes on, so that no run hangs in silence."""
+"""The watchdog: a thread that reports a stalled run, what it waits for, and in which examples."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from mmllm.training.guards import shown_names
 
-CHECKS = 4  # times that the thread looks within the time that makes a stall
+CHECKS = 4  # times per `stall_seconds` that the thread checks for progress
 
 
 def say_error(text: str) -> None:
@@ -19,7 +19,7 @@ def say_error(text: str) -> None:
 
 
 def mix_of(batches: Sequence[Any]) -> str:
-    """How many examples have pictures and how many are text alone; nothing for batches that do not say."""
+    """Text with the numbers of pictures and text-only examples; empty for batches that do not count pictures."""
     counts = [count for batch in batches for count in getattr(batch, "images_per_example", ())]
     with_pictures = sum(count > 0 for count in counts)
     if not counts:
@@ -28,10 +28,10 @@ def mix_of(batches: Sequence[Any]) -> str:
 
 
 class Watchdog:
-    """Reports what this process waits for, where nothing has happened for `stall_seconds`.
+    """Reports what this process waits for after `stall_seconds` without progress. 0 turns it off.
 
-    The loop says by `waiting_for` what it does next. The report comes again each time the wait has doubled, and once
-    more when the run goes on. 0 seconds: it is silent.
+    The loop calls `waiting_for` before each phase. The report is repeated each time the wait has doubled, and once more
+    when the run goes on.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def waiting_for(self, step: int, what: str, batches: Sequence[Any] = ()) -> None:
-        """What is done from now on, in which step (from 0), with which micro-batches."""
+        """Records the phase that begins now, its step (from 0) and its micro-batches."""
         self._now = (time.monotonic(), step, what, batches)
 
     def step(self) -> int:
@@ -68,17 +68,17 @@ class Watchdog:
             self._thread.join()
 
     def _watch(self) -> None:
-        told: tuple[float, int, str, Sequence[Any]] | None = None
+        reported: tuple[float, int, str, Sequence[Any]] | None = None
         limit = self.stall_seconds
         while not self._end.wait(self.stall_seconds / CHECKS):
             now = self._now
-            if told is not None and now is not told:
-                self.say(f"{self.who}: goes on after {now[0] - told[0]:.0f} s")
-                told, limit = None, self.stall_seconds
+            if reported is not None and now is not reported:
+                self.say(f"{self.who}: goes on after {now[0] - reported[0]:.0f} s")
+                reported, limit = None, self.stall_seconds
             waited = time.monotonic() - now[0]
             if waited >= limit:
                 self.say(self._text(now, waited))
-                told, limit = now, 2 * waited
+                reported, limit = now, 2 * waited
 
     def _text(self, now: tuple[float, int, str, Sequence[Any]], waited: float) -> str:
         _, step, waits_for, batches = now
@@ -87,5 +87,5 @@ class Watchdog:
             text += f". Examples: {shown_names(names)}{mix_of(batches)}"
         if frame := sys._current_frames().get(self._main):
             place = traceback.extract_stack(frame)[-1]
-            text += f". It stands in {place.name}, {place.filename}:{place.lineno}"
+            text += f". It is in {place.name}, {place.filename}:{place.lineno}"
         return text

@@ -1,6 +1,6 @@
-"""What brings a small LM to look things up in a text soon: an initialisation, and a loss that guides its attention.
+"""Teaches a small LM early to look things up in a text, by an initialization and by a loss that guides attention.
 
-Without them training stays for thousands of steps at naming *some* color of the text where one color is asked for.
+Without them training spends thousands of steps naming *some* color of the text instead of the one asked about.
 """
 
 from __future__ import annotations
@@ -17,33 +17,33 @@ from mmllm.batch import Batch
 from mmllm.optimizers.layers import OuterModule
 from mmllm.scenes.questions import About
 
-MAX_PARTS = 10  # of the scenes of one conversation
-REACH = 40  # tokens; the first layer looks no farther back at first
-FADING = 6.0  # tokens; over so many its attention falls to 1/e
+MAX_PARTS = 10  # scene parts of one conversation
+REACH = 40  # tokens; beyond this distance the first layer's initial scores fall no further
+FADING = 6.0  # tokens over which its attention falls to 1/e
 
 
 @dataclass(kw_only=True)
 class LookupBatch(Batch):
-    """A text batch that knows where its answers can be read."""
+    """A text batch with annotations of where its answers can be read."""
 
-    told: Tensor  # [B, T] the part of the scenes that a token of a description tells of, or -1
-    about: Tensor  # [B, T, 2] bit i: what comes after this token is read from part i, the first named and the last
-    named: Tensor  # [B, T] the place in the question where it names what comes after this token, or -1
-    compared: Tensor  # [B, T, 2] first tokens of the two values that decide what comes after this token, or -1
+    told: Tensor  # [B, T] the scene part that this token describes, or -1
+    about: Tensor  # [B, T, 2] bit i: the next token is read from part i, for the first and the last thing named
+    named: Tensor  # [B, T] the position in the question of the token that comes next, or -1
+    compared: Tensor  # [B, T, 2] ids of the first tokens of the two values that decide the next token, or -1
 
 
 def guide_bits(about: About) -> tuple[int, int]:
-    """The parts, one bit each, that the first thing named by a question stands for, and the last: mostly the same."""
+    """Bit masks of the parts that the first and the last thing named by a question mean; mostly the same. 0: none."""
     first, last = (sum(1 << part for part in about[which]) if about else 0 for which in (0, -1))
     return first, last
 
 
 def guided_attention_sum(attention: Tensor, batch: LookupBatch, reads: Literal["first", "last", "named"]) -> Tensor:
-    """Cross entropy between where attention [B, H, T, T] goes and what is to be read there, summed over tokens.
+    """Cross entropy between attention [B, H, T, T] and where it should go, averaged over heads, summed over tokens: [].
 
-    That is the `first` or the `last` thing which the question names, as the description tells it, or the place in the
-    question where the answer itself is `named`. Which token of a part is looked at is left to the heads. After the
-    supervised attentions of machine translation, https://arxiv.org/abs/1608.04631.
+    It should go to the description of the `first` or the `last` thing that the question names, or to the place in the
+    question where the answer itself is `named`. The heads may choose any token of a part. After supervised attention
+    in machine translation, https://arxiv.org/abs/1608.04631.
     """
     if reads == "named":
         rows, queries = torch.nonzero(batch.named >= 0, as_tuple=True)
@@ -55,16 +55,16 @@ def guided_attention_sum(attention: Tensor, batch: LookupBatch, reads: Literal["
     heads = attention[rows, :, queries].float()  # [Q, H, T]
     is_part = functional.one_hot(batch.told + 1, MAX_PARTS + 1)[..., 1:].float()  # [B, T, parts]
     share = torch.einsum("qht,qtp->qhp", heads, is_part[rows]).clamp(min=1e-6)
-    wanted = (about[rows, queries, None] >> torch.arange(MAX_PARTS, device=about.device)) & 1  # [Q, parts]
-    target = wanted / wanted.sum(-1, keepdim=True)
+    is_read = (about[rows, queries, None] >> torch.arange(MAX_PARTS, device=about.device)) & 1  # [Q, parts]
+    target = is_read / is_read.sum(-1, keepdim=True)
     return -(target[:, None] * share.log()).sum(-1).mean(1).sum()
 
 
 class ReadOut(OuterModule):
-    """Two linear heads that name both values of a comparison from what is known behind a layer at the answer.
+    """Two linear heads that predict both values of a comparison from a layer's output where the answer is predicted.
 
-    Without them the second value overwrites the first, and whether two colors are the same is never learned. They are
-    for training alone. After deeply-supervised nets, https://arxiv.org/abs/1409.5185.
+    Without them the second value overwrites the first, and the LM never learns whether two colors are the same. They
+    are used in training only. After deeply-supervised nets, https://arxiv.org/abs/1409.5185.
     """
 
     def __init__(self, layer: int, hidden_size: int, vocab_size: int):
@@ -73,37 +73,39 @@ class ReadOut(OuterModule):
         self.heads = nn.ModuleList(nn.Linear(hidden_size, vocab_size) for _ in range(2))
 
     def forward(self, hidden_states: Sequence[Tensor], batch: LookupBatch) -> Tensor:
-        """Cross entropy of both values, summed over the comparisons of a batch.
+        """Cross entropy of both values, summed over the comparisons of a batch: [].
 
-        `hidden_states`, each [B, T, hidden_size], are the embeddings and what is behind each layer, as in transformers.
+        `hidden_states`, each [B, T, hidden_size], are the embeddings and each layer's output, as in transformers.
         """
         hidden = hidden_states[self.layer + 1]
         rows, places = torch.nonzero(batch.compared[..., 0] >= 0, as_tuple=True)
-        known = functional.rms_norm(hidden[rows, places].float(), hidden.shape[-1:], eps=1e-6)
+        normed = functional.rms_norm(hidden[rows, places].float(), hidden.shape[-1:], eps=1e-6)
         values = batch.compared[rows, places]
         losses = (
-            functional.cross_entropy(head(known).float(), values[:, which], reduction="sum")
+            functional.cross_entropy(head(normed).float(), values[:, which], reduction="sum")
             for which, head in enumerate(self.heads)
         )
         return torch.stack(list(losses)).sum()
 
 
 def _rotary_bias(width: int, theta: float) -> tuple[Tensor, Tensor]:
-    """(query bias, key bias) of one head, whose scores then fall by 1 per FADING tokens up to REACH, and stay there.
+    """(query bias, key bias) of one head, [width] each. Its scores fall by 1 per FADING tokens, and not beyond REACH.
 
-    Rotary position makes the score of two constant vectors a sum of cosines and sines of the distance, one pair per
-    frequency; their weights are fitted by least squares.
+    With rotary positions the score of two constant vectors is a sum of cosines and sines of the distance, one pair per
+    frequency; least squares fits their weights.
     """
     angles = theta ** (-torch.arange(width // 2, dtype=torch.float64) * 2 / width)
     distance = torch.arange(400, dtype=torch.float64)
-    wanted = -distance.clamp(max=REACH) / FADING
+    target_scores = -distance.clamp(max=REACH) / FADING
     terms = torch.cat(
         [torch.cos(distance[:, None] * angles), torch.sin(distance[:, None] * angles), torch.ones(400, 1)], 1
     )
-    matters = 1 / (1 + distance / 30)[:, None]  # near by more than far away
+    weights = 1 / (1 + distance / 30)[:, None]  # short distances matter more
     ridge = 1e-3 * torch.eye(terms.shape[1], dtype=torch.float64)
-    fitted = torch.linalg.solve(terms.T @ (matters * terms) + ridge, terms.T @ (matters * wanted[:, None]))[:, 0]
-    cosine, sine = (fitted[:-1] * width**0.5).view(2, -1)
+    coefficients = torch.linalg.solve(
+        terms.T @ (weights * terms) + ridge, terms.T @ (weights * target_scores[:, None])
+    )[:, 0]
+    cosine, sine = (coefficients[:-1] * width**0.5).view(2, -1)
     size, phase = (cosine**2 + sine**2) ** 0.25, torch.atan2(sine, cosine)
     key = torch.cat([size, torch.zeros_like(size)])
     return torch.cat([size * torch.cos(phase), -size * torch.sin(phase)]).float(), key.float()
@@ -111,11 +113,12 @@ def _rotary_bias(width: int, theta: float) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def init_for_lookup(model: Any) -> None:
-    """An initialisation of a small Llama-like LM with attention biases, from which looking things up is near.
+    """Initializes a small Llama-like LM with attention biases so that it soon learns to look things up.
 
-    Embeddings are as large as what blocks add to them, and blocks add little at first. The first layer adds to each
-    token the fading mean of the tokens before it, so that a clause and a question are each a bag of words; the second
-    compares such bags, query against key. After mimetic initialisation, https://arxiv.org/abs/2305.09828.
+    Embeddings have unit variance. Block outputs are scaled down by the square root of the number of blocks, except that
+    of the first attention, which adds to each token a fading mean of the tokens before it, so that a clause and a
+    question are each a bag of words. The second attention compares such bags, query against key. After mimetic
+    initialization, https://arxiv.org/abs/2305.09828.
     """
     config = model.config
     model.get_input_embeddings().weight.normal_(0, 1)
@@ -131,6 +134,6 @@ def init_for_lookup(model: Any) -> None:
     first.q_proj.weight.mul_(0.1)
     first.k_proj.weight.mul_(0.1)
     torch.nn.init.orthogonal_(first.v_proj.weight)
-    torch.nn.init.orthogonal_(first.o_proj.weight, gain=2.5)  # a mean of several words is smaller than one
+    torch.nn.init.orthogonal_(first.o_proj.weight, gain=2.5)  # a mean of several words is smaller than one word
     torch.nn.init.orthogonal_(second.k_proj.weight)
     second.q_proj.weight.copy_(second.k_proj.weight)

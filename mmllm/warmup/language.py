@@ -1,4 +1,4 @@
-"""The language warm-up of the embedded default: a small causal LM that learns to look things up in descriptions."""
+"""The language warm-up of the embedded default model: a small causal LM learns to look things up in descriptions."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer(texts: Sequence[str], vocab_size: int) -> Any:
-    """A lower-case byte-level BPE tokenizer in which a word is one token wherever it stands, and each digit is one."""
+    """A lower-case byte-level BPE tokenizer. A word has the same tokens at every position; each digit is one token."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -68,7 +68,7 @@ def build_tokenizer(texts: Sequence[str], vocab_size: int) -> Any:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    end = "<|end|>"  # only where special tokens are asked for, as CLIP's text tower does
+    end = "<|end|>"  # added only with add_special_tokens=True, as CLIP's text tower needs it
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"$A {end}", special_tokens=[(end, tokenizer.token_to_id(end))]
     )
@@ -81,7 +81,7 @@ def build_tokenizer(texts: Sequence[str], vocab_size: int) -> Any:
 
 @dataclass(frozen=True)
 class TextRow:
-    """A rendered conversation, with what `LookupBatch` says of each token, and the question type of every answer."""
+    """A rendered conversation, `LookupBatch`'s annotations of its tokens, and the question type of each answer."""
 
     input_ids: np.ndarray
     is_answer: np.ndarray
@@ -96,24 +96,24 @@ def _row(renderer: Renderer, conversation: SceneConversation, rng: random.Random
     example, parts = describe_conversation(conversation, rng, name)
     rendered = renderer.render_example(example)
     told, about = np.full(len(rendered.input_ids), -1, np.int8), np.zeros((len(rendered.input_ids), 2), np.int16)
-    named, the = np.full(len(rendered.input_ids), -1, np.int16), _ids(renderer, " the")
+    named, article = np.full(len(rendered.input_ids), -1, np.int16), _ids(renderer, " the")
     compared = np.full((len(rendered.input_ids), 2), -1, np.int16)
-    ends = np.cumsum([len(text) for text in rendered.texts])  # of each token, in characters
-    place = "".join(rendered.texts).index(example.messages[0].text)
+    ends = np.cumsum([len(text) for text in rendered.texts])  # of tokens, in characters
+    offset = "".join(rendered.texts).index(example.messages[0].text)
     for text, part in zip(example.messages[0].parts, parts, strict=True):
-        start, place = place, place + len(str(text))
-        told[(start < ends) & (ends <= place)] = -1 if part is None else part
-    question = int((ends <= start).sum())  # of the first turn: the last part of its message
-    for (first, behind), turn in zip(answer_spans(rendered.is_answer), conversation.turns, strict=True):
-        here = slice(first - 1, behind - 2)  # where the answer's words are predicted, not its end
-        about[here] = guide_bits(turn.about)
+        start, offset = offset, offset + len(str(text))
+        told[(start < ends) & (ends <= offset)] = -1 if part is None else part
+    question = int((ends <= start).sum())  # where the first turn's question starts: the last part of its message
+    for (first, stop), turn in zip(answer_spans(rendered.is_answer), conversation.turns, strict=True):
+        predicting = slice(first - 1, stop - 2)  # the positions that predict the answer's words, without its end
+        about[predicting] = guide_bits(turn.about)
         if f"the {turn.answer}" in turn.question:
-            answer = rendered.input_ids[first : behind - 1]
-            at = find((*the, *answer), rendered.input_ids, question) + len(the)
-            named[here] = np.arange(at, at + len(answer))
+            answer = rendered.input_ids[first : stop - 1]
+            name_start = index_of_tokens((*article, *answer), rendered.input_ids, question) + len(article)
+            named[predicting] = np.arange(name_start, name_start + len(answer))
         if turn.compared:
             compared[first - 1] = [_ids(renderer, f" {value}")[0] for value in turn.compared]
-        question = behind
+        question = stop
     types = tuple(turn.type for turn in conversation.turns)
     ids, flags = np.array(rendered.input_ids, np.int32), np.array(rendered.is_answer)
     return TextRow(ids, flags, told, about, named, compared, types)
@@ -124,16 +124,16 @@ def _ids(renderer: Renderer, text: str) -> list[int]:
     return ids
 
 
-def find(wanted: Sequence[int], tokens: Sequence[int], start: int) -> int:
-    """The first place from `start` on where the wanted tokens stand in a row. Raises ValueError where there is none."""
-    for place in range(start, len(tokens) - len(wanted) + 1):
-        if list(tokens[place : place + len(wanted)]) == list(wanted):
-            return place
-    raise ValueError(f"{list(wanted)} is not among {list(tokens[start:])}")
+def index_of_tokens(phrase: Sequence[int], tokens: Sequence[int], start: int) -> int:
+    """The first index from `start` on at which `phrase` occurs in `tokens`. Raises ValueError if there is none."""
+    for index in range(start, len(tokens) - len(phrase) + 1):
+        if list(tokens[index : index + len(phrase)]) == list(phrase):
+            return index
+    raise ValueError(f"tokens {list(phrase)} do not occur in {list(tokens[start:])}")
 
 
 def _render_chunk(folder: str, config: WarmupLanguageConfig, split: Split, numbers: range) -> list[TextRow]:
-    """Rendered conversations of these numbers. While training, what is hard is asked more often."""
+    """The rendered conversations with these numbers. Training asks the question types in `ask_more` more often."""
     tokenizer = load_tokenizer(folder)
     renderer = Renderer(
         tokenizer, OWN_TEMPLATE, image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), num_image_tokens=1
@@ -152,7 +152,7 @@ def _render_chunk(folder: str, config: WarmupLanguageConfig, split: Split, numbe
 
 
 def answer_spans(is_answer: Sequence[bool]) -> list[tuple[int, int]]:
-    """(first, behind last) of every answer of a rendered conversation."""
+    """(start, stop) of every answer of a rendered conversation; `stop` is the index after its last token."""
     spans, start = [], None
     for position, flag in enumerate([*is_answer, False]):
         if flag and start is None:
@@ -189,11 +189,13 @@ class _LanguageLoss(nn.Module):
 
 
 class WarmupLanguage:
-    """A stock causal LM, from random weights, on descriptions of scenes and questions about them. No pictures."""
+    """Trains a stock causal LM, new or loaded, on descriptions of scenes and questions about them. No pictures."""
 
     def __init__(self, config: WarmupLanguageConfig):
         if unknown := sorted(set(config.ask_more) - set(QUESTION_TYPES)):
-            raise ConfigError(f"ask_more: {', '.join(unknown)} is not asked; allowed: {', '.join(QUESTION_TYPES)}")
+            raise ConfigError(
+                f"ask_more: {', '.join(unknown)} is not a question type; allowed: {', '.join(QUESTION_TYPES)}"
+            )
         self.config, self.out = config, Path(config.out)
         self.out.mkdir(parents=True, exist_ok=True)
         if isinstance(config.language, LanguageConfig):
@@ -285,9 +287,9 @@ class WarmupLanguage:
 
     @torch.no_grad()
     def validate(self, step: int, *, writes: bool = True) -> dict[str, float]:
-        """Loss on answers, and the share of answers that greedy decoding gets exactly right, per question type.
+        """Loss on answers in nats per token, and the share that greedy decoding gets exactly right, by question type.
 
-        Asked about descriptions that training never shows.
+        The questions are about descriptions that training never shows.
         """
         self.model.eval()
         right: dict[str, list[bool]] = defaultdict(list)
@@ -301,8 +303,8 @@ class WarmupLanguage:
             count += len(targets)
             hits = (logits[:, :-1].argmax(-1) == batch.input_ids[:, 1:]).numpy()
             for number, row in enumerate(rows):
-                for (first, behind), name in zip(answer_spans(row.is_answer.tolist()), row.types, strict=True):
-                    right[name].append(bool(hits[number, first - 1 : behind - 1].all()))
+                for (first, stop), name in zip(answer_spans(row.is_answer.tolist()), row.types, strict=True):
+                    right[name].append(bool(hits[number, first - 1 : stop - 1].all()))
         self.model.train()
         # a caption may be worded in several ways, so its exact match says nothing
         exact = {name: sum(hits) / len(hits) for name, hits in sorted(right.items()) if name != "caption"}
@@ -314,7 +316,7 @@ class WarmupLanguage:
         }
 
     def save(self, out: Path, log: list[dict[str, Any]]) -> None:
-        """The LM and its tokenizer as transformers writes them, in bf16, with the figures of the last validation."""
+        """Saves the LM in bf16 and its tokenizer in transformers' format, and the log's last row as `figures.json`."""
         copy.deepcopy(self.model).to(torch.bfloat16).save_pretrained(out)
         self.tokenizer.save_pretrained(out)
         (out / "figures.json").write_text(json.dumps(log[-1], indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""The vision warm-up of the embedded default: a small CLIP that learns to tell drawn scenes apart."""
+"""The vision warm-up of the embedded default model: a small CLIP learns to tell drawn scenes apart."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from mmllm.scenes.world import Kind, Scene, Split, near_miss, sample_kind, sampl
 from mmllm.training.stage import LossOutput
 from mmllm.warmup.regions import MAX_REGIONS, Box, RegionWords, regions_of
 
-MAX_WORDS = 5  # tokens that say what a part of a scene is
+MAX_WORDS = 5  # tokens that describe a part of a scene
 NEAR_MISSES = 3  # hard negatives drawn for each scene
 SHOWN: dict[Kind, int] = {"objects": 50, "text": 35, "chart": 15}  # reading takes longest to learn
 
 
 def scene_group(seed: int, split: Split, number: int) -> tuple[list[Scene], random.Random]:
-    """A scene and near misses of it: pictures that only their details tell apart."""
+    """(a scene and near misses of it, which differ only in details; the random generator to draw them with)."""
     rng = random.Random(f"{seed}/{split}/pairs/{number}")
     scenes = [sample_scene(rng, split, sample_kind(rng, SHOWN))]
     for _ in range(NEAR_MISSES):
@@ -38,7 +38,7 @@ def scene_group(seed: int, split: Split, number: int) -> tuple[list[Scene], rand
 
 
 class Drawn(NamedTuple):
-    """A drawn scene, its captions, and its regions: a box and its words each."""
+    """A drawn scene, its captions, and its regions, each a box and its words."""
 
     pixels: np.ndarray  # [H, W, 3]
     captions: list[str]
@@ -50,8 +50,8 @@ class Pairs(NamedTuple):
 
     pixels: Tensor  # [N, H, W, 3], bytes
     texts: Tensor  # [N, captions, T]
-    boxes: Tensor  # [N, MAX_REGIONS, 4], -1 where there is none
-    words: Tensor  # [N, MAX_REGIONS, MAX_WORDS], -1 where there is none
+    boxes: Tensor  # [N, MAX_REGIONS, 4], padding: -1
+    words: Tensor  # [N, MAX_REGIONS, MAX_WORDS] token ids, padding: -1
 
 
 def _draw_chunk(seed: int, split: Split, numbers: range, side_px: int, num_captions: int) -> list[Drawn]:
@@ -66,7 +66,7 @@ def _draw_chunk(seed: int, split: Split, numbers: range, side_px: int, num_capti
 
 
 class _ClipLoss(nn.Module):
-    """The contrastive loss, and that of the words of regions on the layer that language models read."""
+    """The contrastive loss, plus the loss on region words at the last but one layer, which language models read."""
 
     def __init__(self, model: Any, words_weight: float, vocab_size: int, side_px: int):
         super().__init__()
@@ -79,17 +79,17 @@ class _ClipLoss(nn.Module):
         self.words = RegionWords(blank["image_intermediates"][0].shape[1], vocab_size)
 
     def forward(self, batch: dict[str, Any]) -> Tensor:
-        seen = self.model.forward_intermediates(batch["pixels"], batch["texts"], image_indices=2)
+        outputs = self.model.forward_intermediates(batch["pixels"], batch["texts"], image_indices=2)
         scale = self.model.logit_scale.exp().float()
-        loss: Tensor = self.loss(seen["image_features"].float(), seen["text_features"].float(), scale)
+        loss: Tensor = self.loss(outputs["image_features"].float(), outputs["text_features"].float(), scale)
         if self.words_weight > 0:
-            last_but_one = seen["image_intermediates"][0]
+            last_but_one = outputs["image_intermediates"][0]
             loss = loss + self.words_weight * self.words(last_but_one, batch["boxes"], batch["words"])
         return loss * len(batch["texts"])
 
 
 class WarmupVision:
-    """A small CLIP of open_clip's, from random weights, with open_clip's contrastive loss. Batches hold near misses."""
+    """Trains a small CLIP of open_clip from random weights with its contrastive loss. Batches contain near misses."""
 
     NUM_CAPTIONS = 2
 
@@ -125,17 +125,17 @@ class WarmupVision:
             (self.config.seed, split, range(start, min(start + 100, count)), self.side_px, self.NUM_CAPTIONS)
             for start in range(0, count, 100)
         ]
-        for some in map_in_processes(_draw_chunk, tasks):
-            drawn += some
+        for chunk in map_in_processes(_draw_chunk, tasks):
+            drawn += chunk
         boxes = torch.full((len(drawn), MAX_REGIONS, 4), -1.0)
         words = torch.full((len(drawn), MAX_REGIONS, MAX_WORDS), -1)
-        for number, one in enumerate(drawn):
-            ids = self._ids([text for _, text in one.regions], MAX_WORDS, end=False)
-            boxes[number, : len(ids)] = torch.tensor([box for box, _ in one.regions])
+        for number, scene in enumerate(drawn):
+            ids = self._ids([text for _, text in scene.regions], MAX_WORDS, end=False)
+            boxes[number, : len(ids)] = torch.tensor([box for box, _ in scene.regions])
             words[number, : len(ids)] = ids.masked_fill(ids == self.tokenizer.pad_token_id, -1)
         length = self.config.clip["text_cfg"]["context_length"]
-        texts = self._ids([text for one in drawn for text in one.captions], length, end=True)
-        pixels = torch.from_numpy(np.stack([one.pixels for one in drawn]))
+        texts = self._ids([text for scene in drawn for text in scene.captions], length, end=True)
+        pixels = torch.from_numpy(np.stack([scene.pixels for scene in drawn]))
         return Pairs(pixels, texts.view(len(drawn), self.NUM_CAPTIONS, -1), boxes, words)
 
     def _tensors(self, pairs: Pairs, rows: Any, names: Sequence[str], caption: int) -> dict[str, Any]:
@@ -151,7 +151,7 @@ class WarmupVision:
     def batch(self, indices: Sequence[int]) -> dict[str, Any]:
         size = 1 + NEAR_MISSES
         rows = np.concatenate([np.arange(index * size, (index + 1) * size) for index in indices])
-        caption = sum(indices) % self.NUM_CAPTIONS  # a function of the batch, so that resuming changes nothing
+        caption = sum(indices) % self.NUM_CAPTIONS  # depends on the batch alone, so that resuming changes nothing
         return self._tensors(self.pairs, rows, [f"train-{index}" for index in indices], caption)
 
     def loss(self, module: nn.Module, batch: dict[str, Any]) -> LossOutput:
@@ -171,9 +171,9 @@ class WarmupVision:
 
     @torch.no_grad()
     def validate(self, step: int, *, writes: bool = True) -> dict[str, float]:
-        """Zero-shot retrieval on scenes that training never shows.
+        """Loss and zero-shot retrieval on scenes that training never shows.
 
-        The share of pictures that find their caption among 200, near misses included.
+        Retrieval is the share of pictures whose own caption scores highest among 200, near misses included.
         """
         pairs = self.val_pairs
         self.model.logit_scale.clamp_(0, np.log(100))
@@ -190,7 +190,7 @@ class WarmupVision:
         return {"val_loss": loss / total, "retrieval_at_1_of_200": hits / total}
 
     def save(self, out: Path, log: list[dict[str, Any]]) -> None:
-        """The CLIP as open_clip's `local-dir:` reads it, with its tokenizer and the figures of the last validation."""
+        """Saves the CLIP for open_clip's `local-dir:`, its tokenizer, and the log's last row as `figures.json`."""
         from safetensors.torch import save_file
 
         clip = {**self.config.clip, "text_cfg": {**self.config.clip["text_cfg"], "hf_tokenizer_name": "."}}

@@ -32,7 +32,7 @@ POLL_SECONDS = 0.02
 SLOW_IMPORTS = (
     "accelerate", "deepspeed", "gradio", "matplotlib.figure", "open_clip", "peft", "mmllm.evaluation.validation_tasks",
     "mmllm.inference.terminal_chat", "mmllm.stages.conversation", "mmllm.stages.plan", "mmllm.stages.registry",
-    "mmllm.training.features", "mmllm.training.loop", "mmllm.training.lora",
+    "mmllm.feature_cache.encoder", "mmllm.training.loop", "mmllm.training.lora",
 )  # fmt: skip
 
 

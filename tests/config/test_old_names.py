@@ -15,7 +15,7 @@ from mmllm.config import ConfigError
 from mmllm.config.file import dump_config, load_config, saved_settings
 from mmllm.config.old_names import OLD_NAMES, OLD_VALUES, upgrade
 from mmllm.runs.report import write_report
-from mmllm.runs.requirements import settle
+from mmllm.runs.requirements import resolve_precision
 from mmllm.runs.state import saved_steps, settings_differences
 from mmllm.training.loop import InterruptedRunError
 from tests.builders.stopped_runs import assert_same_run, before_step, interrupt
@@ -237,7 +237,7 @@ def test_settings_that_were_saved_under_old_names_are_the_same_settings(tmp_path
         "model.vision.image_mode: crop there, pad here",
     ]
     automatic = load_config(written(tmp_path, stage2()), ["compute.precision=auto"])
-    assert settle(automatic, there).compute.precision == "bf16", "what the run began with"
+    assert resolve_precision(automatic, there).compute.precision == "bf16", "what the run began with"
 
 
 def test_a_run_that_was_begun_under_old_names_is_resumed_and_ends_the_same(

@@ -106,9 +106,10 @@ def test_a_package_that_does_not_import_is_a_line_of_the_report(
 def test_a_good_checkpoint_passes_every_step(checkpoint: Path) -> None:
     status, findings = examine(checkpoint)
     assert status == 0
-    assert states(findings, "model") == dict.fromkeys(("manifest", "files", "loading", *GOLDEN, "answer"), "ok")
+    assert states(findings, "model") == dict.fromkeys(("manifest", "files", "loading", "LLM", *GOLDEN, "answer"), "ok")
     assert "4 image tokens" in findings["model", "loading"]["text"]
     assert "red circle" in findings["model", "answer"]["text"]
+    assert findings["model", "LLM"]["text"].startswith("llama: takes embeddings, padding on either side and a KV cache")
     text = CliRunner().invoke(app, ["doctor", str(checkpoint)]).stdout
     assert "all that is needed works" in text
 
@@ -118,7 +119,7 @@ def test_a_changed_file_is_named_and_the_rest_still_tried(checkpoint: Path) -> N
     status, findings = examine(checkpoint)
     assert status == 1
     assert states(findings, "model") == {
-        "manifest": "ok", "files": "broken", "loading": "ok", **dict.fromkeys(GOLDEN, "ok"), "answer": "ok"
+        "manifest": "ok", "files": "broken", "loading": "ok", "LLM": "ok", **dict.fromkeys(GOLDEN, "ok"), "answer": "ok"
     }  # fmt: skip
     assert "README.md" in findings["model", "files"]["text"]
 

@@ -61,7 +61,7 @@ def test_a_process_that_hangs_and_dies_is_told_and_the_two_go_on_to_the_same_wei
     assert " in step 5, waits for data. Examples: " not in died.stderr, "there are none yet"
     assert "process 0 of 2: no progress for " in died.stderr
     assert " in step 5, waits for all processes to have their data. Examples: " in died.stderr
-    assert " text-only. It stands in " in died.stderr
+    assert " text-only. It is in " in died.stderr
     assert "error: step 5: another process of this run has ended or cannot be reached;" in died.stderr
     assert [path.name for path in saved_steps(out)] == ["step_0000002", "step_0000004"]
     gone_on = launch(tmp_path / "lives", config, out, *overrides)

@@ -126,7 +126,7 @@ def test_two_processes_are_one_with_twice_the_batch(
     start = under_torchrun if parts == WITH_TOWER else forked
     told = launch(config, out, 2, LAUNCHES[kind], *shared(tiny_runs), *trains(*parts), start=start)
     assert f"2 process(es) on cpu, {'zero' if kind.startswith('zero') else kind}" in told
-    assert re.search(r"rehearsed saving: [\d.]+ MB written, read back and compared", told)
+    assert re.search(r"verified saving: [\d.]+ MB written, read back and compared", told)
     assert_same(alone[parts], out)
 
 

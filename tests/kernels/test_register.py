@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mmllm.kernels.register import PRIVATE_NAMES, PrivateName, problem_with
+from mmllm.kernels.register import PRIVATE_NAMES, PrivateName, explain_mismatch
 
 ROOT = Path(__file__).parent.parent.parent
 REGISTERED = {part for entry in PRIVATE_NAMES for part in re.split("[:.]", entry.name)}
@@ -19,7 +19,7 @@ REGISTERED = {part for entry in PRIVATE_NAMES for part in re.split("[:.]", entry
 def test_what_is_relied_on_is_there(entry: PrivateName) -> None:
     if entry.package and find_spec(entry.package) is None:
         pytest.skip(f"{entry.package} is not installed")
-    assert problem_with(entry) is None
+    assert explain_mismatch(entry) is None
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_what_is_relied_on_is_there(entry: PrivateName) -> None:
     ],
 )
 def test_what_is_missing_is_named_with_its_use(entry: PrivateName, why: str) -> None:
-    problem = problem_with(entry)
+    problem = explain_mismatch(entry)
     assert problem is not None
     assert why in problem
     assert "used for: a test" in problem

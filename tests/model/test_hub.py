@@ -84,7 +84,7 @@ def test_a_folder_without_config_or_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     assert "has a config.json but no weights; looked for model.safetensors, " in refused(folder)
     (folder / "config.json").unlink()
-    assert "has no config.json, so it is no model of transformers" in refused(folder)
+    assert "has no config.json, so transformers cannot load it" in refused(folder)
 
 
 def test_weights_that_lack_a_tensor_or_do_not_fit_the_config(folder: Path) -> None:
@@ -100,7 +100,7 @@ def test_an_unknown_architecture_and_one_that_brings_its_own_code(folder: Path) 
     path = folder / "config.json"
     values = json.loads(path.read_text())
     path.write_text(json.dumps({**values, "model_type": "never-heard-of"}))
-    assert "its architecture 'never-heard-of' is none that transformers" in refused(folder)
+    assert "its architecture 'never-heard-of' is unknown to transformers" in refused(folder)
     own = {"AutoConfig": "modeling_own.Config", "AutoModelForCausalLM": "modeling_own.Model"}
     path.write_text(json.dumps({**values, "model_type": "own", "auto_map": own}))
     assert "brings code of its own, which is never run: its architecture 'own'" in refused(folder)
@@ -111,7 +111,7 @@ def test_an_unknown_architecture_and_one_that_brings_its_own_code(folder: Path) 
 @pytest.mark.parametrize("kind", ["t5", "clip", "gemma3"])
 def test_a_model_that_is_no_llm_by_itself(folder: Path, kind: str) -> None:
     (folder / "config.json").write_text(json.dumps({"model_type": kind}))
-    assert f"is a {kind}, which is no LLM by itself" in refused(folder)
+    assert f"is a {kind}, which is not a plain causal LM" in refused(folder)
 
 
 def test_a_pickle_is_read_as_tensors_and_code_in_it_never_runs(folder: Path, tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ REFUSALS = {
     "someone/gated": "someone/gated is gated; accept its terms at https://huggingface.co/someone/gated, run `hf auth",
     "someone/absent": "someone/absent is no folder here and no repository of the hub, or a private one; check the name",
     "someone/old": "someone/old has no revision v9; give a commit, tag or branch",
-    "someone/empty": "someone/empty at revision v9 has no config.json, so it is no model of transformers",
+    "someone/empty": "someone/empty at revision v9 has no config.json, so transformers cannot load it",
 }
 
 

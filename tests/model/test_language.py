@@ -102,7 +102,7 @@ def test_a_tokenizer_of_its_own_beside_a_qwen2_model_keeps_its_rules(tmp_path: P
 # architecture, its options, what is said of it
 REFUSED = {
     "opt": ({"word_embed_proj_dim": 16}, "has embeddings of width 16 for a hidden size of 32"),
-    "mamba": ({"use_bias": True}, "is a mamba with use_bias, whose state takes in what padding stands in front"),
+    "mamba": ({"use_bias": True}, "is a mamba with use_bias, whose state absorbs the padding before a prompt"),
 }
 
 
@@ -141,9 +141,9 @@ ATTENTION = [
         "flash_attention_2",
         "flash_attention_2: needs a CUDA GPU and the package .*: eager, sdpa, flex_attention$",
     ),
-    ("gemma2", "sdpa", "sdpa: Gemma2ForCausalLM has none; possible here: eager, flex_attention$"),
-    ("mamba", "sdpa", "sdpa: MambaForCausalLM has none; possible here: eager$"),
-    ("mamba", "flash_attention_2", "flash_attention_2: MambaForCausalLM has none; possible here: eager$"),
+    ("gemma2", "sdpa", "sdpa: Gemma2ForCausalLM does not support it; possible here: eager, flex_attention$"),
+    ("mamba", "sdpa", "sdpa: MambaForCausalLM does not support it; possible here: eager$"),
+    ("mamba", "flash_attention_2", "flash_attention_2: MambaForCausalLM does not support it; possible here: eager$"),
 ]
 
 

@@ -243,12 +243,12 @@ def test_streamed_pictures_inside_data_files_are_measured_too(
         (
             {"image_mode": "anyres"},
             {"kind": "resampler", "options": {"num_heads": 4}},
-            "anyres needs tokens that stand where",
+            "anyres needs a projector whose tokens keep the grid",
         ),
         (
             {"image_mode": "native"},
             {"kind": "c_abstractor", "options": {"num_tokens": 4}},
-            "native needs tokens that stand",
+            "native needs a projector whose tokens keep the grid",
         ),
     ],
 )

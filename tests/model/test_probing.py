@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mmllm.batching.packing import packed_position_ids
 from mmllm.model.capabilities import has_plain_head, needs_mask, why_not_packed
-from mmllm.model.probing import held_in_float32, probing, spread_of
+from mmllm.model.probing import held_in_float32, probing, relative_difference
 from mmllm.training.quantised_base import quantise_language
 from tests.builders.real_parts import read_smollm2
 from tests.builders.sharp import sharp_llama
@@ -35,7 +35,7 @@ def rounding(model: Any) -> float:
         inputs_embeds=embeds, position_ids=packed_position_ids([LENGTHS], sum(LENGTHS)), use_cache=False
     ).logits
     alone = [model(inputs_embeds=part, use_cache=False).logits for part in embeds.split(LENGTHS, 1)]
-    return spread_of(torch.cat(alone, 1), packed)
+    return relative_difference(torch.cat(alone, 1), packed)
 
 
 def test_what_packs_in_fp32_packs_in_16_bits_however_much_they_round() -> None:

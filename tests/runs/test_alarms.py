@@ -35,7 +35,7 @@ def alarm(reliance: float, error: float | None = None, **tasks: tuple[float, flo
 def test_a_reliance_just_above_the_limit_is_no_proof_of_sight() -> None:
     told = alarm(0.0206, 0.008)
     assert told is not None
-    assert "its loss changes by +0.0206 (+-0.016) nats per token; a rise above 0.02 would be looking" in told
+    assert "its loss changes by +0.0206 (+-0.016) nats per token; a rise above 0.02 would show that it looks" in told
     assert alarm(0.0206) is None, "without an error the value decides, as in older logs"
     assert alarm(0.5, 0.05) is None
     assert alarm(0.019, 0.0001) is not None

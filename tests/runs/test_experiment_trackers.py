@@ -11,7 +11,7 @@ import pytest
 
 from mmllm.config import ConfigError, LogConfig
 from mmllm.runs.experiment_trackers import EXTRAS
-from mmllm.runs.run_log import Tracker
+from mmllm.runs.run_log import RunLog
 from mmllm.stages.run import run
 from tests.builders.launches import Forked
 from tests.builders.tiny_runs import settings_of
@@ -22,7 +22,7 @@ EXPECTED = [(step, 1.0 + step) for step in range(1, 7)]
 def stop_and_resume(out: Path, name: str) -> None:
     """Steps 1 to 4, then a start from a state of step 2, as after a crash."""
     for first, last in ((0, 4), (2, 6)):
-        one = Tracker(out, max_steps=6, first_step=first, is_main=True, trackers=[name], settings={"seed": 3})
+        one = RunLog(out, max_steps=6, first_step=first, is_main=True, trackers=[name], settings={"seed": 3})
         for step in range(first + 1, last + 1):
             one.log(step, {"loss": 1.0 + step})
             if step == 4:

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from mmllm.checkpoint.folder import load_checkpoint, read_manifest, save_checkpoint
+from mmllm.feature_cache.files import FeatureFile, PictureHashes, has_locks
 from mmllm.runs.lock import LOCK_FILE, LockedError, exclusive_run
 from mmllm.stages.run import main
-from mmllm.training.feature_files import FeatureFile, PictureHashes, has_locks
 from tests.builders.tiny_runs import start_in_own_process, train_in_process
 
 # The process says that it is in its third step, and stays there.

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from mmllm.cli import app
 from mmllm.config.file import dump_config
-from mmllm.runs.requirements import settle, slow_precision_text
+from mmllm.runs.requirements import resolve_precision, slow_precision_text
 from mmllm.stages.conversation import ConversationStage
 from tests.builders.tiny_runs import losses_of, settings_of, train_in_process
 
@@ -28,17 +28,17 @@ def multiplies(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 def test_auto_is_bf16_where_the_cpu_multiplies_in_it(multiplies: bool, tiny_runs: Path, tmp_path: Path) -> None:
     config = settings_of(tiny_runs / "stage2.yaml", tmp_path, *AUTO)
-    assert settle(config).compute.precision == ("bf16" if multiplies else "fp32")
+    assert resolve_precision(config).compute.precision == ("bf16" if multiplies else "fp32")
     for given in ("fp32", "bf16"):
         named = settings_of(tiny_runs / "stage2.yaml", tmp_path, f"compute.precision={given}")
-        assert settle(named) is named
+        assert resolve_precision(named) is named
 
 
 def test_a_run_goes_on_in_the_precision_that_it_began_with(multiplies: bool, tiny_runs: Path, tmp_path: Path) -> None:
     config = settings_of(tiny_runs / "stage2.yaml", tmp_path, *AUTO)
     for began in ("fp32", "bf16"):
         begun = settings_of(tiny_runs / "stage2.yaml", tmp_path, *AUTO, f"compute.precision={began}")
-        assert settle(config, dump_config(begun)).compute.precision == began
+        assert resolve_precision(config, dump_config(begun)).compute.precision == began
 
 
 def test_a_finished_run_of_auto_is_known_on_another_machine(
@@ -62,7 +62,9 @@ def test_bf16_that_is_slow_here_is_said(multiplies: bool, tiny_runs: Path, tmp_p
     assert (told is None) == multiplies
     assert told is None or "compute.precision=auto" in told
     assert (
-        slow_precision_text(settle(settings_of(tiny_runs / "stage2.yaml", tmp_path, *AUTO)), torch.device("cpu"))
+        slow_precision_text(
+            resolve_precision(settings_of(tiny_runs / "stage2.yaml", tmp_path, *AUTO)), torch.device("cpu")
+        )
         is None
     )
     held = settings_of(tiny_runs / "stage1.yaml", tmp_path, "model.language.dtype=bf16")

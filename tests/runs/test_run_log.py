@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mmllm.runs.run_log import Tracker, figures_of
+from mmllm.runs.run_log import RunLog, metric_curves
 
 LOG_FILE = "log.jsonl"
 
 
-def tracker(out: Path, *, first_step: int = 0, is_main: bool = True) -> Tracker:
-    return Tracker(out, max_steps=10, first_step=first_step, is_main=is_main)
+def tracker(out: Path, *, first_step: int = 0, is_main: bool = True) -> RunLog:
+    return RunLog(out, max_steps=10, first_step=first_step, is_main=is_main)
 
 
 def rows(out: Path) -> list[dict[str, Any]]:
@@ -76,7 +76,7 @@ def test_an_alarm_is_loud_and_stands_in_the_log_but_in_no_table_of_figures(tmp_p
     assert "ALARM at step 1: it does not look [at] the picture" in capsys.readouterr().out
     assert one.alarms == [{"step": 1, "alarm": "image_reliance", "text": "it does not look [at] the picture"}]
     assert rows(tmp_path) == one.rows
-    assert figures_of(one.rows) == {"loss": [(1, 4.0)]}
+    assert metric_curves(one.rows) == {"loss": [(1, 4.0)]}
     one.finish()
     assert "│ alarm" not in capsys.readouterr().out
     assert tracker(tmp_path, first_step=1).alarms == one.alarms, "a run that goes on has had it"

@@ -70,7 +70,9 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
     override = f"optim.kind={kind}"
     with monkeypatch.context() as patch:
         before_step(patch, 2, interrupt)
-        with pytest.raises(InterruptedRunError, match="stopped after step 3 of 6; the same command goes on from there"):
+        with pytest.raises(
+            InterruptedRunError, match="stopped after step 3 of 6; run the same command again to continue"
+        ):
             train_in_process(config, out, override)
     assert [path.name for path in saved_steps(out)] == ["step_0000003"]
     assert [row["step"] for row in log_of(out)] == [1, 2, 3]
@@ -83,7 +85,7 @@ def test_ctrl_c_ends_with_130_and_one_line_and_the_state_is_there(tiny_runs: Pat
     done = start(tiny_runs / "stage2.yaml", tmp_path / "out", step=1, signal_name="SIGINT")
     assert done.returncode == 130
     assert done.stderr.strip().splitlines()[-1] == (
-        "error: stopped after step 2 of 6; the same command goes on from there"
+        "error: stopped after step 2 of 6; run the same command again to continue"
     )
     assert "Traceback" not in done.stderr
     assert [path.name for path in saved_steps(tmp_path / "out")] == ["step_0000002"]
@@ -335,7 +337,7 @@ def test_a_disk_that_gives_back_other_weights_is_found_before_the_first_step(
         save({**state, "weights": {**state["weights"], first: state["weights"][first] + 1e-6}}, file)
 
     monkeypatch.setattr(torch, "save", save_otherwise)
-    with pytest.raises(StateError, match=r"out does not give back what was saved there, first projector\."):
+    with pytest.raises(StateError, match=r"out differ from those saved, first projector\."):
         train_in_process(tiny_runs / "stage2.yaml", tmp_path / "out")
     assert losses_of(tmp_path / "out") == []
     assert list((tmp_path / "out" / "state").iterdir()) == []

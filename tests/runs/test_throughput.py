@@ -32,11 +32,11 @@ def test_padding_is_the_share_of_positions_without_a_token() -> None:
     ids = torch.zeros(2, 4, dtype=torch.long)
     throughput = Throughput(None, ALONE, lambda batch: int(batch.attention_mask.sum()))
     throughput.stepped([Batch(ids, torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]), ids)])
-    found = throughput.figures()
+    found = throughput.metrics()
     assert found["padding"] == 0.25
     assert found["tokens_per_second"] == pytest.approx(3 * found["samples_per_second"])
     assert "mfu" not in found
-    assert "padding" not in throughput.figures(), "each call begins anew"
+    assert "padding" not in throughput.metrics(), "each call begins anew"
 
 
 def busy_throughput(model: Flops) -> Throughput:
@@ -51,7 +51,7 @@ def busy_throughput(model: Flops) -> Throughput:
 
 def test_a_run_that_beats_the_measured_peak_raises_it_and_says_so() -> None:
     throughput = busy_throughput(Flops(0.8e12, 1e12, 0.4e12, 0.5e12))
-    found = throughput.figures()
+    found = throughput.metrics()
     assert found["hfu"] == pytest.approx(1)
     assert found["mfu"] == pytest.approx(0.8)
     assert throughput.peaks["bf16"].flops_per_second == pytest.approx(2 * throughput.peaks["fp32"].flops_per_second)

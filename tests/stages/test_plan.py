@@ -16,7 +16,7 @@ from mmllm.cli import app
 from mmllm.config import ConfigError
 from mmllm.errors import _explain, is_out_of_memory
 from mmllm.stages.plan import parse_size
-from mmllm.training.memory import Memory, Shape, forget_peak, peak_bytes, size_text, suggestions
+from mmllm.training.memory import Memory, Shape, peak_bytes, reset_peak, size_text, suggestions
 from mmllm.training.step import Stepper
 from tests.builders.launches import commanded
 from tests.builders.tiny_runs import settings_of
@@ -142,18 +142,18 @@ def test_commands_that_answer_get_advice_of_their_own(error: Exception) -> None:
 def test_sizes_are_read_and_written() -> None:
     assert (parse_size("24GB"), parse_size("512 MiB"), parse_size("1e3")) == (24 * 10**9, 512 * 10**6, 1000)
     assert (size_text(1_179_648), size_text(658e9)) == ("1.18 MB", "658 GB")
-    with pytest.raises(ConfigError, match="--memory: 'much' is no size"):
+    with pytest.raises(ConfigError, match="--memory: 'much' is not a size"):
         parse_size("much")
 
 
 def test_the_peak_is_that_of_what_follows() -> None:
-    forget_peak()
+    reset_peak()
     before = peak_bytes()
     values = torch.ones(25_000_000)
     assert peak_bytes() >= before + 0.9 * values.nbytes
     del values
     if sys.platform == "linux":
-        forget_peak()
+        reset_peak()
         assert peak_bytes() < before + 5e7
 
 

@@ -98,7 +98,7 @@ def test_a_projector_that_gets_no_gradient_stops_the_run(stage: ConversationStag
         stage, message("user", "hi"), message("assistant", "yes"), message("user", "<image>"), images=picture
     )
     text = stopped(stage)
-    assert text.startswith("step 3: projector got no gradient in 3 steps, so it learns nothing. Does an answer stand")
+    assert text.startswith("step 3: projector got no gradient in 3 steps, so it learns nothing. Does an answer follow")
     assert "odd-" in text
 
 

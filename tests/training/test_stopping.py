@@ -24,7 +24,7 @@ def test_a_signal_is_answered_with_what_happens_now(capfd: pytest.CaptureFixture
     with StopSignal() as stop, stop.during("the model is being saved"):
         interrupt()
         assert stop.received
-        assert "stopping: the model is being saved. A second Ctrl-C ends it as it stands" in capfd.readouterr().err
+        assert "stopping: the model is being saved. A second Ctrl-C ends it at once" in capfd.readouterr().err
         interrupt()
         assert capfd.readouterr().err == "", "a launcher's second one says nothing"
     with StopSignal(speaks=False) as stop:
@@ -75,7 +75,9 @@ def test_a_validation_that_is_broken_off_is_made_when_the_run_goes_on(tiny_runs:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Validation, "_validation_losses", interrupted)
         for step in (2, 4):
-            with pytest.raises(InterruptedRunError, match=f"stopped after step {step} of 4; the same command goes on"):
+            with pytest.raises(
+                InterruptedRunError, match=f"stopped after step {step} of 4; run the same command again"
+            ):
                 train_in_process(config, out, *val)
             assert not late, "it ends where the signal comes"
             assert [path.name for path in saved_steps(out)][-1] == f"step_{step:07d}"

@@ -286,5 +286,5 @@ def test_what_is_to_be_asked_more_often_is(renderer: Renderer, tmp_path: Path) -
 
     assert num_counts("train", ask_more={"count": 20}) > 3 * num_counts("train")
     assert num_counts("val", ask_more={"count": 20}) == num_counts("val"), "what is judged by stays"
-    with pytest.raises(ConfigError, match="ask_more: sums is not asked; allowed: color, shape"):
+    with pytest.raises(ConfigError, match="ask_more: sums is not a question type; allowed: color, shape"):
         WarmupLanguage(small_config(tmp_path, ask_more={"sums": 2}))

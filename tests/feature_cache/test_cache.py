@@ -19,12 +19,13 @@ from torch import Tensor
 
 from mmllm.batch import Example
 from mmllm.data.sources import DataError
+from mmllm.feature_cache import encoder as encoder_module
+from mmllm.feature_cache.cache import cache_key, open_cache
+from mmllm.feature_cache.encoder import FeatureEncoder
+from mmllm.feature_cache.files import RECORD
 from mmllm.inference.engine import Engine
 from mmllm.model.build import build_model
-from mmllm.training import features as features_module
-from mmllm.training.feature_files import RECORD
-from mmllm.training.features import FeatureCache
-from tests.builders.feature_caches import CPU, fill_slowly, open_cache
+from tests.builders.feature_caches import CPU, fill_slowly, open_encoder
 from tests.builders.launches import Forked
 from tests.builders.tiny import model_config
 
@@ -40,8 +41,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def opened(tiny_checkpoint: Path, pictures: Path, tmp_path: Path) -> Callable[[], FeatureCache]:
-    return lambda: open_cache(tiny_checkpoint, pictures, tmp_path / "cache")
+def opened(tiny_checkpoint: Path, pictures: Path, tmp_path: Path) -> Callable[[], FeatureEncoder]:
+    return lambda: open_encoder(tiny_checkpoint, pictures, tmp_path / "cache")
 
 
 def filler(checkpoint: Path, pictures: Path, folder: Path, rank: int, world_size: int, seconds: float) -> Forked:
@@ -49,51 +50,52 @@ def filler(checkpoint: Path, pictures: Path, folder: Path, rank: int, world_size
     return Forked(fill_slowly, given=(checkpoint, pictures, folder, rank, world_size, seconds))
 
 
-def encoded(cache: FeatureCache) -> Tensor:
-    pixels = cache.processor.load_pixels(cache.images)["pixel_values"]
+def encoded(encoder: FeatureEncoder) -> Tensor:
+    pixels = encoder.processor.load_pixels(encoder.cache.images)["pixel_values"]
     with torch.inference_mode():
-        found: Tensor = cache.tower(pixels)
-    return found.bfloat16().float()
+        features: Tensor = encoder.tower(pixels)
+    return features.bfloat16().float()
 
 
 def rows_written(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("features-*/*.idx")) // RECORD.itemsize
 
 
-def assert_whole(cache: FeatureCache) -> None:
+def assert_whole(encoder: FeatureEncoder) -> None:
+    cache = encoder.cache
     assert cache.num_missing == 0
-    assert torch.allclose(cache.get(cache.images), encoded(cache), atol=0.05)
+    assert torch.allclose(cache.get(cache.images), encoded(encoder), atol=0.05)
 
 
 def test_what_is_read_is_what_the_tower_says(
-    opened: Callable[[], FeatureCache], capsys: pytest.CaptureFixture[str]
+    opened: Callable[[], FeatureEncoder], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cache = opened()
-    assert not cache.root.exists(), "nothing is written before it is asked for"
-    assert cache.num_missing == NUM_PICTURES
-    cache.fill(CPU)
+    encoder = opened()
+    assert not encoder.cache.root.exists(), "nothing is written before it is asked for"
+    assert encoder.cache.num_missing == NUM_PICTURES
+    encoder.fill(CPU)
     told = capsys.readouterr().out
     assert f"{NUM_PICTURES} pictures x 1.02 kB = 49.2 kB in bf16" in told
     assert "times as fast" in told or "it gains nothing with this tower; data.cache_features=false" in told
-    assert_whole(cache)
+    assert_whole(encoder)
     assert_whole(opened())
 
 
 def test_pictures_of_one_content_have_one_row_under_any_path(
-    opened: Callable[[], FeatureCache], tiny_checkpoint: Path, pictures: Path
+    opened: Callable[[], FeatureEncoder], tiny_checkpoint: Path, pictures: Path
 ) -> None:
     opened().fill(CPU)
-    cache, engine = opened(), Engine.load(tiny_checkpoint, device="cpu")
+    cache, engine = opened().cache, Engine.load(tiny_checkpoint, device="cpu")
     data = (pictures / "03.png").read_bytes()
-    again = FeatureCache(engine.model, engine.processor, [Example("x", "", (), (data,))], cache.root)
+    again = open_cache(engine.model, engine.processor, [Example("x", "", (), (data,))], cache.root)
     assert again.num_missing == 0
     assert torch.equal(again.get([data]), cache.get([str(pictures / "03.png")]))
 
 
 @pytest.mark.parametrize("what", ["bit", "half", "empty index"])
-def test_damaged_rows_are_found_and_encoded_anew(opened: Callable[[], FeatureCache], what: str) -> None:
+def test_damaged_rows_are_found_and_encoded_anew(opened: Callable[[], FeatureEncoder], what: str) -> None:
     opened().fill(CPU)
-    file = max((opened().folder).glob("*.bin"), key=lambda path: path.stat().st_size)
+    file = max((opened().cache.folder).glob("*.bin"), key=lambda path: path.stat().st_size)
     if what == "bit":
         data = bytearray(file.read_bytes())
         data[100] ^= 4
@@ -102,16 +104,16 @@ def test_damaged_rows_are_found_and_encoded_anew(opened: Callable[[], FeatureCac
         os.truncate(file, file.stat().st_size // 2)
     else:
         os.truncate(file.with_suffix(".idx"), 0)
-    cache = opened()
-    assert 0 < cache.num_missing < NUM_PICTURES
-    cache.fill(CPU)
-    assert_whole(cache)
+    encoder = opened()
+    assert 0 < encoder.cache.num_missing < NUM_PICTURES
+    encoder.fill(CPU)
+    assert_whole(encoder)
     assert_whole(opened())
 
 
-def test_a_row_that_is_damaged_while_a_run_reads_is_no_feature(opened: Callable[[], FeatureCache]) -> None:
+def test_a_row_that_is_damaged_while_a_run_reads_is_no_feature(opened: Callable[[], FeatureEncoder]) -> None:
     opened().fill(CPU)
-    cache = opened()
+    cache = opened().cache
     for file in cache.folder.glob("*.bin"):
         with file.open("r+b") as data:
             data.write(b"\x01\x02\x03")
@@ -121,7 +123,7 @@ def test_a_row_that_is_damaged_while_a_run_reads_is_no_feature(opened: Callable[
 
 @pytest.mark.timeout(400)
 def test_what_was_encoded_stays_when_the_process_is_killed(
-    tiny_checkpoint: Path, pictures: Path, tmp_path: Path, opened: Callable[[], FeatureCache]
+    tiny_checkpoint: Path, pictures: Path, tmp_path: Path, opened: Callable[[], FeatureEncoder]
 ) -> None:
     with filler(tiny_checkpoint, pictures, tmp_path / "cache", 0, 1, 0.2) as process:
         while rows_written(tmp_path / "cache") < 5:
@@ -129,17 +131,17 @@ def test_what_was_encoded_stays_when_the_process_is_killed(
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
-    cache = opened()
-    assert 0 < cache.num_missing <= NUM_PICTURES - 5
-    cache.fill(CPU)
-    assert_whole(cache)
+    encoder = opened()
+    assert 0 < encoder.cache.num_missing <= NUM_PICTURES - 5
+    encoder.fill(CPU)
+    assert_whole(encoder)
     assert rows_written(tmp_path / "cache") == NUM_PICTURES, "no row is encoded twice"
 
 
 @pytest.mark.timeout(400)  # two processes that load all libraries
 @pytest.mark.parametrize("ranks", [((0, 2), (1, 2)), ((0, 1), (0, 1))], ids=["two ranks", "two runs"])
 def test_two_at_once_share_the_work(
-    tiny_checkpoint: Path, pictures: Path, tmp_path: Path, opened: Callable[[], FeatureCache], ranks: Any
+    tiny_checkpoint: Path, pictures: Path, tmp_path: Path, opened: Callable[[], FeatureEncoder], ranks: Any
 ) -> None:
     with contextlib.ExitStack() as stack:
         fillers = [filler(tiny_checkpoint, pictures, tmp_path / "cache", *rank, 0.02) for rank in ranks]
@@ -150,19 +152,19 @@ def test_two_at_once_share_the_work(
 
 
 def test_a_cache_that_the_disk_has_no_room_for_is_refused_before_it_is_written(
-    opened: Callable[[], FeatureCache], monkeypatch: pytest.MonkeyPatch
+    opened: Callable[[], FeatureEncoder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache = opened()
-    usage = features_module.shutil.disk_usage(cache.root.parent)
-    monkeypatch.setattr(features_module.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    encoder = opened()
+    usage = encoder_module.shutil.disk_usage(encoder.cache.root.parent)
+    monkeypatch.setattr(encoder_module.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(DataError, match=r"48 pictures x 1\.02 kB = 49\.2 kB in bf16; 1 kB free .*data\.cache_folder"):
-        cache.fill(CPU)
-    assert not cache.folder.exists()
+        encoder.fill(CPU)
+    assert not encoder.cache.folder.exists()
 
 
 def key_of(parts: Path, **vision: Any) -> str:
     model, processor, _ = build_model(model_config(parts, **vision))
-    return features_module._key(model.vision_tower, processor)
+    return cache_key(model.vision_tower, processor)
 
 
 def test_a_tower_is_known_by_what_it_holds_and_not_by_its_path(tiny_parts: Path, tmp_path: Path) -> None:
@@ -184,28 +186,28 @@ def test_a_tower_is_known_by_what_it_holds_and_not_by_its_path(tiny_parts: Path,
 
 
 def test_the_gain_is_that_of_warm_reads_and_a_loss_is_called_one(
-    opened: Callable[[], FeatureCache], monkeypatch: pytest.MonkeyPatch
+    opened: Callable[[], FeatureEncoder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache = opened()
-    cache.fill(CPU)
-    read, reads = cache.get, []
+    encoder = opened()
+    encoder.fill(CPU)
+    read, reads = encoder.cache.get, []
 
     def first_is_cold(images: Any) -> Tensor:
         reads.append(images)
         time.sleep(1 if len(reads) == 1 else 0)
         return read(images)
 
-    monkeypatch.setattr(cache, "get", first_is_cold)
-    monkeypatch.setattr(cache, "_encode", lambda *given: time.sleep(0.5))
-    assert "times as fast" in cache._gain(CPU), "one cold read does not decide"
-    monkeypatch.setattr(cache, "_encode", lambda *given: None)
-    assert "it gains nothing with this tower; data.cache_features=false" in cache._gain(CPU)
+    monkeypatch.setattr(encoder.cache, "get", first_is_cold)
+    monkeypatch.setattr(encoder, "_encode", lambda *given: time.sleep(0.5))
+    assert "times as fast" in encoder._gain(CPU), "one cold read does not decide"
+    monkeypatch.setattr(encoder, "_encode", lambda *given: None)
+    assert "it gains nothing with this tower; data.cache_features=false" in encoder._gain(CPU)
 
 
 def test_folders_of_other_towers_are_told_of_before_a_new_one_is_filled(
-    opened: Callable[[], FeatureCache], capsys: pytest.CaptureFixture[str]
+    opened: Callable[[], FeatureEncoder], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cache = opened()
-    (cache.root / "features-0123456789").mkdir(parents=True)
-    cache.fill(CPU)
-    assert f"1 other folder(s) in {cache.root}: of other towers or transforms" in capsys.readouterr().out
+    encoder = opened()
+    (encoder.cache.root / "features-0123456789").mkdir(parents=True)
+    encoder.fill(CPU)
+    assert f"1 other folder(s) in {encoder.cache.root}: of other towers or transforms" in capsys.readouterr().out

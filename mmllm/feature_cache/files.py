@@ -29,12 +29,12 @@ def file_of(name: str) -> int:
     return int(name[:2], 16) * NUM_FILES // 256
 
 
-def sums(rows: NDArray[np.int16]) -> NDArray[np.uint64]:
-    """Of each row [N, numbers] the sum of its words: it changes with any bit, and is as quick as memory is."""
+def row_checksums(rows: NDArray[np.int16]) -> NDArray[np.uint64]:
+    """The checksum of each row [N, numbers]: the sum of its words, which changes with any bit."""
     wide = rows.shape[1] % 4 == 0 and rows.flags.c_contiguous
     words = rows.view(np.uint64) if wide else rows.view(np.uint16)
-    found: NDArray[np.uint64] = words.sum(axis=1, dtype=np.uint64)
-    return found
+    checksums: NDArray[np.uint64] = words.sum(axis=1, dtype=np.uint64)
+    return checksums
 
 
 class FeatureFile:
@@ -44,7 +44,7 @@ class FeatureFile:
         self.data, self.index = folder / f"{number:02x}.bin", folder / f"{number:02x}.idx"
         self.row_numbers = row_numbers
         self.rows: dict[str, int] = {}
-        self.sums: NDArray[np.uint64] = np.zeros(0, np.uint64)
+        self.checksums: NDArray[np.uint64] = np.zeros(0, np.uint64)
         self.values: NDArray[np.int16] = np.zeros((0, row_numbers), np.int16)
 
     def read(self) -> None:
@@ -54,7 +54,7 @@ class FeatureFile:
             return
         records = np.fromfile(self.index, RECORD, count=self.index.stat().st_size // width)
         records = records[: self.data.stat().st_size // size]
-        self.sums = records["sum"].copy()
+        self.checksums = records["sum"].copy()
         self.rows = {name.decode(errors="replace"): row for row, name in enumerate(records["hash"])}  # the last counts
         if len(records):
             self.values = np.memmap(self.data, np.int16, "r", shape=(len(records), self.row_numbers))
@@ -66,7 +66,7 @@ class FeatureFile:
         for start in range(0, len(there), 64):
             some = there[start : start + 64]
             at = np.array([self.rows[name] for name in some])
-            for name, is_whole in zip(some, sums(self.values[at]) == self.sums[at], strict=True):
+            for name, is_whole in zip(some, row_checksums(self.values[at]) == self.checksums[at], strict=True):
                 if not is_whole:
                     del self.rows[name]
                     damaged += 1
@@ -88,7 +88,7 @@ class FeatureFile:
             file.truncate(num_records * self.row_numbers * 2)
             file.write(np.ascontiguousarray(rows).data)
         records = np.zeros(len(names), RECORD)
-        records["hash"], records["sum"] = [name.encode() for name in names], sums(rows)
+        records["hash"], records["sum"] = [name.encode() for name in names], row_checksums(rows)
         with self.index.open("ab") as file:
             file.write(records.tobytes())
 

@@ -1,0 +1,59 @@
+"""How a strategy's weights and optimizer states are saved and loaded: here whole tensors, as DDP holds them.
+
+Any number of ranks can load what another number saved. DDP saves whole tensors in one file, FSDP2 shards of
+torch.distributed.checkpoint, ZeRO the shards of DeepSpeed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class StateIO:
+    """Whole tensors: every rank holds all of them. Subclasses save and load shards.
+
+    Attributes:
+        trained: the trained parameters by name, as this rank holds them.
+        has_shards: whether each rank saves a part of the state.
+    """
+
+    has_shards = False
+
+    def __init__(self, trained: Mapping[str, nn.Parameter], optimizers: Sequence[torch.optim.Optimizer]):
+        self.trained, self.optimizers = trained, optimizers
+
+    def whole_weights(self) -> dict[str, Tensor]:
+        """The trained weights as whole tensors. Every rank has to call it; only the main one needs the result."""
+        return {name: parameter.detach() for name, parameter in self.trained.items()}
+
+    def whole_state(self) -> dict[str, Any]:
+        """Weights and optimizers as whole tensors; only where there are no shards."""
+        return {"weights": self.whole_weights(), "optimizers": [each.state_dict() for each in self.optimizers]}
+
+    @torch.no_grad()
+    def load_whole_state(self, state: Mapping[str, Any]) -> None:
+        for name, parameter in self.trained.items():
+            parameter.copy_(state["weights"][name])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+
+    def save_shards(self, folder: Path) -> None:
+        """Saves this rank's part of the state. Every rank has to call it."""
+        raise NotImplementedError
+
+    def load_shards(self, folder: Path, *, saved_by: int) -> None:
+        """Loads what `save_shards` of `saved_by` ranks wrote. Every rank has to call it."""
+        raise NotImplementedError
+
+    def local_weights(self) -> dict[str, Tensor]:
+        """The trained weights as far as this rank holds them, for a comparison; no copy."""
+        return {name: parameter.detach() for name, parameter in self.trained.items()}
+
+    def reread(self, folder: Path) -> dict[str, Tensor]:
+        """`local_weights` read back from what `save_shards` wrote before the first step. Every rank has to call it."""
+        raise NotImplementedError
