@@ -15,7 +15,7 @@ from mmllm.kernels.attention import use_self_attention
 from mmllm.model.tower import LayeredTower, TowerSpec, concatenate
 
 LOCAL_DIR = "local-dir:"
-RESNET_STAGES = ("layer1", "layer2", "layer3", "layer4")  # of ModifiedResNet, behind its stem
+RESNET_STAGES = ("layer1", "layer2", "layer3", "layer4")  # of ModifiedResNet, after its stem
 
 
 class OpenClipTower(LayeredTower):
@@ -39,7 +39,7 @@ class OpenClipTower(LayeredTower):
         return _layers(self.encoder)
 
     def forward(self, pixels: Tensor, *, is_placed: bool = False) -> Tensor:  # [N, C, H, W] -> [N, P, Dv]
-        if not is_placed and pixels.shape[2:] != (self.spec.image_size_px,) * 2:  # of another size than the encoder's
+        if not is_placed and pixels.shape[2:] != (self.spec.image_size_px,) * 2:  # not the encoder's own size
             return functional_call(self, self._placed(pixels), (pixels,), {"is_placed": True})  # type: ignore[no-any-return]
         indices = sorted(set(self._read))
         output = self.encoder.forward_intermediates(pixels, indices=indices, stop_early=True, intermediates_only=True)
@@ -47,36 +47,36 @@ class OpenClipTower(LayeredTower):
         return concatenate([maps[index].flatten(2).transpose(1, 2) for index in self._read])
 
     def _placed(self, pixels: Tensor) -> dict[str, Tensor]:
-        """A ViT's position embeddings for pictures of this size, by their names; nothing where it has none."""
+        """A ViT's position embeddings, resampled for pictures of this size, by parameter name; empty if it has none."""
         from timm.layers.pos_embed import resample_abs_pos_embed
 
         trunk = getattr(self.encoder, "trunk", None)
         name = "encoder.positional_embedding" if trunk is None else "encoder.trunk.pos_embed"
         positions = dict(self.named_parameters()).get(name)
-        if positions is None:
+        if positions is None or getattr(trunk, "dynamic_img_size", False):  # timm then resamples them itself
             return {}
         sizes: Any = self.encoder.patch_size if trunk is None else trunk.patch_embed.patch_size
-        own, new = ([side // size for side, size in zip(px, sizes, strict=True)]
+        old_grid, new_grid = ([side // size for side, size in zip(px, sizes, strict=True)]
                     for px in ((self.spec.image_size_px,) * 2, pixels.shape[2:]))  # fmt: skip
         table = positions.view(1, -1, positions.shape[-1])
         resampled = resample_abs_pos_embed(
-            table, new_size=new, old_size=own, num_prefix_tokens=table.shape[1] - own[0] * own[1]
+            table, new_size=new_grid, old_size=old_grid, num_prefix_tokens=table.shape[1] - old_grid[0] * old_grid[1]
         )
         return {name: resampled.view(-1, positions.shape[-1]) if positions.ndim == 2 else resampled}
 
 
 def _set_input_size(encoder: Any, side: int) -> None:
-    """timm builds a trunk for the picture size of its own training, and for no other; ours may be another."""
+    """Sets the picture size of a timm trunk, which timm builds for the size of its training, to `side` pixels."""
     if hasattr(encoder, "trunk") and hasattr(encoder.trunk, "set_input_size"):
         encoder.trunk.set_input_size(img_size=(side, side))
     patch_embed: Any = getattr(getattr(encoder, "trunk", None), "patch_embed", None)
     if hasattr(patch_embed, "strict_img_size"):
-        # it takes its own size alone, or sizes that patches fill; SO400M/14 at 384 pixels leaves 6 of them out
+        # no size check: timm wants its own size or a multiple of the patch; SO400M/14 at 384 leaves 6 pixels over
         patch_embed.img_size = None
 
 
 def _layers(encoder: Any) -> list[nn.Module]:
-    """What `forward_intermediates` counts and `_prune` has left, in order."""
+    """The layers that `forward_intermediates` counts and `_prune` has kept, in order."""
     if hasattr(encoder, "transformer"):
         return list(encoder.transformer.resblocks)
     if hasattr(encoder, "trunk"):
@@ -87,7 +87,7 @@ def _layers(encoder: Any) -> list[nn.Module]:
 
 
 def _prune(encoder: Any, last: int) -> None:
-    """Takes away what stands behind layer `last`: layers, norm, pooling and head. It would only be run and saved."""
+    """Removes what follows layer `last`: layers, norm, pooling and head. They would be run and saved for nothing."""
     if hasattr(encoder, "transformer"):
         encoder.prune_intermediate_layers(indices=[last], prune_norm=True, prune_head=True)
         encoder.attn_pool = encoder.attn_pool_contrastive = None
@@ -136,23 +136,23 @@ def _model_cfg(source: str) -> dict[str, Any]:
     config: dict[str, Any] = data.get("model_cfg", data)
     if missing := {"embed_dim", "vision_cfg"} - set(config):
         raise ConfigError(
-            f"model.vision.source: {source} lacks {', '.join(sorted(missing))}: no open_clip model config"
+            f"model.vision.source: {source} lacks {', '.join(sorted(missing))}: not an open_clip model config"
         )
     return config
 
 
 def needs_quick_gelu(name: str, pretrained: str | None) -> bool:
-    """Whether these weights were trained with QuickGELU, as all of OpenAI's; open_clip would build GELU and warn."""
+    """Whether these weights need QuickGELU, as all of OpenAI's do; open_clip would build GELU and only warn."""
     import open_clip
 
-    known = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else {}
-    return bool(known.get("quick_gelu", False))
+    pretrained_cfg = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else {}
+    return bool(pretrained_cfg.get("quick_gelu", False))
 
 
 def load_open_clip_tower(config: TowerConfig) -> OpenClipTower:
     """The pretrained tower of these settings. Raises ConfigError where it has no weights or no such layer.
 
-    Position embeddings are interpolated to `image_size_px` where that is not the size of the encoder's training.
+    Position embeddings are interpolated to `image_size_px` where the encoder was trained at another size.
     """
     import open_clip
 
@@ -184,7 +184,7 @@ def load_open_clip_tower(config: TowerConfig) -> OpenClipTower:
     except (RuntimeError, FileNotFoundError, OSError, ValueError) as error:
         raise ConfigError(f"model.vision: cannot load {config.source}: {error}") from error
     tower = OpenClipTower(_spec(config, model_cfg, clip))
-    tower.fill(clip.visual.state_dict())
+    tower.load_encoder_weights(clip.visual.state_dict())
     return tower
 
 
@@ -194,11 +194,11 @@ def _spec(config: TowerConfig, model_cfg: dict[str, Any], clip: Any) -> TowerSpe
     preprocess = open_clip.get_model_preprocess_cfg(clip)
     size = preprocess["size"]
     side = config.image_size_px or int(size[0] if isinstance(size, list | tuple) else size)
-    kept = copy.deepcopy({key: value for key, value in model_cfg.items() if key != "text_cfg"})
-    kept["quick_gelu"] = any(type(module).__name__ == "QuickGELU" for module in clip.visual.modules())
-    kept["vision_cfg"]["image_size"] = side
+    tower_cfg = copy.deepcopy({key: value for key, value in model_cfg.items() if key != "text_cfg"})
+    tower_cfg["quick_gelu"] = any(type(module).__name__ == "QuickGELU" for module in clip.visual.modules())
+    tower_cfg["vision_cfg"]["image_size"] = side
     return TowerSpec(
-        model_cfg=kept,
+        model_cfg=tower_cfg,
         layer=config.feature_layer,
         image_size_px=side,
         mean=tuple(preprocess["mean"]),

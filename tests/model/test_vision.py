@@ -109,7 +109,7 @@ def test_files_that_are_no_tower_are_named(tiny_parts: Path, tmp_path: Path) -> 
     path.write_text("[]")
     assert "must hold an open_clip config, got list" in refused(str(path), pretrained="x")
     path.write_text('{"embed_dim": 3}')
-    assert "lacks vision_cfg: no open_clip model config" in refused(str(path), pretrained="x")
+    assert "lacks vision_cfg: not an open_clip model config" in refused(str(path), pretrained="x")
     folder = Path(shutil.copytree(tiny_parts / "vision", tmp_path / "vision"))
     (folder / "open_clip_model.safetensors").unlink()
     assert "model.vision: cannot load" in refused(f"local-dir:{folder}")
@@ -161,7 +161,7 @@ def test_several_layers_stand_side_by_side_in_the_order_given(name: str) -> None
         patches = both(pixels)
         last, one = (build_tower(spec_of(options, layer)).eval() for layer in (-1, -2))
         for tower in (last, one):
-            tower.fill(both.encoder.state_dict())  # type: ignore[attr-defined]
+            tower.load_encoder_weights(both.encoder.state_dict())  # type: ignore[attr-defined]
         assert torch.allclose(patches, torch.cat([last(pixels), one(pixels)], dim=2), atol=1e-6)
     assert both.width == 2 * last.width
 
@@ -186,6 +186,16 @@ def test_another_picture_size_is_what_open_clip_makes_of_it(tiny_parts: Path) ->
     twin = build_tower(TowerSpec.from_json(json.loads(json.dumps(tower.spec.to_json())))).eval()
     twin.load_state_dict(tower.state_dict())
     assert torch.equal(twin(pixels), tower(pixels))
+
+
+@pytest.mark.parametrize("size", [(32, 48), (64, 32)])
+def test_a_timm_trunk_that_resamples_its_positions_itself_takes_a_picture_of_any_shape(size: tuple[int, int]) -> None:
+    tower: Any = build_tower(spec_of(ENCODERS["timm"], -1)).eval()
+    assert tower.encoder.trunk.dynamic_img_size
+    pixels = torch.rand(2, 3, *size)
+    with torch.no_grad():
+        own = tower.encoder.forward_intermediates(pixels)["image_intermediates"][-1]
+        assert torch.equal(tower(pixels), own.flatten(2).transpose(1, 2))
 
 
 def test_a_revision_is_refused_where_open_clip_would_not_read_it(tiny_parts: Path) -> None:
