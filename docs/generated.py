@@ -13,6 +13,7 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 import mmllm
+from mmllm.compatibility import matrix_markdown
 from mmllm.config.reference import settings_markdown
 
 ROOT = Path(__file__).parent.parent
@@ -24,6 +25,7 @@ def on_files(files: Files, config: Any) -> Files:
     """Adds the generated pages."""
     pages = {
         "settings": settings_markdown(),
+        "compatibility": matrix_markdown(),
         "python": python_page(),
         "configs": (ROOT / "configs" / "README.md").read_text(encoding="utf-8"),
         "changelog": (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"),

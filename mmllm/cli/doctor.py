@@ -1,4 +1,4 @@
-"""The command that says what is installed and what works: doctor."""
+"""The commands that say what is installed and what works: doctor and matrix."""
 
 from __future__ import annotations
 
@@ -25,3 +25,18 @@ def doctor(
 
         if not examine(model, as_json=as_json):
             sys.exit(EXIT_FAILED)
+
+
+@commands.command()
+def matrix(
+    axes: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(help="Two axes, such as llm trains, to see their table; default: what is refused, and why."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the cells as JSON.")] = False,
+) -> None:
+    """Print which encoders, LLMs, projectors and other choices work together, and which are refused and why."""
+    with user_errors():
+        from mmllm.compatibility import print_matrix
+
+        print_matrix(tuple(axes or ()), as_json=as_json)
