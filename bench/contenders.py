@@ -53,7 +53,7 @@ def ours(recorder: Recorder, folder: Path, stage_name: str) -> tuple[float, floa
     stage = build_stage(config)
     assert isinstance(stage, ConversationStage)
     if stage.features:
-        stage.features.fill(accelerator.device)
+        stage.prepare_features(accelerator.device, rank=0, world_size=1)
     run = Run(config, stage, accelerator, lambda: build_stage(config))
     make = stage.batch
 

@@ -75,7 +75,7 @@ def _stage(folder: Path, mix: str, attention: str) -> Any:
     }
     stage = ConversationStage(StageConfig.model_validate(values))
     assert stage.features
-    stage.features.fill(stage.model.device)
+    stage.prepare_features(stage.model.device, rank=0, world_size=1)
     return stage
 
 

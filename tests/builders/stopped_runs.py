@@ -16,14 +16,14 @@ from tests.builders.tiny_runs import log_of, losses_of, weights_of
 
 def before_step(monkeypatch: pytest.MonkeyPatch, number: int, action: Any) -> None:
     """Calls `action` as this step (from 0) of the next run begins."""
-    whole_step = loop.Stepper.make
+    whole_step = loop.Stepper.run_step
 
     def step(self: Any, current: int, data: Any) -> Any:
         if current == number:
             action()
         return whole_step(self, current, data)
 
-    monkeypatch.setattr(loop.Stepper, "make", step)
+    monkeypatch.setattr(loop.Stepper, "run_step", step)
 
 
 def interrupt(number: int = signal.SIGTERM) -> None:

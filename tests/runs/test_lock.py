@@ -24,13 +24,13 @@ from tests.builders.tiny_runs import start_in_own_process, train_in_process
 STAYS = """
 import time
 from mmllm.training import loop
-whole_step = loop.Stepper.make
+whole_step = loop.Stepper.run_step
 def step(self, number, data):
     if number == 2:
         (out / "is_there").touch()
         time.sleep(600)
     return whole_step(self, number, data)
-loop.Stepper.make = step
+loop.Stepper.run_step = step
 """
 
 

@@ -32,12 +32,12 @@ DRIVER = """
 import os, signal, sys
 from mmllm.training import loop
 from mmllm.stages import run
-whole_step = loop.Stepper.make
+whole_step = loop.Stepper.run_step
 def step(self, number, data):
     if number == {step}:
         os.kill(os.getpid(), signal.{signal})
     return whole_step(self, number, data)
-loop.Stepper.make = step
+loop.Stepper.run_step = step
 run.main("stage2", sys.argv[1:])
 """
 

@@ -13,7 +13,8 @@ from mmllm.checkpoint.folder import load_checkpoint
 from mmllm.checkpoint.merge import merge_checkpoint
 from mmllm.config import ConfigError, ModelConfig
 from mmllm.diagnose.check import check_data
-from mmllm.inference.engine import Engine, Sampling
+from mmllm.inference.engine import Engine
+from mmllm.inference.sampling import Sampling
 from mmllm.model.language import load_language
 from mmllm.stages.registry import build_stage
 from tests.builders.conversations import MIXED

@@ -14,7 +14,8 @@ from torch import Tensor
 from mmllm.batch import Example, message
 from mmllm.checkpoint.folder import read_manifest
 from mmllm.config import ConfigError
-from mmllm.inference.engine import Engine, Sampling
+from mmllm.inference.engine import Engine
+from mmllm.inference.sampling import Sampling
 from mmllm.model.build import build_model
 from mmllm.stages.conversation import ConversationStage
 from tests.builders.tiny import model_config

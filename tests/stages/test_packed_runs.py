@@ -62,7 +62,7 @@ def test_pictures_stay_with_their_examples(
         config = settings_of(tiny_runs / "stage2.yaml", tmp_path / "out", *given, f"data.packing={packing}")
         stage = ConversationStage(config)
         if stage.features:
-            stage.features.fill(torch.device("cpu"))
+            stage.prepare_features(torch.device("cpu"), rank=0, world_size=1)
         return stage
 
     if features == "true" and layout != "single":

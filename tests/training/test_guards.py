@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from mmllm.checkpoint.folder import read_manifest
-from mmllm.inference.engine import Engine, Sampling
+from mmllm.inference.engine import Engine
+from mmllm.inference.sampling import Sampling
 from mmllm.inference.terminal_chat import ask_once
 from mmllm.optimizers.optim import gradient_norm
 from mmllm.stages.conversation import ConversationStage
