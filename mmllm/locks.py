@@ -12,7 +12,11 @@ import errno
 import importlib
 import os
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import IO, Any, Literal
+
+from filelock import FileLock
 
 NO_LOCK_ERRNOS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 LockOutcome = Literal["held", "taken", "none"]  # by us, by another process, no locks on this file system
@@ -87,3 +91,20 @@ def no_locks_warning(path: str | os.PathLike[str]) -> str:
     if _fcntl is None and _msvcrt is None:
         return f"this Python has no file locks: make sure that no second run writes to {os.fspath(path)}"
     return f"{os.fspath(path)} is on a file system without locks: make sure that no second run writes there"
+
+
+@contextlib.contextmanager
+def exclusive_path(path: Path) -> Iterator[None]:
+    """Holds a lock on this file, and waits for it. On a file system without locks, work goes on without one."""
+    lock = FileLock(path, fallback_to_soft=False)  # a soft lock would outlive a killed process
+    try:
+        lock.acquire()
+    except OSError as error:
+        if error.errno not in NO_LOCK_ERRNOS:
+            raise
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()

@@ -24,7 +24,7 @@ FLOORS = (
     ("paths", "locks", "batch", "compatibility"),
     ("images", "web_page"),
     ("config",),
-    ("chat", "scenes", "kernels", "readers"),
+    ("chat", "scenes", "kernels", "readers", "backbone_files"),
     ("data", "model"),
     ("checkpoint", "batching"),
     ("inference",),

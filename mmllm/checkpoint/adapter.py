@@ -21,6 +21,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mmllm.backbone_files.gguf import SUFFIX, local_source
 from mmllm.config import ConfigError, ModelConfig
 from mmllm.errors import MmllmError
 from mmllm.model.vlm import VisionLanguageModel
@@ -73,7 +74,8 @@ def describe_base(config: ModelConfig) -> dict[str, Any]:
     else:
         assert config.language is not None
         source, revision = config.language.source, config.language.revision
-        folder = Path(source) if Path(source).is_dir() else _hub_folder(source, revision)
+        local = Path(local_source(source, revision))
+        folder = local if local.is_dir() else _hub_folder(source, revision)
         if folder.parent.name == "snapshots":  # the hub's cache: a commit is fixed, a branch is not
             revision = folder.name
         base = {"kind": LANGUAGE, "source": source, "revision": revision}
@@ -101,6 +103,8 @@ def find_base(folder: Path, base: dict[str, Any]) -> Path:
     places = [Path(base["path"]), Path(os.path.normpath(folder / base["relative"]))]
     place: Path | None = next((place for place in places if place.is_dir()), None)
     name = f"the {base['kind']} {base['source']}" + (f" at revision {base['revision']}" if base.get("revision") else "")
+    if place is None and base["source"].endswith(SUFFIX) and Path(base["source"]).is_file():
+        place = Path(local_source(base["source"]))  # its conversion was removed from the cache
     if place is None and base["kind"] == LANGUAGE and not Path(base["source"]).is_absolute():
         try:
             place = _hub_folder(base["source"], base["revision"])

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from safetensors import safe_open
 from torch import Tensor
 
+from mmllm.backbone_files.hub import quiet_transformers
 from mmllm.checkpoint.adapter import (
     ADAPTER,
     CHECKPOINT,
@@ -35,8 +35,7 @@ from mmllm.checkpoint.adapter import (
     save_adapter,
 )
 from mmllm.fault_points import fault_point
-from mmllm.locks import NO_LOCK_ERRNOS
-from mmllm.model.hub import quiet_transformers
+from mmllm.locks import exclusive_path
 from mmllm.model.model_config import VisionLanguageConfig
 from mmllm.model.processor import VisionLanguageProcessor
 from mmllm.model.vlm import PARTS, VisionLanguageModel
@@ -132,23 +131,6 @@ def new_folder(folder: Path) -> Iterator[Path]:
         raise
 
 
-@contextlib.contextmanager
-def _save_lock(path: Path) -> Iterator[None]:
-    """Holds the lock of a folder. A file system without locks is passed over: a run has warned of it at its start."""
-    lock = FileLock(path, fallback_to_soft=False)  # a soft lock would outlive a killed process
-    try:
-        lock.acquire()
-    except OSError as error:
-        if error.errno not in NO_LOCK_ERRNOS:
-            raise
-        yield
-        return
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def save_checkpoint(
     folder: str | Path,
     model: VisionLanguageModel,
@@ -173,7 +155,7 @@ def save_checkpoint(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     partial, lock = folder / "checkpoint.part", folder / "checkpoint.lock"
-    with _save_lock(lock):
+    with exclusive_path(lock):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         try:

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mmllm.backbone_files.hub import quiet_transformers
 from mmllm.checkpoint.folder import CheckpointError
-from mmllm.model.hub import quiet_transformers
 from mmllm.model.model_config import VisionLanguageConfig
 from mmllm.model.processor import VisionLanguageProcessor
 from mmllm.model.vlm import VisionLanguageModel

@@ -85,7 +85,7 @@ class LanguageConfig(Section):
     """The LLM backbone, which transformers' AutoModelForCausalLM reads. Of a checkpoint's LLM, how it is held."""
 
     source: PathText = ""
-    """A folder, or a name on the hub."""
+    """A folder, a name on the hub, or a `FILE.gguf`, which is converted to full precision once."""
     revision: str | None = None
     """Of a name on the hub: the commit, so that it stays the same model."""
     attention: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] | None = None

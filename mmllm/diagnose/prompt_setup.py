@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mmllm.backbone_files.gguf import local_source
 from mmllm.batch import IMAGE_TOKEN, PICTURE_LABEL, TEXT_ENCODING
 from mmllm.chat.renderer import Renderer
 from mmllm.checkpoint.folder import read_manifest
@@ -52,7 +53,7 @@ def load_prompt_setup(config: ModelConfig) -> PromptSetup:
         tokenizer = load_tokenizer(
             language.source, revision=language.revision, extra_special_tokens=language.extra_special_tokens
         )
-        text_config = AutoConfig.from_pretrained(language.source, revision=language.revision)
+        text_config = AutoConfig.from_pretrained(local_source(language.source), revision=language.revision)
         tower = load_tower(config.vision)
         projector = fitting_projector(config.projector, tower, text_config.hidden_size)
         layout = new_layout(config.vision, tower, projector, count_image_tokens(tower, projector))

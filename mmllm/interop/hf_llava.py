@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmllm.backbone_files.hub import quiet_transformers
 from mmllm.batch import Message
 from mmllm.checkpoint.adapter import merge_adapter
 from mmllm.checkpoint.card import build_card, code_section
@@ -23,7 +24,6 @@ from mmllm.checkpoint.folder import new_folder, read_manifest
 from mmllm.inference.engine import Engine
 from mmllm.interop.parity import TransformersComparison, compare_with_transformers
 from mmllm.interop.towers import ExportError, TransformersEncoder, encoder_in_transformers
-from mmllm.model.hub import quiet_transformers
 from mmllm.model.layout import Native, Tiles
 from projector import PROJECTORS, Projector
 

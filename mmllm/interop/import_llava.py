@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mmllm.backbone_files.hub import check_source, hub_folder, quiet_transformers
 from mmllm.batch import IMAGE_TOKEN, TEXT_ENCODING
 from mmllm.chat.renderer import OWN_TEMPLATE, TEMPLATES, ChatError
 from mmllm.checkpoint.card import build_card, code_section, origin_section
@@ -30,7 +31,6 @@ from mmllm.interop.parity import TransformersComparison, compare_with_transforme
 from mmllm.interop.parts import ModelImportError, ModelParts, read_json, tiled_layout
 from mmllm.interop.prompts import compare_with_processor
 from mmllm.model.build import assemble_model, build_model
-from mmllm.model.hub import check_source, hub_folder, quiet_transformers
 from mmllm.model.language import find_architecture, fit_vocabulary, load_tokenizer
 from mmllm.model.processor import VisionLanguageProcessor
 from mmllm.model.vision_transformers import ENCODERS, TransformersTower, transformers_spec

@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import Tensor
 
+from mmllm.backbone_files.hub import WEIGHTS, check_source, quiet_transformers
 from mmllm.config import ConfigError, LanguageConfig, ProjectorConfig, VisionConfig
 from mmllm.interop.parts import ModelImportError, ModelParts, main_dtype, read_tensors, read_weights, tiled_layout
 from mmllm.model.build import fitting_projector
-from mmllm.model.hub import WEIGHTS, check_source, quiet_transformers
 from mmllm.model.language import find_architecture, fit_vocabulary, load_language, load_tokenizer
 from mmllm.model.tower import LayeredTower, VisionTower
 from mmllm.model.vision import load_tower

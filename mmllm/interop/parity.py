@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mmllm.backbone_files.hub import quiet_transformers
 from mmllm.batch import Example, ImageRef, Message, message
-from mmllm.inference.engine import Engine, Sampling
+from mmllm.inference.engine import Engine
+from mmllm.inference.sampling import Sampling
 from mmllm.interop.towers import ExportError
-from mmllm.model.hub import quiet_transformers
 from mmllm.model.probing import held_in_float32
 
 # Largest difference of logits, relative to the largest logit: only the order of additions differs. Measured in fp32: up

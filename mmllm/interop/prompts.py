@@ -9,9 +9,9 @@ from typing import Any
 from jinja2 import TemplateError
 from PIL import Image
 
+from mmllm.backbone_files.hub import quiet_transformers
 from mmllm.chat.conversation import Conversation
 from mmllm.inference.engine import Engine
-from mmllm.model.hub import quiet_transformers
 
 _SIDE_PX = 64
 # Turns of (number of pictures, question, answer); the last question has no answer yet.

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmllm.backbone_files.gguf import described_source
 from mmllm.batch import IMAGE_TOKEN, PICTURE_LABEL, TEXT_ENCODING
 from mmllm.config import ConfigError, ModelConfig, ProjectorConfig, VisionConfig
 from mmllm.model.capabilities import check_backbone
@@ -38,7 +39,7 @@ def build_model(config: ModelConfig) -> tuple[VisionLanguageModel, VisionLanguag
     origin = {
         "vision": tower.spec.source,
         "projector": config.projector.kind,
-        "language": config.language.source + (f"@{config.language.revision}" if config.language.revision else ""),
+        "language": described_source(config.language.source, config.language.revision),
     }
     return model, processor, origin
 

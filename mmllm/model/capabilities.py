@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmllm.backbone_files.hub import quiet_transformers
 from mmllm.config import ConfigError
-from mmllm.model.hub import quiet_transformers
 from mmllm.model.probing import HALF_TYPES, held_in_float32, probing, relative_difference
 from mmllm.model.vlm import VisionLanguageModel
 

@@ -15,10 +15,11 @@ import torch
 from torch import nn
 from transformers import __version__ as transformers_version
 
+from mmllm.backbone_files.gguf import local_source
+from mmllm.backbone_files.hub import check_source, quiet_transformers
 from mmllm.batch import IMAGE_TOKEN
 from mmllm.config import ConfigError, LanguageConfig
 from mmllm.kernels.attention import caps_scores, replace_capped_sdpa
-from mmllm.model.hub import check_source, quiet_transformers
 
 PLAIN_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")  # tokenizer.json describes them completely
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -30,6 +31,7 @@ def _read_tokenizer(source: str, revision: str | None) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+    source = local_source(source, revision)
     if not Path(source).is_dir():
         check_source(source, revision, setting="model.language.source")
     try:
@@ -64,9 +66,10 @@ def find_architecture(config: LanguageConfig) -> type:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     place = f"model.language.source: {config.source}"
-    check_source(config.source, config.revision, setting="model.language.source")
+    source = local_source(config.source, config.revision)
+    check_source(source, config.revision, setting="model.language.source")
     try:
-        values, _ = PretrainedConfig.get_config_dict(config.source, revision=config.revision)
+        values, _ = PretrainedConfig.get_config_dict(source, revision=config.revision)
         kind = values.get("model_type")
         if kind not in CONFIG_MAPPING:
             code_note = "brings code of its own, which is never run: " if "auto_map" in values else ""
@@ -74,7 +77,7 @@ def find_architecture(config: LanguageConfig) -> type:
                 f"{place} {code_note}its architecture {kind!r} is unknown to transformers {transformers_version}; "
                 "choose another LLM, or a release of transformers that knows it"
             )
-        llm_config = AutoConfig.from_pretrained(config.source, revision=config.revision, trust_remote_code=False)
+        llm_config = AutoConfig.from_pretrained(source, revision=config.revision, trust_remote_code=False)
     except (OSError, *_FAILURES) as error:
         if isinstance(error, ConfigError):
             raise
@@ -151,7 +154,7 @@ def load_language(config: LanguageConfig) -> tuple[Any, Any]:
     try:
         with quiet_transformers():
             model, report = architecture.from_pretrained(
-                config.source,
+                local_source(config.source, config.revision),
                 revision=config.revision,
                 attn_implementation=config.attention,
                 dtype="auto" if config.dtype == "stored" else DTYPES[config.dtype],

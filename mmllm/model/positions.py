@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmllm.model.hub import quiet_transformers
+from mmllm.backbone_files.hub import quiet_transformers
 
 # What architectures raise that cannot be built on the meta device. None of them has a table of positions.
 _FAILURES = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)

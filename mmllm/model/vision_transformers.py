@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmllm.backbone_files.hub import check_source, quiet_transformers
 from mmllm.config import ConfigError, TowerConfig
-from mmllm.model.hub import check_source, quiet_transformers
 from mmllm.model.tower import LayeredTower, TowerSpec, concatenate
 
 TRANSFORMERS = "transformers:"

@@ -18,8 +18,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mmllm.backbone_files.hub import check_source
 from mmllm.config import ConfigError, LanguageConfig
-from mmllm.model.hub import check_source
 from mmllm.model.language import load_language
 
 SETTING = "model.language.source"
@@ -198,7 +198,7 @@ REFUSALS = {
 def test_repositories_that_are_gated_absent_or_empty(hub: str, tmp_path: Path) -> None:
     """The real client asks a hub of our own; it reads where the hub is when it is imported, so in a process apart."""
     code = (
-        "import sys\nfrom mmllm.model.hub import check_source\nfrom mmllm.config import ConfigError\n"
+        "import sys\nfrom mmllm.backbone_files.hub import check_source\nfrom mmllm.config import ConfigError\n"
         "for source in sys.argv[1:]:\n"
         "    try:\n        check_source(source, None if 'a' in source[8:] else 'v9', setting='model.language.source')\n"
         "    except ConfigError as error:\n        print(error)\n"

@@ -17,7 +17,8 @@ from mmllm.chat.conversation import Conversation
 from mmllm.checkpoint import golden
 from mmllm.checkpoint.folder import CheckpointError, load_checkpoint, save_checkpoint, write_manifest
 from mmllm.checkpoint.golden import GOLDEN, Check, make_golden, precision_of, read_golden, verify_golden
-from mmllm.inference.engine import Engine, Sampling
+from mmllm.inference.engine import Engine
+from mmllm.inference.sampling import Sampling
 from tests.builders.findings import examine, states
 from tests.builders.tiny_runs import train_in_process
 

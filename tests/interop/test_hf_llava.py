@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from mmllm.batch import Example, message
 from mmllm.cli import app
-from mmllm.inference.engine import Engine, Sampling
+from mmllm.inference.engine import Engine
+from mmllm.inference.sampling import Sampling
 from mmllm.interop.hf_llava import export_hf
 from mmllm.interop.parity import probes
 from mmllm.interop.towers import CLIP_NAMES, SIGLIP_NAMES, ExportError, encoder_in_transformers, rename_weights

@@ -19,7 +19,8 @@ from mmllm.chat.renderer import ChatError
 from mmllm.checkpoint.folder import load_checkpoint, stored_dtypes
 from mmllm.checkpoint.golden import Check, verify_golden
 from mmllm.cli import app
-from mmllm.inference.engine import Engine, Sampling
+from mmllm.inference.engine import Engine
+from mmllm.inference.sampling import Sampling
 from mmllm.interop.hf_llava import export_hf
 from mmllm.model.language import load_tokenizer
 from tests.builders.llava_models import (

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from mmllm.batch import IMAGE_TOKEN, Example, message
 from mmllm.cli import app
-from mmllm.inference.engine import Engine, Sampling
+from mmllm.inference.engine import Engine
+from mmllm.inference.sampling import Sampling
 from tests.builders.llava_parts import SIDE_PX, make_encoder
 from tests.builders.real_parts import sentencepiece_folder
 

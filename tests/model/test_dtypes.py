@@ -20,7 +20,8 @@ from mmllm.checkpoint.golden import make_golden, verify_golden
 from mmllm.checkpoint.merge import merge_checkpoint
 from mmllm.cli import app
 from mmllm.config import ConfigError
-from mmllm.inference.engine import Engine, Sampling
+from mmllm.inference.engine import Engine
+from mmllm.inference.sampling import Sampling
 from mmllm.interop.hf_llava import export_hf
 from mmllm.model.build import build_model
 from mmllm.model.vlm import PARTS

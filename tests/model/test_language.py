@@ -15,7 +15,8 @@ from mmllm.batch import IMAGE_TOKEN, message
 from mmllm.batching.collate import collate
 from mmllm.chat.renderer import Renderer
 from mmllm.config import ConfigError, LanguageConfig
-from mmllm.inference.engine import Engine, Sampling
+from mmllm.inference.engine import Engine
+from mmllm.inference.sampling import Sampling
 from mmllm.model.build import build_model
 from mmllm.model.capabilities import check_backbone
 from mmllm.model.language import find_architecture, load_language, load_tokenizer

@@ -21,7 +21,8 @@ from mmllm.checkpoint.folder import load_checkpoint
 from mmllm.checkpoint.golden import verify_golden
 from mmllm.cli import app
 from mmllm.config import ConfigError, ModelConfig, VisionConfig
-from mmllm.inference.engine import Engine, Sampling
+from mmllm.inference.engine import Engine
+from mmllm.inference.sampling import Sampling
 from mmllm.model.build import build_model
 from mmllm.model.layout import NEXT_GRIDS, Layout, Native, Tiles, build_layout
 from mmllm.model.vision import load_tower

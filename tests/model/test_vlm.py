@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mmllm.batch import IMAGE_TOKEN, Example
 from mmllm.checkpoint.folder import load_checkpoint, save_checkpoint
-from mmllm.inference.engine import Engine, Sampling
+from mmllm.inference.engine import Engine
+from mmllm.inference.sampling import Sampling
 from mmllm.model.build import build_model
 from mmllm.model.capabilities import has_plain_head
 from mmllm.training.losses import conversation_loss_sum

@@ -1,0 +1,115 @@
+"""LLMs in GGUF files, llama.cpp's format: converted once into a folder in full precision, which transformers reads.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. transformers restores weights, config, tokenizer and
+chat template. The folder is named by the file's checksum, so moved and renamed files are converted once.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmllm.backbone_files.hub import quiet_transformers
+from mmllm.config import ConfigError
+from mmllm.locks import exclusive_path
+
+SUFFIX, MAGIC = ".gguf", b"GGUF"
+_PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
+# What transformers and gguf raise for a damaged file or an architecture they do not know.
+_FAILURES = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
+
+
+def local_source(source: str, revision: str | None = None) -> str:
+    """The folder of a `FILE.gguf`, which is converted if it has not been yet; any other source as it is.
+
+    Raises ConfigError where the file is missing, damaged, one part of several, or of an unknown architecture.
+    """
+    if not source.endswith(SUFFIX):
+        return source
+    path = _checked(source, revision)
+    facts = path.stat()
+    return str(_converted(path.resolve(), facts.st_size, facts.st_mtime_ns))
+
+
+def described_source(source: str, revision: str | None = None) -> str:
+    """A source as manifests name it: with its revision, or a GGUF file's checksum."""
+    if source.endswith(SUFFIX):
+        return f"{source} (sha256 {Path(local_source(source)).name})"
+    return f"{source}@{revision}" if revision else source
+
+
+def _checked(source: str, revision: str | None) -> Path:
+    setting, path = f"model.language.source: {source}", Path(source)
+    if not path.is_file():
+        raise ConfigError(f"{setting} is no file here; download it: `hf download ORG/NAME FILE.gguf --local-dir .`")
+    if revision:
+        raise ConfigError(f"{setting} is a file, which has no revisions; leave out revision {revision}")
+    if _PART.search(path.name):
+        command = f"llama-gguf-split --merge {path.name} OUT.gguf"
+        raise ConfigError(f"{setting} is one part of several; join them with `{command}`")
+    with path.open("rb") as file:
+        if file.read(len(MAGIC)) != MAGIC:
+            raise ConfigError(f"{setting} does not begin as a GGUF file does; download it again")
+    try:
+        import gguf  # noqa: F401 - transformers needs it
+    except ImportError as error:
+        raise ConfigError(f"{setting} needs the extra `gguf`: pip install 'mmllm[gguf]'") from error
+    return path
+
+
+@functools.cache
+def _converted(path: Path, size: int, modified: int) -> Path:
+    """The folder of a file of this size and time of modification; converted under a lock, whole or not at all."""
+    from huggingface_hub.constants import HF_HOME
+
+    with path.open("rb") as file:
+        checksum = hashlib.file_digest(file, "sha256").hexdigest()
+    folder = Path(HF_HOME) / "mmllm" / "gguf" / checksum
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with exclusive_path(folder.with_suffix(".lock")):
+        if not folder.is_dir():
+            print(f"{path.name}: converted to full precision, once, into {folder}", flush=True)
+            partial = folder.with_suffix(".part")
+            shutil.rmtree(partial, ignore_errors=True)
+            try:
+                _convert(path, partial)
+                partial.rename(folder)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _convert(path: Path, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options: dict[str, Any] = {"gguf_file": path.name}
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, **options)
+            model, report = AutoModelForCausalLM.from_pretrained(
+                path.parent, dtype=torch.float32, output_loading_info=True, **options
+            )
+    except _FAILURES as error:
+        raise ConfigError(f"model.language.source: {path} cannot be read by transformers: {error}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise ConfigError(
+            f"model.language.source: {path} lacks {', '.join(missing[:5])} ({len(missing)} tensors), which would be "
+            "random; download it again"
+        )
+    model.hf_quantizer = None  # the weights are plain now, but transformers would still refuse to save them
+    del model.config.quantization_config
+    with quiet_transformers():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("transformers_version", None)  # so that another release writes the same bytes
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
