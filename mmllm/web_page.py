@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from pathlib import Path
 
 from PIL import Image
 
@@ -11,7 +12,8 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # no sc
 
 
 def self_contained_page(title: str, style: str, body: str) -> str:
-    """The whole page: `style` is CSS, `title` and `body` are HTML, escaped already. Light and dark, wide and narrow."""
+    """The whole page: `style` is CSS that follows web_page.css, `title` and `body` are HTML, escaped already."""
+    style = Path(__file__).with_suffix(".css").read_text(encoding="utf-8") + style
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'

@@ -105,7 +105,7 @@ def _answer(engine: Any) -> str:
     """Asks one question about a drawn picture. Whether the answer is right is left to `mmllm eval`."""
     from mmllm.chat.conversation import Conversation
     from mmllm.checkpoint.golden import draw_golden_picture
-    from mmllm.inference.engine import Sampling
+    from mmllm.inference.sampling import Sampling
 
     picture = draw_golden_picture(0)  # a red circle
     reply = engine.reply(Conversation().ask(QUESTION, [picture]), Sampling(max_new_tokens=16))

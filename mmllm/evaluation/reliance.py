@@ -19,25 +19,33 @@ RELIANCE, RELIANCE_ERROR = "image_reliance", "image_reliance_error"
 MIN_EXAMPLES = 8  # with fewer no standard error is given: it would say little
 
 
+def exchange_partners(pictures: Sequence[tuple[Any, ...]], seed: int) -> list[tuple[tuple[Any, ...], tuple[Any, ...]]]:
+    """(pictures, other pictures) for each distinct entry: its partner is an entry with the same number of pictures.
+
+    Entries without a partner are left out. The pairs are a derangement, which depends on the seed alone.
+    """
+    groups: dict[int, list[tuple[Any, ...]]] = defaultdict(list)
+    for entry in pictures:
+        if entry not in groups[len(entry)]:
+            groups[len(entry)].append(entry)
+    rng = random.Random(seed)
+    exchanges: list[tuple[tuple[Any, ...], tuple[Any, ...]]] = []
+    for _, group in sorted(groups.items()):
+        rng.shuffle(group)
+        if len(group) > 1:
+            exchanges += zip(group, group[1:] + group[:1], strict=True)
+    return exchanges
+
+
 def exchange_pictures(
     examples: Sequence[Example], seed: int, fits: Callable[[Example], bool] = lambda example: True
 ) -> dict[int, Example]:
-    """`{index: the example with another example's pictures}`: a derangement, the same for the same seed.
+    """`{index: the example with another example's pictures}`, by `exchange_partners`.
 
-    Pictures are exchanged among examples with the same number of them, and never for equal pictures. Left out are
-    examples without pictures, those that have no partner, and those that do not fit with the other pictures, which may
-    take more tokens.
+    Pictures are exchanged among examples with the same number of them, and never for equal pictures. Examples without
+    pictures or without a partner are left out, and those that are too long with the other pictures.
     """
-    groups: dict[int, list[tuple[Any, ...]]] = defaultdict(list)
-    for example in examples:
-        if example.images and example.images not in groups[len(example.images)]:
-            groups[len(example.images)].append(example.images)
-    rng = random.Random(seed)
-    exchanges: list[tuple[tuple[Any, ...], tuple[Any, ...]]] = []  # (right pictures, other pictures)
-    for _, pictures in sorted(groups.items()):
-        rng.shuffle(pictures)
-        if len(pictures) > 1:
-            exchanges += zip(pictures, pictures[1:] + pictures[:1], strict=True)
+    exchanges = exchange_partners([example.images for example in examples if example.images], seed)
     exchanged = {}
     for index, example in enumerate(examples):
         other = next((other for right, other in exchanges if right == example.images), None)
@@ -52,11 +60,11 @@ def reliance_of(
     """Image reliance and its standard error.
 
     Args:
-        right_losses: of each example the loss with its own pictures, summed over its supervised tokens.
+        right_losses: each example's loss with its own pictures, summed over its supervised tokens.
         other_losses: the same with another example's pictures.
         num_tokens: the number of supervised tokens of each example.
 
-    The standard error is that of a ratio of two means over examples, since tokens of one example are not independent.
+    The standard error is that of a ratio of two means over examples, because tokens of one example are not independent.
     """
     total = max(1, sum(num_tokens))
     reliance = (sum(other_losses) - sum(right_losses)) / total

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,26 +11,19 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from mmllm.evaluation.reliance import exchange_partners
 from mmllm.evaluation.scenes import find_task
 from mmllm.evaluation.tasks import CAPTION, Question, Task, guess_accuracy, normalise
-from mmllm.inference.engine import Engine, Sampling
+from mmllm.inference.engine import Engine
+from mmllm.inference.sampling import Sampling
 
 MAX_CAPTION_TOKENS, MAX_ANSWER_TOKENS = 96, 16
 
 
 def shuffled_pictures(questions: Sequence[Question], seed: int = 0) -> list[tuple[str, ...]]:
-    """For each question the pictures of another one with the same number; its own only where there is no other."""
-    groups: dict[int, list[tuple[str, ...]]] = defaultdict(list)
-    for question in questions:
-        if question.images not in groups[len(question.images)]:
-            groups[len(question.images)].append(question.images)
-    rng = random.Random(seed)
-    exchanged: dict[tuple[str, ...], tuple[str, ...]] = {}
-    for group in groups.values():
-        order = list(group)
-        rng.shuffle(order)
-        exchanged.update(zip(order, order[1:] + order[:1], strict=True))
-    return [exchanged[question.images] for question in questions]
+    """For each question, another question's pictures, as many as its own; its own ones if no other has as many."""
+    partners = dict(exchange_partners([question.images for question in questions], seed))
+    return [partners.get(question.images, question.images) for question in questions]
 
 
 def answer_all(
@@ -91,7 +83,7 @@ def score(task: Task, questions: Sequence[Question], answers: Sequence[str]) -> 
 def evaluate_task(
     engine: Engine, name: str, *, max_pictures: int | None, batch_size: int, progress: Any
 ) -> dict[str, Any]:
-    """The result of one task: `score` of the right pictures, `shuffled` with exchanged ones, `guess` without any."""
+    """The result of one task: `score` with the right pictures, `shuffled` with others, `guess` without any."""
     task = find_task(name)
     questions = task.questions(max_pictures)
     bar = progress.add_task(name, total=2 * len(questions))

@@ -49,7 +49,8 @@ def chart(curves: Mapping[str, Curve], *, max_step: int, line: float | None = No
     for value in ticks(low, high):
         parts.append(f'<path class=grid d="M{LEFT} {y(value):.1f}H{WIDTH - RIGHT}"/>')
         parts.append(f"<text class=left x={LEFT - 6} y={y(value) + 4:.1f}>{value:.4g}</text>")
-    parts += [f"<text class=below x={x(step):.1f} y={HEIGHT - 6}>{step:g}</text>" for step in ticks(0, max_step)]
+    parts += [f"<text class=below x={x(step):.1f} y={HEIGHT - 6}>{step:g}</text>" for step in ticks(0, max_step)
+              if float(step).is_integer()]  # fmt: skip
     if line is not None:
         parts.append(
             f'<path class=limit d="M{LEFT} {y(line):.1f}H{WIDTH - RIGHT}"><title>{escape(line_name)}</title></path>'

@@ -20,7 +20,8 @@ from mmllm.cli import app
 from mmllm.evaluation.run import evaluate_model, evaluate_task, score, show, shuffled_pictures
 from mmllm.evaluation.scenes import TASKS, ScenesTask, find_task, read_questions, scene_of_picture
 from mmllm.evaluation.tasks import Question, TaskError, guess_accuracy, normalise
-from mmllm.inference.engine import Reply, Sampling
+from mmllm.inference.engine import Reply
+from mmllm.inference.sampling import Sampling
 from mmllm.scenes.captions import write_caption
 from mmllm.scenes.questions import CAPTION_REQUESTS
 from mmllm.scenes.small_talk import NO_PICTURE, SMALL_TALK
