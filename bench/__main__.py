@@ -54,7 +54,7 @@ def _stage(**changes: Any) -> Any:
         config = config.model_copy(update={"data": config.data.model_copy(update=changes)})
     stage = ConversationStage(config)
     if stage.features:
-        stage.features.fill(stage.model.device)
+        stage.prepare_features(stage.model.device, rank=0, world_size=1)
     return stage
 
 
@@ -101,7 +101,8 @@ def attention() -> dict[str, float]:
 def batched_replies() -> dict[str, float]:
     """32 answers in one batch, against one by one."""
     from mmllm.evaluation.scenes import find_task
-    from mmllm.inference.engine import Engine, Sampling
+    from mmllm.inference.engine import Engine
+    from mmllm.inference.sampling import Sampling
 
     engine = Engine.load("runs/tiny/stage2")
     examples = [question.example() for question in find_task("scenes-val").questions(8)][:32]

@@ -1,4 +1,4 @@
-"""Serves the page of one model to this computer only. Its files are in a private folder that is deleted at the end."""
+"""Serves the page of one model to this computer only. The page's files are in a private folder, deleted at the end."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CONTENT_POLICY = (
 
 
 def free_port(first: int) -> int:
-    """The first free port from `first` on. Raises OSError where the next NUM_PORTS_TRIED are all taken."""
+    """The first free port of NUM_PORTS_TRIED from `first` on. Raises OSError if all are taken."""
     for port in range(first, min(first + NUM_PORTS_TRIED, 65_536)):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -89,7 +89,7 @@ class ServedPage:
 
 @contextmanager
 def _without_garbage_collection() -> Iterator[None]:
-    """Imports make millions of objects that stay; garbage collection among them takes a tenth of the loading time."""
+    """Imports create millions of permanent objects; collecting garbage among them takes a tenth of the loading time."""
     gc.disable()
     try:
         yield

@@ -1,4 +1,4 @@
-"""One tab's conversation: the prompt that the model gets of it, and what the page shows of it.
+"""One tab's conversation: the prompt for the model, and the messages that the page shows.
 
 A turn's pictures come before its text, in this and in every later prompt. A turn that failed is shown but left out of
 later prompts. A turn that was stopped before its first word is left out too, and its pictures go to the next turn.
@@ -123,7 +123,7 @@ def pictures_html(pictures: Iterable[ChatPicture]) -> str:
 
 
 def answer_markdown(turn: ChatTurn) -> str:
-    """The answer; or why there is none; or a sign that it is still to come."""
+    """The answer, the reason why there is none, or a sign that it is being written."""
     if turn.is_open and not turn.answer:
         return QUEUED if turn.is_queued else THINKING
     if turn.problem:
@@ -136,7 +136,7 @@ def answer_markdown(turn: ChatTurn) -> str:
 
 
 def close_code(markdown: str) -> str:
-    """The text; a block of code that it leaves open is closed, so that text after it is not shown as code."""
+    """The text with its last code block closed, so that text after it is not shown as code."""
     opened: re.Match[str] | None = None
     for line in markdown.splitlines():
         fence = FENCE.fullmatch(line)
@@ -150,7 +150,7 @@ def close_code(markdown: str) -> str:
 def read_pictures(
     files: Sequence[str], read: Callable[[Path], ChatPicture]
 ) -> tuple[list[ChatPicture], list[Path], list[str]]:
-    """(pictures of a message, files that may stay attached, a sentence on each file that cannot be used)."""
+    """(pictures of a message, files that may stay attached, an error text for each unusable file)."""
     paths = [Path(file) for file in files]
     if len(paths) > MAX_PICTURES:
         return [], paths, [f"{len(files)} pictures are attached, one message takes up to {MAX_PICTURES}; remove some"]
@@ -187,7 +187,7 @@ class Session:
             self.files |= {picture.file, picture.shown}
 
     def ask_again(self, number: int, text: str | None = None) -> None:
-        """Asks a turn again, with other words where `text` is given, and deletes the turns after it."""
+        """Asks a turn again, with `text` as its question if given, and deletes the turns after it."""
         self.interrupt()
         old = self.turns[number]
         self.turns[number:] = [ChatTurn(old.text if text is None else text.strip(), old.pictures)]

@@ -1,4 +1,4 @@
-"""What the page's buttons do. Each method is one event: it takes what the page sends and gives what it shows."""
+"""The page's event handlers. Each method handles one event: it takes the page's inputs and returns its outputs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ from mmllm.batch import Example
 from mmllm.chat.conversation import user_message
 from mmllm.errors import MmllmError
 from mmllm.images import ImageError, load_image
-from mmllm.inference.engine import Engine, Sampling
+from mmllm.inference.engine import Engine
+from mmllm.inference.sampling import Sampling
 
 logger = logging.getLogger(__name__)
 ANY_SEED = -1
@@ -71,7 +72,7 @@ class Events:
         return {"text": "", "files": []}, chatbot_messages(session.turns), ""
 
     def _text_problems(self, text: str) -> list[str]:
-        """Why a question's words cannot be asked. They are refused before they break every later prompt of the chat."""
+        """Why this text cannot be a question. It is refused here, before it breaks every later prompt of the chat."""
         if not text.strip():
             return ["There is no question yet; type one, then send"]
         try:
@@ -81,7 +82,7 @@ class Events:
         return []
 
     def _read(self, session: Session, path: Path) -> ChatPicture:
-        """Decodes a picture once, for the model and for the chat, which gets a PNG or JPEG: no browser shows HEIC."""
+        """Decodes a picture once, for model and chat. The chat gets a PNG or JPEG, since browsers show no HEIC."""
         image, picture = self.engine.prepare_shown(path, SHOWN_PX)
         shown = self.folder / uuid.uuid4().hex / f"{path.stem}.{'png' if max(picture.size) < SHOWN_PX else 'jpg'}"
         shown.parent.mkdir(parents=True)
@@ -92,7 +93,7 @@ class Events:
     def answer(
         self, temperature: float, top_p: float, max_new_tokens: int, seed: int, request: gr.Request
     ) -> Iterator[tuple[Any, Any, Any, Any]]:
-        """(composer, chat, preview, counts), again and again while the open turn is answered; no change without one."""
+        """Yields (composer, chat, preview, counts) while the open turn is answered; no change if no turn is open."""
         session = self._session(request)
         stop = session.stop  # read before the turn, so that whatever closes this turn sets this event
         turn = session.open_turn

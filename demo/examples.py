@@ -53,7 +53,7 @@ def _picture(scene: Scene, rng: random.Random) -> Image.Image:
 
 
 def _example(kind: Kind, question_type: str, seed: int) -> tuple[QuestionTurn, list[Image.Image]]:
-    """A turn and its pictures; scenes are sampled until one allows a question of this type."""
+    """A turn and its pictures. Scenes are sampled until one has a question of this type."""
     rng = random.Random(seed)
     while True:
         scenes = [_scene(kind, rng)]

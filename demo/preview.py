@@ -36,7 +36,7 @@ def preview_html(engine: Engine, example: Example) -> str:
 
 
 def counts_html(reply: Reply | None) -> str:
-    """Numbers of tokens and speed of a reply, finished or not; dashes where there is none."""
+    """Token counts and speed of a reply, finished or not; dashes without a reply."""
     counts = dict.fromkeys(("prompt<br>tokens", "image<br>tokens", "new<br>tokens", "tokens<br>a second"), "–")
     if reply is not None:
         speed = reply.num_new_tokens / reply.seconds if reply.seconds > 0 else 0.0

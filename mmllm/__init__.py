@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from mmllm.chat.conversation import Conversation
     from mmllm.config.file import load_config
     from mmllm.errors import MmllmError
-    from mmllm.inference.engine import Engine, Reply, Sampling
+    from mmllm.inference.engine import Engine, Reply
+    from mmllm.inference.sampling import Sampling
 
 __version__ = "0.1.0"
 
@@ -48,7 +49,7 @@ _HOMES = {
     "Message": "mmllm.batch",
     "MmllmError": "mmllm.errors",
     "Reply": "mmllm.inference.engine",
-    "Sampling": "mmllm.inference.engine",
+    "Sampling": "mmllm.inference.sampling",
     "caption": "mmllm.api",
     "evaluate": "mmllm.api",
     "load": "mmllm.api",

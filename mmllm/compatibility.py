@@ -1,7 +1,7 @@
 """The compatibility matrix: which choices work together, and which are refused and why. `mmllm matrix` prints it.
 
-A cell is a pair of values of two axes. tests/test_compatibility.py proves each: a cell that works is part of a run that
-trains, saves, loads, answers and, where the cell says so, is exported; a cell that is refused raises its message.
+A cell is a pair of values of two axes. tests/test_compatibility.py tests each cell. A cell that works is part of a run
+that trains, saves, loads, answers and, where the cell says so, is exported. A refused cell raises its message.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ AXES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Refusal:
-    """Pairs that are refused.
+    """Pairs of values that are refused, and why.
 
     Attributes:
-        cells: the values of two axes; each pair of one value of each is refused.
+        cells: values of two axes; every pair of them, one from each axis, is refused.
         message: a part of the error's text.
-        reason: why, for people.
+        reason: the reason in the documentation and in the output of `mmllm matrix`.
     """
 
     cells: dict[str, tuple[str, ...]]
@@ -104,7 +104,7 @@ REFUSALS: tuple[Refusal, ...] = (
 
 @dataclass(frozen=True)
 class Cell:
-    """Two values that are chosen together, by their axes; `refusal` is None where they work."""
+    """Two values, by their axes; `refusal` is None if they work together."""
 
     values: dict[str, str]
     refusal: Refusal | None
@@ -119,7 +119,7 @@ def cells(*axes: str) -> Iterator[Cell]:
 
 
 def refusal_of(choices: dict[str, str]) -> Refusal | None:
-    """Why these choices, one value for each of some axes, do not work together; None where they do."""
+    """The first refusal that applies to these choices, `{axis: value}`; None if they work together."""
     for refusal in REFUSALS:
         if all(choices.get(axis) in values for axis, values in refusal.cells.items()):
             return refusal
@@ -127,9 +127,9 @@ def refusal_of(choices: dict[str, str]) -> Refusal | None:
 
 
 def rows_of(first: str, second: str) -> list[list[str]]:
-    """The cells of two axes as a table: a heading, then a row for each value of `first`: `yes`, or `no` and a number.
+    """The cells of two axes as a table: a heading, then one row for each value of `first`, with `yes` or `no (NUMBER)`.
 
-    The number is the place of the refusal in REFUSALS, from 1.
+    The number is the position of the refusal in REFUSALS, from 1.
     """
     table = [[first, *AXES[second]], *([value] for value in AXES[first])]
     for cell in cells(first, second):
@@ -178,7 +178,7 @@ def reasons() -> list[str]:
 
 
 def print_matrix(axes: Sequence[str], *, as_json: bool = False) -> None:
-    """Prints all refusals, or the table of two axes, for people or as JSON. Raises MmllmError for other axes."""
+    """Prints all refusals or the table of two axes, as text or as JSON. Raises MmllmError for unknown axes."""
     from rich.console import Console
     from rich.table import Table
 

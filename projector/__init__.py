@@ -1,4 +1,4 @@
-"""Projectors: modules that turn what a vision tower sees into tokens of an LLM. Needs torch and nothing else.
+"""Projectors: modules that turn the patch features of a vision tower into LLM tokens. Needs torch and nothing else.
 
 Every class in PROJECTORS keeps one contract:
 

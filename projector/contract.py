@@ -26,7 +26,7 @@ class Projector(nn.Module):
 
 
 def grid_side(kind: str, num_patches: int) -> int:
-    """Patches along one side of the square grid. Raises ValueError where they fill no square."""
+    """Patches along one side of the square grid. Raises ValueError if their number is not a square."""
     side = math.isqrt(max(num_patches, 0))
     if side < 1 or side * side != num_patches:
         raise ValueError(

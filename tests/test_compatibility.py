@@ -13,7 +13,8 @@ from mmllm.compatibility import AXES, REFUSALS, Cell, cells, print_matrix
 from mmllm.config import ConfigError, VisionConfig
 from mmllm.distributed.launch import STRATEGIES
 from mmllm.errors import MmllmError
-from mmllm.inference.engine import Engine, Sampling
+from mmllm.inference.engine import Engine
+from mmllm.inference.sampling import Sampling
 from mmllm.interop.hf_llava import export_hf
 from mmllm.interop.towers import ExportError
 from mmllm.stages.registry import build_stage

@@ -15,7 +15,8 @@ from mmllm.captioning.ledger import DoneCaption, Ledger
 from mmllm.captioning.progress import FailureList, JobProgress
 from mmllm.checkpoint.folder import MANIFEST, file_hash, read_manifest
 from mmllm.errors import MmllmError
-from mmllm.inference.engine import Engine, Sampling
+from mmllm.inference.engine import Engine
+from mmllm.inference.sampling import Sampling
 from mmllm.readers.folders import PICTURE_ENDINGS, describe_passed_over
 
 

@@ -14,7 +14,8 @@ from mmllm.captioning.progress import FailureList, JobProgress
 from mmllm.chat.conversation import user_message
 from mmllm.errors import MmllmError
 from mmllm.images import ImageError
-from mmllm.inference.engine import Engine, Reply, Sampling
+from mmllm.inference.engine import Engine, Reply
+from mmllm.inference.sampling import Sampling
 
 NUM_READERS = 4  # threads that decode the next batch
 

@@ -35,7 +35,8 @@ def chat(
     """Talk to a model in the terminal, or ask it one thing with --prompt."""
     with user_errors():
         from mmllm.images import load_image
-        from mmllm.inference.engine import Engine, Sampling
+        from mmllm.inference.engine import Engine
+        from mmllm.inference.sampling import Sampling
         from mmllm.inference.terminal_chat import ask_once, talk
 
         sampling = Sampling(temperature, top_p, max_new_tokens, seed)

@@ -1,6 +1,6 @@
-"""How a strategy's weights and optimizer states are saved and loaded: here whole tensors, as DDP holds them.
+"""Saving and loading of a strategy's weights and optimizer states; this file has the whole tensors of DDP.
 
-Any number of ranks can load what another number saved. DDP saves whole tensors in one file, FSDP2 shards of
+A saved state loads on any number of ranks. DDP saves whole tensors in one file, FSDP2 shards of
 torch.distributed.checkpoint, ZeRO the shards of DeepSpeed.
 """
 
@@ -32,7 +32,7 @@ class StateIO:
         return {name: parameter.detach() for name, parameter in self.trained.items()}
 
     def whole_state(self) -> dict[str, Any]:
-        """Weights and optimizers as whole tensors; only where there are no shards."""
+        """Weights and optimizer states as whole tensors; only for strategies without shards."""
         return {"weights": self.whole_weights(), "optimizers": [each.state_dict() for each in self.optimizers]}
 
     @torch.no_grad()
@@ -51,9 +51,9 @@ class StateIO:
         raise NotImplementedError
 
     def local_weights(self) -> dict[str, Tensor]:
-        """The trained weights as far as this rank holds them, for a comparison; no copy."""
+        """The trained weights that this rank holds, for a comparison; not a copy."""
         return {name: parameter.detach() for name, parameter in self.trained.items()}
 
     def reread(self, folder: Path) -> dict[str, Tensor]:
-        """`local_weights` read back from what `save_shards` wrote before the first step. Every rank has to call it."""
+        """`local_weights`, read back from the shards saved before the first step. Every rank has to call it."""
         raise NotImplementedError

@@ -30,12 +30,12 @@ class ScenesTask:
         return read_questions(self.folder, max_pictures)
 
     def caption_facts(self, question: Question, answer: str) -> tuple[int, int, int]:
-        """(number of right facts in a caption, of facts it states, of facts that are true of the picture)."""
+        """Numbers of facts: (right ones in the caption, all in the caption, all that are true of the picture)."""
         return fact_counts(answer, scene_of_picture(question.images[0]))
 
 
 def find_task(name: str) -> ScenesTask:
-    """The task with this name, or of a folder that `mmllm scenes` wrote. Raises TaskError."""
+    """The task with this name, or the task of a folder written by `mmllm scenes`. Raises TaskError."""
     folder = TASKS.get(name, Path(name))
     if not (folder / "conversations.json").is_file():
         known = ", ".join(TASKS)
@@ -55,7 +55,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def read_questions(folder: Path, max_pictures: int | None = None) -> list[Question]:
-    """Every question of a split, each with the earlier turns that it needs. Raises TaskError.
+    """All questions of a split, each with the earlier turns that it refers to. Raises TaskError.
 
     Captions of rows without a picture are left out.
     """

@@ -1,4 +1,4 @@
-"""What a task is: questions about pictures with known answers, and the rules by which answers are scored."""
+"""Tasks: questions about pictures with known answers, and the rules for scoring answers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class TaskError(MmllmError):
 
 @dataclass(frozen=True)
 class Question:
-    """One question, the pictures that it is about, and the turns that are needed to understand it."""
+    """One question, its pictures, and the earlier turns that it refers to."""
 
     type: str
     images: tuple[str, ...]
@@ -40,7 +40,7 @@ class Question:
 
 
 class Task(Protocol):
-    """Questions, and the rule for captions among them; every other answer is scored by exact match."""
+    """Questions, and the scoring rule for captions; all other answers are scored by exact match."""
 
     @property
     def name(self) -> str: ...

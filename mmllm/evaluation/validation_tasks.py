@@ -1,4 +1,4 @@
-"""What `validation.tasks` asks at each validation: a few of a task's questions, so that a validation stays short."""
+"""`validation.tasks`: each validation asks a few questions of each task, so that it stays short."""
 
 from __future__ import annotations
 

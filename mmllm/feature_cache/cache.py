@@ -1,7 +1,7 @@
-"""Cached features: the patch tokens that a frozen tower gave for each training picture, so that no step computes them.
+"""Cached features: a frozen tower's patch tokens for each training picture, so that training steps read them from disk.
 
-Rows are named by the picture's content, in a folder named by tower and transform: data sets, runs and ranks share them.
-`encoder.py` computes the rows that are missing; `files.py` says how rows are stored.
+A row is named by a hash of the picture's content, the folder by a hash of tower and transform, so data sets, runs and
+ranks share rows. `encoder.py` computes missing rows; `files.py` defines how rows are stored.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ VERIFIED_BYTES = 8 * 10**9  # a cache up to this size is read in seconds, so it 
 
 
 class FeatureCache:
-    """Patch tokens [P, Dv] of pictures, in bfloat16, as far as they are on the disk.
+    """The patch tokens [P, Dv] in bfloat16 of those pictures that are on the disk.
 
     Attributes:
         images: the pictures of the run, each once: paths or bytes.
         row_names: the SHA-256 of each picture, which names its row.
         shape: (P, Dv), patches and width of the tower.
-        returns_zeros: `get` gives zeros; a plan of a run needs the memory and not the values.
+        returns_zeros: whether `get` returns zeros; `mmllm plan` needs the memory, not the values.
     """
 
     def __init__(self, images: Sequence[str | bytes], shape: tuple[int, int], root: Path, key: str):
-        """The cache of one tower and transform, named by `key`, in the folder `root`; neither has to exist yet."""
+        """Opens the cache in the folder `root` / `key`, which need not exist; `key` names tower and transform."""
         self.root, self.folder = root, root / key
         self.shape, self.row_length = shape, shape[0] * shape[1]
         self.returns_zeros = False
@@ -61,7 +61,7 @@ class FeatureCache:
         return file
 
     def reopen(self, number: int) -> FeatureFile:
-        """Reads one file again, to which another process may have added rows."""
+        """Reads one file again, because another process may have added rows."""
         file = self.files[number] = self._open(number)
         if self.verifies:
             file.drop_damaged(self.names_by_file[number])
@@ -69,7 +69,7 @@ class FeatureCache:
 
     @property
     def verifies(self) -> bool:
-        """Whether all rows are compared with their checksums at the start; each is compared in `get` too."""
+        """Whether all rows are verified by checksum at the start; `get` always verifies the rows that it reads."""
         return sum(map(len, self.names_by_file)) * self.row_bytes <= VERIFIED_BYTES
 
     @property
@@ -89,7 +89,7 @@ class FeatureCache:
         return self.num_missing * self.row_bytes
 
     def get(self, images: Sequence[ImageSource]) -> Tensor:
-        """Patch tokens of these images, [N, P, Dv] in float32. Raises DataError where a row is damaged."""
+        """Patch tokens of these images, [N, P, Dv] in float32. Raises DataError if a row is damaged."""
         if self.returns_zeros:
             return torch.zeros(len(images), *self.shape)
         names = [self.row_names[_path_or_bytes(image)] for image in images]
@@ -112,7 +112,7 @@ def open_cache(
 ) -> FeatureCache:
     """The cache of the pictures of these examples, for the model's tower. Nothing is written.
 
-    Raises ConfigError where the model makes several views of a picture, OSError where a picture cannot be read.
+    Raises ConfigError if the model makes several views of a picture, OSError if a picture cannot be read.
     """
     if model.layout.has_newline:
         raise ConfigError(
@@ -132,16 +132,16 @@ _NAMES = ("source", "_name_or_path", "name_or_path", "transformers_version", "te
 
 
 def _without_names(value: Any) -> Any:
-    """A tower's description without its name, its origin, and what belongs to its text side."""
+    """A tower's description without its name, its origin and its text tower."""
     if isinstance(value, dict):
         return {key: _without_names(inner) for key, inner in value.items() if key not in _NAMES}
     return [_without_names(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def cache_key(tower: VisionTower, processor: VisionLanguageProcessor) -> str:
-    """The hash of all that decides a feature: the tower's weights, how it computes, and the transform before it.
+    """The hash of everything that affects a feature: the tower's weights and config, and the image transform.
 
-    Names and paths do not count: a tower that was moved or renamed is the same tower.
+    Names and paths are left out, so a tower that was moved or renamed keeps its key.
     """
     digest = hashlib.sha256()
     for name, value in tower.state_dict().items():

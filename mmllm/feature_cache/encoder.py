@@ -1,4 +1,4 @@
-"""Fills a feature cache: the tower encodes the pictures that have no row yet. A killed process loses no written row."""
+"""Fills a feature cache: the tower encodes the pictures without a row. Rows written before a kill are kept."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ CHUNK = 128  # pictures that are encoded, and then written, together
 
 
 class FeatureEncoder:
-    """Encodes pictures on a device, into the files of a cache."""
+    """Encodes pictures on a device and writes them to the files of a cache."""
 
     def __init__(self, cache: FeatureCache, tower: VisionTower, processor: VisionLanguageProcessor):
         self.cache, self.tower, self.processor = cache, tower, processor
         self.images = {name: image for image, name in cache.row_names.items()}
 
     def fill(self, device: torch.device, *, rank: int = 0, world_size: int = 1) -> None:
-        """Encodes what is missing. Processes, of this run or of others, take different files and wait at the end.
+        """Encodes missing rows. Processes of this and other runs take different files, and wait at the end.
 
-        Raises DataError where the disk has no room for it, OSError where the disk fills up all the same.
+        Raises DataError if the disk has too little room at the start, OSError if it fills up later.
         """
         cache, tower = self.cache, self.tower
         if not cache.num_missing:
@@ -64,7 +64,7 @@ class FeatureEncoder:
             print(self._gain(device))
 
     def _check_room(self, *, is_main: bool) -> None:
-        """Prints the size before anything is encoded. Raises DataError where the disk has no room for it."""
+        """Prints the size before anything is encoded. Raises DataError if the disk has too little room."""
         cache = self.cache
         cache.root.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(cache.root).free
@@ -96,16 +96,16 @@ class FeatureEncoder:
 
     @torch.inference_mode()
     def _encode(self, images: Sequence[str | bytes], device: torch.device) -> NDArray[Any]:
-        """Rows [N, P * Dv] of 16-bit words that hold bfloat16."""
+        """Rows [N, P * Dv] of bfloat16 numbers, as int16."""
         pixels = self.processor.load_pixels(images)["pixel_values"].to(device)
         dtype = next((weight.dtype for weight in self.tower.parameters()), pixels.dtype)
         rows: NDArray[Any] = self.tower(pixels.to(dtype)).cpu().to(torch.bfloat16).view(torch.int16).flatten(1).numpy()
         return rows
 
     def _gain(self, device: torch.device) -> str:
-        """What a batch of pictures costs with the cache and without: the best of a few tries of each.
+        """The speedup by the cache for one batch of pictures, as a text: the shortest of a few timings of each.
 
-        A first read waits for the disk, and a run reads each row many times.
+        A first read waits for the disk, but a run reads each row many times.
         """
         images, tower = self.cache.images[:16], self.tower
         device_before = next((weight.device for weight in tower.parameters()), device)
@@ -124,7 +124,7 @@ class FeatureEncoder:
 
 
 def _least_seconds(work: Callable[[], Any], *, tries: int) -> float:
-    """The shortest of several timings: whatever else the machine does only adds to them."""
+    """The shortest of several timings, since other work on the machine can only make them longer."""
     durations = []
     for _ in range(tries):
         begun = time.perf_counter()

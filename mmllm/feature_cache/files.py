@@ -1,9 +1,9 @@
-"""Files of cached features: rows that are only ever added, found by the hash of a picture, shared by all who read.
+"""Files of cached features: append-only rows, found by the hash of a picture, shared by all processes.
 
-A folder belongs to one tower and transform. In it are NUM_FILES pairs by the first byte of the picture's hash: `07.bin`
-has the rows, `07.idx` a record for each: the picture's SHA-256 and the sum of the row's words. A row is written before
-its record, so that what a killed process leaves behind the last record is nobody's. Who adds holds the `flock` of the
-index, which ends with its process.
+A folder belongs to one tower and transform. It has NUM_FILES pairs of files, chosen by the first byte of the picture's
+hash: `07.bin` has the rows, `07.idx` a record for each: the picture's SHA-256 and the checksum of the row. A row is
+written before its record, so a row that a killed process left without a record is ignored and overwritten. A writer
+holds the `flock` of the index, which the system releases when the process ends.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ RECORD = np.dtype([("hash", "S64"), ("sum", "<u8")])  # the hash is in hexadecim
 
 
 def file_of(name: str) -> int:
-    """Which of the files has the row of this picture, by its hash in hexadecimal."""
+    """The number of the file for this picture; `name` is its hash in hexadecimal."""
     return int(name[:2], 16) * NUM_FILES // 256
 
 
 def row_checksums(rows: NDArray[np.int16]) -> NDArray[np.uint64]:
-    """The checksum of each row [N, numbers]: the sum of its words, which changes with any bit."""
+    """The checksum of each row [N, numbers]: the sum of its words, which changes if any bit changes."""
     wide = rows.shape[1] % 4 == 0 and rows.flags.c_contiguous
     words = rows.view(np.uint64) if wide else rows.view(np.uint16)
     checksums: NDArray[np.uint64] = words.sum(axis=1, dtype=np.uint64)
@@ -48,7 +48,7 @@ class FeatureFile:
         self.values: NDArray[np.int16] = np.zeros((0, row_numbers), np.int16)
 
     def read(self) -> None:
-        """Takes in what is there now. Rows that the data file lacks are not there."""
+        """Reads the index as it is now, without records whose rows are missing in the data file."""
         size, width = self.row_numbers * 2, RECORD.itemsize
         if not self.index.is_file() or not self.data.is_file():
             return
@@ -60,7 +60,7 @@ class FeatureFile:
             self.values = np.memmap(self.data, np.int16, "r", shape=(len(records), self.row_numbers))
 
     def drop_damaged(self, names: Sequence[str]) -> int:
-        """Reads the rows of these pictures and forgets those that are not what was written: how many."""
+        """Verifies the rows of these pictures, forgets those with a wrong checksum, and returns their number."""
         there = [name for name in names if name in self.rows]
         damaged = 0
         for start in range(0, len(there), 64):
@@ -74,12 +74,12 @@ class FeatureFile:
 
     @contextlib.contextmanager
     def locked(self, *, wait: bool) -> Iterator[bool]:
-        """Whether this process alone may add to the file now; also where there are no locks: see `has_locks`."""
+        """Locks the file; yields whether this process may write to it, also if there are no locks (`has_locks`)."""
         with self.index.open("ab") as file:
             yield lock_file(file, wait=wait) != "taken"
 
     def add(self, names: Sequence[str], rows: NDArray[np.int16]) -> None:
-        """Writes rows behind those that have a record. Call it under the lock. Raises OSError on a full disk."""
+        """Appends rows after the last one with a record. Call it under the lock. Raises OSError on a full disk."""
         num_records = self.index.stat().st_size // RECORD.itemsize if self.index.is_file() else 0
         if self.data.is_file():
             num_records = min(num_records, self.data.stat().st_size // (2 * self.row_numbers))
@@ -94,7 +94,7 @@ class FeatureFile:
 
 
 def has_locks(folder: Path) -> bool:
-    """Whether files of this folder can be locked, found by trying."""
+    """Whether files of this folder can be locked; tests it with a temporary file."""
     probe = folder / f"locks-{os.getpid()}.part"
     try:
         with probe.open("ab") as file:
@@ -106,7 +106,7 @@ def has_locks(folder: Path) -> bool:
 
 
 class PictureHashes:
-    """SHA-256 of pictures, those of files kept by size and time, so that a second start reads none of them."""
+    """SHA-256 of pictures. Hashes of files are stored with size and time, so a second start reads no picture."""
 
     def __init__(self, file: Path | None):
         table = "CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY, size INT, time INT, hash TEXT)"

@@ -25,40 +25,10 @@ from mmllm.errors import MmllmError
 from mmllm.images import image_size, load_image
 from mmllm.inference.placement import answer_dtypes, find_device, spread_model
 from mmllm.inference.preview import preview, shrink
+from mmllm.inference.sampling import GREEDY, Sampling, TokenSampler
 from mmllm.model.positions import max_length_tokens
 from mmllm.model.processor import VisionLanguageProcessor
 from mmllm.model.vlm import VisionLanguageModel
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a reply is chosen. `temperature` 0 is greedy; `seed` makes a sampled reply repeatable.
-
-    Raises MmllmError for a value that is out of range.
-
-    Example:
-        import mmllm
-
-        model = mmllm.load("runs/tiny/stage2")
-        sampling = mmllm.Sampling(temperature=0.7, top_p=0.9, max_new_tokens=32, seed=1)
-        print(model.ask("Describe the picture.", ["data/scenes/val/images/000003.png"], sampling).text)
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    max_new_tokens: int = 128
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise MmllmError(f"temperature must be 0 (greedy) or more, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise MmllmError(f"top_p must be above 0 and at most 1, got {self.top_p}")
-        if self.max_new_tokens < 1:
-            raise MmllmError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-
-
-GREEDY = Sampling()
 
 
 @dataclass(frozen=True)
@@ -180,7 +150,7 @@ class Engine:
             inputs |= {name: value.to(device) for name, value in self.processor.load_pixels(images).items()}
         return inputs
 
-    def _render(self, example: Example, sampling: Sampling) -> RenderedConversation:
+    def _render(self, example: Example) -> RenderedConversation:
         if not example.messages or example.messages[-1].role != "user":
             raise MmllmError("the last message must be the user's: there is nothing to answer")
         rendered = self.renderer.render_example(example)
@@ -193,17 +163,13 @@ class Engine:
         return rendered
 
     def _generate(self, inputs: dict[str, Tensor], sampling: Sampling, **kwargs: Any) -> Tensor:
-        options: dict[str, Any] = {"do_sample": False}
-        if sampling.temperature > 0:
-            options = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-            if sampling.seed is not None:
-                torch.manual_seed(sampling.seed)
         room = self.max_length_tokens - inputs["input_ids"].shape[1]
         with torch.inference_mode():
             generated: Tensor = self.model.generate(
                 **inputs,
-                **options,
                 **kwargs,
+                do_sample=False,
+                logits_processor=[TokenSampler(sampling)] if sampling.temperature > 0 else [],
                 max_new_tokens=min(sampling.max_new_tokens, room),
                 eos_token_id=self.end_token_ids,
                 pad_token_id=int(self.processor.tokenizer.pad_token_id),
@@ -218,7 +184,7 @@ class Engine:
         Raises MmllmError for a conversation that does not fit, ImageError for a picture that cannot be read.
         """
         begun = time.monotonic()
-        rendered = self._render(example, sampling)
+        rendered = self._render(example)
         inputs = self.inputs([rendered], example.images)
         abandoned = threading.Event()  # the caller stopped listening, as a closed tab does
         queue: SimpleQueue[list[int] | None] = SimpleQueue()
@@ -276,7 +242,7 @@ class Engine:
         if not examples:
             return []
         begun = time.monotonic()
-        rendered = [self._render(example, sampling) for example in examples]
+        rendered = [self._render(example) for example in examples]
         inputs = self.inputs(rendered, [image for example in examples for image in example.images])
         with self._lock:
             generated = self._generate(inputs, sampling).tolist()

@@ -25,7 +25,8 @@ from mmllm.batch import ImageSource
 from mmllm.chat.conversation import Conversation
 from mmllm.errors import MmllmError
 from mmllm.images import ImageError
-from mmllm.inference.engine import Engine, Reply, Sampling
+from mmllm.inference.engine import Engine, Reply
+from mmllm.inference.sampling import Sampling
 from mmllm.paths import expand_path
 
 HELP = """\

@@ -18,7 +18,8 @@ from mmllm.batch import Batch, Example, ImageRef
 from mmllm.config import StageConfig
 from mmllm.evaluation.reliance import exchange_pictures, reliance_of
 from mmllm.evaluation.validation_tasks import task_scores
-from mmllm.inference.engine import Engine, Sampling
+from mmllm.inference.engine import Engine
+from mmllm.inference.sampling import Sampling
 from mmllm.model.positions import position_limit
 from mmllm.model.processor import VisionLanguageProcessor
 from mmllm.model.vlm import VisionLanguageModel

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mmllm.batch import Example, message
 from mmllm.batching.collate import collate
-from mmllm.inference.engine import Engine, Sampling
+from mmllm.inference.engine import Engine
+from mmllm.inference.sampling import Sampling
 
 NEW = 10  # tokens generated where that many are compared
 

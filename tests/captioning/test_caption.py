@@ -21,7 +21,8 @@ from mmllm.captioning.ledger import Ledger
 from mmllm.captioning.progress import FailureList, JobProgress
 from mmllm.checkpoint.folder import load_checkpoint, save_checkpoint
 from mmllm.cli import app
-from mmllm.inference.engine import Engine, Reply, Sampling
+from mmllm.inference.engine import Engine, Reply
+from mmllm.inference.sampling import Sampling
 from mmllm.readers.folders import PICTURE_ENDINGS
 from tests.builders.launches import command
 

@@ -9,8 +9,9 @@ import torch
 from accelerate import dispatch_model
 
 from mmllm.checkpoint.folder import load_checkpoint
-from mmllm.inference.engine import Engine, Sampling
+from mmllm.inference.engine import Engine
 from mmllm.inference.placement import answer_dtype, spread_model
+from mmllm.inference.sampling import Sampling
 from mmllm.kernels.precision import multiplies_bf16
 from mmllm.model.build import build_model
 from tests.builders.conversations import MIXED

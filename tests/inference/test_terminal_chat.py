@@ -17,7 +17,8 @@ from mmllm.chat.conversation import Conversation, user_message
 from mmllm.cli import app
 from mmllm.config import SourceConfig
 from mmllm.data.sources import read_source
-from mmllm.inference.engine import Engine, Reply, Sampling
+from mmllm.inference.engine import Engine, Reply
+from mmllm.inference.sampling import Sampling
 from mmllm.inference.terminal_chat import Terminal, printable
 from tests.builders.launches import command, commanded, default_interrupts, pseudo_terminal
 from tests.builders.tiny import red_picture
