@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -72,20 +74,23 @@ def settings(choices: dict[str, str], folder: Path, tiny_parts: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def launched(folder: Path, tiny_parts: Path) -> dict[str, Path]:
-    """The settings of all combinations, and of all refused cells, that several processes run; each run has ended."""
-    driver = folder / "driver.py"
-    driver.write_text(DRIVER)
-    paths: dict[str, Path] = {}
-    for strategy, environment in LAUNCHES.items():
+def launched(folder: Path, tiny_parts: Path) -> Callable[[str], dict[str, Path]]:
+    """The settings of all combinations and refused cells of a strategy, whose runs have ended in two processes."""
+
+    @functools.cache
+    def launch(strategy: str) -> dict[str, Path]:
+        driver = folder / "driver.py"
+        driver.write_text(DRIVER)
         runs, refused = (
             {named(each): settings(each, folder, tiny_parts) for each in choices if each.get("strategy") == strategy}
             for choices in (COMBINATIONS, [cell.values for cell in REFUSED])
         )
-        done = forked(driver, [*runs.values(), *(f"refused:{path}" for path in refused.values())], 2, environment)
+        arguments = [*runs.values(), *(f"refused:{path}" for path in refused.values())]
+        done = forked(driver, arguments, 2, LAUNCHES[strategy])
         assert done.returncode == 0, done.stderr[-3000:]
-        paths |= runs | refused
-    return paths
+        return runs | refused
+
+    return launch
 
 
 def errors_of(path: Path) -> list[str]:
@@ -112,13 +117,13 @@ def test_the_axes_hold_what_can_be_chosen() -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("choices", COMBINATIONS, ids=named)
 def test_a_combination_trains_and_answers(
-    choices: dict[str, str], folder: Path, tiny_parts: Path, request: pytest.FixtureRequest
+    choices: dict[str, str], folder: Path, tiny_parts: Path, launched: Callable[[str], dict[str, Path]]
 ) -> None:
     if choices["strategy"] == "one process":
         path = settings(choices, folder, tiny_parts)
         out = train_in_process(path, path.with_suffix(""))
     else:
-        path = request.getfixturevalue("launched")[named(choices)]
+        path = launched(choices["strategy"])[named(choices)]
         out = path.with_suffix("")
         assert errors_of(path) == []
     losses = [row["loss"] for row in log_of(out) if "loss" in row]
@@ -134,10 +139,12 @@ def test_a_combination_trains_and_answers(
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("cell", REFUSED, ids=named)
-def test_a_refused_cell_says_so(cell: Cell, folder: Path, tiny_parts: Path, request: pytest.FixtureRequest) -> None:
+def test_a_refused_cell_says_so(
+    cell: Cell, folder: Path, tiny_parts: Path, launched: Callable[[str], dict[str, Path]]
+) -> None:
     assert cell.refusal
     if "strategy" in cell.values:
-        errors = errors_of(request.getfixturevalue("launched")[named(cell.values)])
+        errors = errors_of(launched(cell.values["strategy"])[named(cell.values)])
         assert len(errors) == 2, "one of each rank"
         assert all(cell.refusal.message in error for error in errors)
         return
