@@ -21,6 +21,13 @@ def scenes(
         Optional[int],  # noqa: UP045
         typer.Option(min=0, help="Pictures of combinations that training never shows; default: as many as val."),
     ] = None,
+    wordings: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=0, help="Pictures asked about in words that training never shows; default: as many as val."),
+    ] = None,
+    reworded: Annotated[
+        float, typer.Option(min=0, max=1, help="The fraction of training's questions that are asked in other words.")
+    ] = 0.5,
     seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
     num_processes: Annotated[Optional[int], typer.Option(min=1, help="Default: one a core.")] = None,  # noqa: UP045
 ) -> None:
@@ -30,13 +37,14 @@ def scenes(
 
         from mmllm.scenes.write import write_scenes
 
-        counts = {"train": train, "val": val, "compositions": val if compositions is None else compositions}
+        counts = {
+            "train": train, "val": val, "compositions": val if compositions is None else compositions,
+            "wordings": val if wordings is None else wordings,
+        }  # fmt: skip
         with Progress() as progress:
             task = progress.add_task("drawing", total=sum(counts.values()))
             write_scenes(
-                out, counts, seed, num_processes=num_processes,  # type: ignore[arg-type]
+                out, counts, seed, reworded=reworded, num_processes=num_processes,
                 advance=lambda count: progress.update(task, advance=count),
             )  # fmt: skip
-        print(
-            f"{counts['train']} train, {counts['val']} val and {counts['compositions']} compositions pictures in {out}"
-        )
+        print(f"pictures in {out}: {', '.join(f'{count} {name}' for name, count in counts.items())}")

@@ -202,7 +202,11 @@ def _files() -> Iterator[Finding]:
     weights = sorted(path.name for path in WEIGHTS.glob("tiny-*") if path.is_dir())
     text = ", ".join(weights) or f"none in {WEIGHTS}/ here; they are part of the checkout"
     yield Finding("files", "tiny weights", "ok" if weights else "note", text)
-    splits = [split for split in ("train", "val", "compositions") if (SCENES / split / "conversations.json").is_file()]
+    splits = [
+        split
+        for split in ("train", "val", "compositions", "wordings")
+        if (SCENES / split / "conversations.json").is_file()
+    ]
     text = (
         f"{', '.join(splits)} in {SCENES}" if splits else f"none in {SCENES} here; `mmllm scenes {SCENES}` draws them"
     )

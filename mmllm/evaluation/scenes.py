@@ -15,6 +15,7 @@ from mmllm.scenes.world import Scene
 TASKS: dict[str, Path] = {
     "scenes-val": Path("data/scenes/val"),
     "scenes-compositions": Path("data/scenes/compositions"),
+    "scenes-wordings": Path("data/scenes/wordings"),
 }
 
 

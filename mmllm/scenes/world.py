@@ -11,7 +11,7 @@ import random
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from mmllm.errors import MmllmError
 
@@ -34,6 +34,7 @@ MAX_NUMBER = 99
 MAX_VALUE = 5
 
 Split = Literal["train", "val", "compositions"]
+SPLITS: tuple[Split, ...] = get_args(Split)
 Kind = Literal["objects", "text", "chart"]
 
 

@@ -1,16 +1,20 @@
 """Writes the world of scenes as files: PNG pictures, a scene graph beside each, and two JSON files in LLaVA's format.
 
+`wordings` has the scenes of `val`, asked about in wordings that training never shows.
+
 Each picture follows from (seed, split, number) alone, so any number of processes writes the same bytes. The JSON files
 are written last, and `conversations.json` after the other: if it exists, the split is complete.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +26,12 @@ from mmllm.scenes.conversations import SceneConversation, about_none, about_one,
 from mmllm.scenes.draw import draw
 from mmllm.scenes.questions import CAPTION_REQUESTS, QUESTION_TYPES, QuestionTurn
 from mmllm.scenes.small_talk import TEXT_ONLY
-from mmllm.scenes.world import Kind, Scene, Split, sample_kind, sample_scene
+from mmllm.scenes.wordings import UNKNOWN, ask_unknown, reword
+from mmllm.scenes.world import SPLITS, Kind, Scene, Split, sample_kind, sample_scene
 
-SPLITS: tuple[Split, ...] = ("train", "val", "compositions")
+WORDINGS = "wordings"
+FOLDERS = (*SPLITS, WORDINGS)
+UNKNOWN_EVERY = 4  # pictures, for each question that no picture answers; only where questions are reworded
 # Training has more of what takes longest to learn; the other splits have all kinds in their usual proportions.
 TRAINING_KIND_WEIGHTS: dict[Kind, int] = {"objects": 40, "text": 42, "chart": 18}
 TRAINING_QUESTION_TYPES = (*QUESTION_TYPES, *["compare", "count"] * 4, *["relation"] * 2, "follow_up")
@@ -53,6 +60,30 @@ def _picture_conversation(scene: Scene, rng: random.Random, split: Split) -> Sce
     return about_one(scene, rng, TURNS_PER_PICTURE, TRAINING_QUESTION_TYPES if split == "train" else ())
 
 
+@dataclass(frozen=True)
+class Wordings:
+    """In which words a split is asked about: a fraction of its questions in others than those of `questions.py`."""
+
+    fraction: float = 0.0
+    held_out: bool = False  # only in wordings that training never shows, or only in the others
+
+    def reword(self, conversation: SceneConversation, rng: random.Random) -> SceneConversation:
+        turns = (
+            replace(turn, question=reword(turn.question, rng, held_out=self.held_out))
+            if rng.random() < self.fraction
+            else turn
+            for turn in conversation.turns
+        )
+        return replace(conversation, turns=tuple(turns))
+
+    def add_unknown(self, conversation: SceneConversation, rng: random.Random, number: int) -> SceneConversation:
+        """Every few pictures, a question at the end that no picture of this world answers."""
+        if not self.fraction or number % UNKNOWN_EVERY:
+            return conversation
+        turn = QuestionTurn(UNKNOWN, *ask_unknown(rng, held_out=self.held_out))
+        return replace(conversation, turns=(*conversation.turns, turn))
+
+
 def _turns_json(turns: Sequence[QuestionTurn], opening: str) -> list[dict[str, str]]:
     rows: list[dict[str, str]] = []
     for number, turn in enumerate(turns):
@@ -76,7 +107,9 @@ def picture_name(number: int) -> str:
     return f"images/{number:06d}.png"
 
 
-def _write_chunk(folder: str, seed: int, split: Split, numbers: range) -> tuple[list[Any], list[Any]]:
+def _write_chunk(
+    folder: str, seed: int, split: Split, numbers: range, wordings: Wordings
+) -> tuple[list[Any], list[Any]]:
     """Draws the pictures of these numbers; returns their caption rows and conversation rows."""
     captions: list[Any] = []
     conversations: list[Any] = []
@@ -86,24 +119,31 @@ def _write_chunk(folder: str, seed: int, split: Split, numbers: range) -> tuple[
         draw(scene, _random_for(seed, split, "draw", number)).save(path, optimize=False)
         path.with_suffix(".json").write_text(json.dumps(scene.to_json()))
         rng = _random_for(seed, split, "ask", number)
+        words_rng = _random_for(seed, split, f"words, {wordings}", number)  # so that the questions stay the same
         caption = QuestionTurn("caption", rng.choice(CAPTION_REQUESTS), write_caption(scene, rng))
-        captions.append(conversation_row(f"{split}-{number:06d}", [name], SceneConversation((scene,), (caption,))))
-        talk = _picture_conversation(scene, rng, split)
+        captioned = wordings.reword(SceneConversation((scene,), (caption,)), words_rng)
+        captions.append(conversation_row(f"{split}-{number:06d}", [name], captioned))
+        talk = wordings.reword(_picture_conversation(scene, rng, split), words_rng)
+        talk = wordings.add_unknown(talk, words_rng, number)
         conversations.append(conversation_row(f"{split}-{number:06d}", [name], talk))
         if number % TWIN_EVERY == TWIN_EVERY - 1:
-            pair = about_two(scene_of(seed, split, number - 1), scene, rng, 4)
+            pair = wordings.reword(about_two(scene_of(seed, split, number - 1), scene, rng, 4), words_rng)
             names = [picture_name(number - 1), name]
             conversations.append(conversation_row(f"{split}-{number:06d}-two", names, pair))
         if number % TEXT_EVERY == 0:
-            conversations.append(_text_row(f"{split}-{number:06d}-text", rng, split, scene))
+            reworded = functools.partial(wordings.reword, rng=words_rng)
+            conversations.append(_text_row(f"{split}-{number:06d}-text", rng, split, scene, reworded))
     return captions, conversations
 
 
-def _text_row(row_id: str, rng: random.Random, split: Split, scene: Scene) -> dict[str, Any]:
+def _text_row(
+    row_id: str, rng: random.Random, split: Split, scene: Scene,
+    reworded: Callable[[SceneConversation], SceneConversation],
+) -> dict[str, Any]:  # fmt: skip
     """A row without a picture: small talk, or questions about a described scene, so that the LLM still reads texts."""
     if rng.random() < 0.5:
-        return conversation_row(row_id, [], about_none(rng, split, 5))
-    talk = _picture_conversation(scene, rng, split)
+        return conversation_row(row_id, [], reworded(about_none(rng, split, 5)))
+    talk = reworded(_picture_conversation(scene, rng, split))
     example = text_example(talk, rng, row_id)
     turns = tuple(
         # The description is in the first turn, so each turn needs all before it. A caption has no single right answer.
@@ -120,17 +160,19 @@ def _write_json(rows: list[Any], path: Path) -> None:
 
 
 def write_split(
-    out: Path, split: Split, count: int, seed: int, *, num_processes: int, advance: Callable[[int], None]
+    out: Path, name: str, count: int, seed: int, *, reworded: float, num_processes: int, advance: Callable[[int], None]
 ) -> None:
-    """Writes one split of `count` pictures, and replaces what an interrupted run left there."""
-    folder = out / split
+    """Writes one folder of `count` pictures, and replaces what an interrupted run left there."""
+    folder = out / name
+    split: Split = "val" if name == WORDINGS else name  # type: ignore[assignment]
+    wordings = Wordings(1.0, held_out=True) if name == WORDINGS else Wordings(reworded if name == "train" else 0.0)
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "images").mkdir(parents=True)
     chunks = [range(start, min(start + PICTURES_PER_CHUNK, count)) for start in range(0, count, PICTURES_PER_CHUNK)]
     captions: list[Any] = []
     conversations: list[Any] = []
     written = map_in_processes(
-        _write_chunk, [(str(folder), seed, split, numbers) for numbers in chunks], num_processes=num_processes
+        _write_chunk, [(str(folder), seed, split, numbers, wordings) for numbers in chunks], num_processes=num_processes
     )
     for numbers, (chunk_captions, chunk_conversations) in zip(chunks, written, strict=True):
         captions += chunk_captions
@@ -142,18 +184,23 @@ def write_split(
 
 def write_scenes(
     out: Path,
-    counts: dict[Split, int],
+    counts: dict[str, int],
     seed: int,
     *,
+    reworded: float = 0.0,
     num_processes: int | None = None,
     advance: Callable[[int], None] = lambda n: None,
 ) -> None:
-    """Writes the splits with a count above 0. Raises MmllmError where the folder holds anything else."""
-    other_files = [path.name for path in out.iterdir() if path.name not in SPLITS] if out.is_dir() else []
+    """Writes the FOLDERS with a count above 0; `reworded` is the fraction of training's questions in other words.
+
+    Raises MmllmError where `out` holds anything else.
+    """
+    other_files = [path.name for path in out.iterdir() if path.name not in FOLDERS] if out.is_dir() else []
     if other_files:
         raise MmllmError(
             f"{out} holds {', '.join(sorted(other_files)[:3])}: give an empty or new folder for the scenes"
         )
-    for split, count in counts.items():
+    num_processes = num_processes or os.cpu_count() or 1
+    for name, count in counts.items():
         if count > 0:
-            write_split(out, split, count, seed, num_processes=num_processes or os.cpu_count() or 1, advance=advance)
+            write_split(out, name, count, seed, reworded=reworded, num_processes=num_processes, advance=advance)

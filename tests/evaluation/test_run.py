@@ -182,7 +182,9 @@ def test_answers_are_compared_without_case_spaces_and_full_stop(text, normal):
 
 def test_an_unknown_task_is_told_with_those_that_are_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(TaskError, match=r"no task 'vqa'.*allowed: scenes-val, scenes-compositions, or a folder"):
+    with pytest.raises(
+        TaskError, match=r"no task 'vqa'.*allowed: scenes-val, scenes-compositions, scenes-wordings, or a folder"
+    ):
         find_task("vqa")
     for name in TASKS:
         with pytest.raises(TaskError, match="write it with `mmllm scenes data/scenes`"):

@@ -17,6 +17,7 @@ from mmllm.scenes.world import (
     PLACES,
     SHAPES,
     SIZES,
+    SPLITS,
     WORDS,
     Bar,
     Line,
@@ -29,7 +30,6 @@ from mmllm.scenes.world import (
     sample_scene,
     split_of,
 )
-from mmllm.scenes.write import SPLITS
 
 KINDS = ("objects", "text", "chart")
 Part = Thing | Line | Bar

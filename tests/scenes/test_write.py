@@ -17,6 +17,7 @@ from mmllm.data.sources import read_source
 from mmllm.scenes import write
 from mmllm.scenes.captions import facts_in, facts_of
 from mmllm.scenes.conversations import ALL_TYPES
+from mmllm.scenes.wordings import UNKNOWN_ANSWER
 from mmllm.scenes.world import Scene, split_of
 from mmllm.scenes.write import scene_of, write_scenes
 
@@ -61,6 +62,25 @@ def test_training_asks_more_often_what_is_hard(tmp_path):
         types = [name for row in rows for name in row["types"] if name in ("compare", "color")]
         shares[split] = types.count("compare") / types.count("color")
     assert shares["train"] > 1.5 * shares["val"] > 0
+
+
+def test_wordings_are_those_pictures_and_answers_in_words_that_training_never_shows(tmp_path):
+    write_scenes(tmp_path, {"train": 32, "val": 32, "wordings": 32}, 0, reworded=0.7, num_processes=1)
+    val, wordings, train = (
+        json.loads((tmp_path / split / "conversations.json").read_text()) for split in ("val", "wordings", "train")
+    )
+    assert (tmp_path / "val/images/000005.png").read_bytes() == (tmp_path / "wordings/images/000005.png").read_bytes()
+    num_unknown = 0
+    for row, other in zip(val, wordings, strict=True):
+        answers, others = ([turn["value"] for turn in one["conversations"][1::2]] for one in (row, other))
+        assert others[: len(answers)] == answers
+        assert other["needs"][: len(answers)] == row["needs"]
+        num_unknown += others[len(answers) :] == [UNKNOWN_ANSWER]
+    assert num_unknown == 8
+    asked = {turn["value"] for row in val for turn in row["conversations"][::2] if "image" in row}
+    reworded = [turn["value"] for row in wordings for turn in row["conversations"][::2] if "image" in row]
+    assert sum(question in asked for question in reworded) < 0.02 * len(reworded)
+    assert sum("unknown" in row["types"] for row in train) == 8
 
 
 @pytest.mark.parametrize("split", COUNTS)
@@ -138,8 +158,8 @@ def scenes(*arguments: object) -> tuple[int, str, str]:
 def test_the_command_says_what_it_wrote(tmp_path):
     code, out, _ = scenes(tmp_path / "new", "--train", 0, "--val", 1, "--compositions", 2, "--num-processes", 1)
     assert code == 0
-    assert "0 train, 1 val and 2 compositions pictures" in out
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["compositions", "val"]
+    assert "0 train, 1 val, 2 compositions, 1 wordings" in out
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["compositions", "val", "wordings"]
     for number in range(2):
         graph = tmp_path / "new" / "compositions" / "images" / f"{number:06d}.json"
         assert split_of(Scene.from_json(json.loads(graph.read_text()))) == "compositions"
