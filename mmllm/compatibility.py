@@ -153,8 +153,8 @@ def matrix_markdown() -> str:
     lines = [
         "# What works with what", "",
         f"{summary()}. Each pair that works is part of a run in the tests, which trains, saves, loads, answers and is "
-        "exported where the pair says so. Each refusal is tested by its message. `mmllm matrix` prints this page, "
-        "`mmllm matrix llm trains` one of its tables.", "",
+        "exported where the pair says so. Each refusal is tested by its message. `mmllm matrix` prints the refusals, "
+        "`mmllm matrix llm trains` one of these tables.", "",
         *(f"- **{axis}**: {', '.join(values)}" for axis, values in AXES.items()), "",
         "Other encoders, LLMs and towers than these are accepted too, and tried by a probe when they are loaded.", "",
     ]  # fmt: skip

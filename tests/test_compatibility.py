@@ -78,7 +78,7 @@ def launched(folder: Path, tiny_parts: Path) -> Callable[[str], dict[str, Path]]
     """The settings of all combinations and refused cells of a strategy, whose runs have ended in two processes."""
 
     @functools.cache
-    def launch(strategy: str) -> dict[str, Path]:
+    def launch(strategy: str) -> tuple[dict[str, Path], str]:
         driver = folder / "driver.py"
         driver.write_text(DRIVER)
         runs, refused = (
@@ -87,10 +87,14 @@ def launched(folder: Path, tiny_parts: Path) -> Callable[[str], dict[str, Path]]
         )
         arguments = [*runs.values(), *(f"refused:{path}" for path in refused.values())]
         done = forked(driver, arguments, 2, LAUNCHES[strategy])
-        assert done.returncode == 0, done.stderr[-3000:]
-        return runs | refused
+        return runs | refused, done.stderr[-3000:] if done.returncode else ""
 
-    return launch
+    def ended(strategy: str) -> dict[str, Path]:
+        paths, error = launch(strategy)
+        assert not error, error
+        return paths
+
+    return ended
 
 
 def errors_of(path: Path) -> list[str]:

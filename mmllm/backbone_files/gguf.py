@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
+import os
 import re
 import shutil
+import struct
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,8 @@ from mmllm.locks import exclusive_path
 SUFFIX, MAGIC = ".gguf", b"GGUF"
 _PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 # What transformers and gguf raise for a damaged file or an architecture they do not know.
-_FAILURES = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
+_FAILURES = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError,
+             struct.error)  # fmt: skip
 
 
 def local_source(source: str, revision: str | None = None) -> str:
@@ -35,7 +38,7 @@ def local_source(source: str, revision: str | None = None) -> str:
         return source
     path = _checked(source, revision)
     facts = path.stat()
-    return str(_converted(path.resolve(), facts.st_size, facts.st_mtime_ns))
+    return str(_converted(path, _checksum(path.resolve(), facts.st_size, facts.st_mtime_ns)))
 
 
 def described_source(source: str, revision: str | None = None) -> str:
@@ -57,20 +60,20 @@ def _checked(source: str, revision: str | None) -> Path:
     with path.open("rb") as file:
         if file.read(len(MAGIC)) != MAGIC:
             raise ConfigError(f"{setting} does not begin as a GGUF file does; download it again")
-    try:
-        import gguf  # noqa: F401 - transformers needs it
-    except ImportError as error:
-        raise ConfigError(f"{setting} needs the extra `gguf`: pip install 'mmllm[gguf]'") from error
     return path
 
 
 @functools.cache
-def _converted(path: Path, size: int, modified: int) -> Path:
-    """The folder of a file of this size and time of modification; converted under a lock, whole or not at all."""
+def _checksum(path: Path, size: int, modified: int) -> str:
+    """The SHA-256 of a file of this size and time of modification, in hexadecimal; a large file is read once."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _converted(path: Path, checksum: str) -> Path:
+    """The folder of the file with this checksum; converted under a lock, whole or not at all."""
     from huggingface_hub.constants import HF_HOME
 
-    with path.open("rb") as file:
-        checksum = hashlib.file_digest(file, "sha256").hexdigest()
     folder = Path(HF_HOME) / "mmllm" / "gguf" / checksum
     if folder.is_dir():
         return folder
@@ -82,6 +85,9 @@ def _converted(path: Path, size: int, modified: int) -> Path:
             shutil.rmtree(partial, ignore_errors=True)
             try:
                 _convert(path, partial)
+                for file in partial.iterdir():  # a loss of power must not leave a folder that only looks whole
+                    with file.open("rb+") as written:
+                        os.fsync(written.fileno())
                 partial.rename(folder)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -91,15 +97,25 @@ def _converted(path: Path, size: int, modified: int) -> Path:
 def _convert(path: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    options: dict[str, Any] = {"gguf_file": path.name}
     try:
-        with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, **options)
-            model, report = AutoModelForCausalLM.from_pretrained(
-                path.parent, dtype=torch.float32, output_loading_info=True, **options
-            )
-    except _FAILURES as error:
-        raise ConfigError(f"model.language.source: {path} cannot be read by transformers: {error}") from error
+        import gguf  # noqa: F401 - transformers needs it
+    except ImportError as error:
+        raise ConfigError(f"model.language.source: {path} needs the extra `gguf`: pip install 'mmllm[gguf]'") from error
+    options: dict[str, Any] = {"gguf_file": f"model{SUFFIX}"}
+    # transformers prefers a tokenizer.json beside the file, which may be another model's: in this folder is none
+    with tempfile.TemporaryDirectory() as alone:
+        try:
+            (Path(alone) / options["gguf_file"]).symlink_to(path.resolve())
+        except OSError:  # Windows lets not everybody make links
+            shutil.copyfile(path, Path(alone) / options["gguf_file"])
+        try:
+            with quiet_transformers():
+                tokenizer = AutoTokenizer.from_pretrained(alone, **options)
+                model, report = AutoModelForCausalLM.from_pretrained(
+                    alone, dtype=torch.float32, output_loading_info=True, **options
+                )
+        except _FAILURES as error:
+            raise ConfigError(f"model.language.source: {path} cannot be read by transformers: {error}") from error
     if missing := sorted(report["missing_keys"]):
         raise ConfigError(
             f"model.language.source: {path} lacks {', '.join(missing[:5])} ({len(missing)} tensors), which would be "
@@ -110,6 +126,3 @@ def _convert(path: Path, folder: Path) -> None:
     with quiet_transformers():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text())
-    config.pop("transformers_version", None)  # so that another release writes the same bytes
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

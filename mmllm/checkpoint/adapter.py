@@ -79,7 +79,9 @@ def describe_base(config: ModelConfig) -> dict[str, Any]:
         if folder.parent.name == "snapshots":  # the hub's cache: a commit is fixed, a branch is not
             revision = folder.name
         base = {"kind": LANGUAGE, "source": source, "revision": revision}
-    files = [path for pattern in _WEIGHT_FILES for path in folder.glob(pattern)]
+    # what is written beside the weights of a converted GGUF file depends on the release of transformers
+    patterns = _WEIGHT_FILES[1:3] if base["source"].endswith(SUFFIX) else _WEIGHT_FILES
+    files = [path for pattern in patterns for path in folder.glob(pattern)]
     if not any(path.suffix == ".safetensors" for path in files):
         files += [path for pattern in _PICKLES for path in folder.glob(pattern)]
     names = sorted(path.relative_to(folder).as_posix() for path in files)
@@ -104,7 +106,10 @@ def find_base(folder: Path, base: dict[str, Any]) -> Path:
     place: Path | None = next((place for place in places if place.is_dir()), None)
     name = f"the {base['kind']} {base['source']}" + (f" at revision {base['revision']}" if base.get("revision") else "")
     if place is None and base["source"].endswith(SUFFIX) and Path(base["source"]).is_file():
-        place = Path(local_source(base["source"]))  # its conversion was removed from the cache
+        try:
+            place = Path(local_source(base["source"]))  # its conversion was removed from the cache
+        except ConfigError as error:
+            raise CheckpointError(f"{folder} holds an adapter of {base['source']}: {error}") from error
     if place is None and base["kind"] == LANGUAGE and not Path(base["source"]).is_absolute():
         try:
             place = _hub_folder(base["source"], base["revision"])

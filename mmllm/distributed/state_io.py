@@ -28,7 +28,7 @@ class StateIO:
         self.trained, self.optimizers = trained, optimizers
 
     def whole_weights(self) -> dict[str, Tensor]:
-        """The trained weights as whole tensors. Every rank has to call it; only the main one needs the result."""
+        """The trained weights as whole tensors. Where there are shards, every rank has to call it."""
         return {name: parameter.detach() for name, parameter in self.trained.items()}
 
     def whole_state(self) -> dict[str, Any]:

@@ -75,11 +75,13 @@ def read_questions(folder: Path, max_pictures: int | None = None) -> list[Questi
         opening = picture_marks(len(images))
         values = [turn["value"].removeprefix(opening) for turn in row["conversations"]]
         turns = list(zip(values[::2], values[1::2], strict=True))
+        plain = row.get("plain", [None] * len(turns))
         for number, (kind, needed) in enumerate(zip(row["types"], row["needs"], strict=True)):
             if kind == CAPTION and not images:
                 continue  # no scene graph to score it by
             question, answer = turns[number]
-            questions.append(Question(kind, images, tuple(turns[number - needed : number]), question, answer))
+            history = tuple(turns[number - needed : number])
+            questions.append(Question(kind, images, history, question, answer, plain[number]))
     return questions
 
 

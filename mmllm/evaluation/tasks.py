@@ -26,6 +26,7 @@ class Question:
     history: tuple[tuple[str, str], ...]  # (question, right answer) of the turns before
     question: str
     answer: str
+    plain: str | None = None  # the question in the words by which guesses are grouped, where it is in other words
 
     def example(self, images: Sequence[str] | None = None, *, label: str = PICTURE_LABEL) -> Example:
         """The conversation for the model, with these pictures or the right ones; `label` is its picture label."""
@@ -66,7 +67,7 @@ def guess_accuracy(questions: Sequence[Question]) -> dict[str, float]:
     """
     answers: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     for question in questions:
-        answers[question.type, " ".join(question.question.split()[:2])][question.answer] += 1
+        answers[question.type, " ".join((question.plain or question.question).split()[:2])][question.answer] += 1
     right: Counter[str] = Counter()
     total: Counter[str] = Counter()
     for (kind, _), counts in answers.items():

@@ -142,15 +142,15 @@ def _follow(model: Any, ids: Tensor, mask: Tensor | None, follow: Sequence[int],
 
 
 def _is_bug(error: Exception) -> bool:
-    """Whether our code raised it, and not the LLM's: a wrong name, key or type in a frame of this package.
+    """Whether our code raised it, and not the LLM's: a wrong key or type in a frame of this package.
 
-    Tensors that do not fit are no sign of it: the LLM made them.
+    Tensors that do not fit, or outputs that lack a field, are no sign of it: the LLM made them.
     """
     frame = error.__traceback__
     while frame and frame.tb_next:
         frame = frame.tb_next
     is_ours = frame is not None and Path(frame.tb_frame.f_code.co_filename).is_relative_to(_PACKAGE)
-    return is_ours and isinstance(error, AttributeError | KeyError | TypeError)
+    return is_ours and isinstance(error, KeyError | TypeError)
 
 
 def has_router_loss(language_model: Any) -> bool:

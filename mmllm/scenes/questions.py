@@ -22,7 +22,8 @@ class QuestionTurn:
 
     `about` says where in the scene the answer is found: for each thing that the question names, in order, the parts
     (indices into `Scene.parts`) that it means. With two scenes, the indices of the second go on after the first's.
-    `compared` are the two values that decide a comparison, such as both colors.
+    `compared` are the two values that decide a comparison, such as both colors. `plain` is the question before it was
+    put into other words.
     """
 
     type: str
@@ -31,6 +32,7 @@ class QuestionTurn:
     num_needed: int = 0
     about: About = ()
     compared: tuple[str, str] | None = None
+    plain: str | None = None
 
 
 Asker = Callable[[Scene, random.Random], list[QuestionTurn]]

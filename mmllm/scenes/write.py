@@ -69,7 +69,7 @@ class Wordings:
 
     def reword(self, conversation: SceneConversation, rng: random.Random) -> SceneConversation:
         turns = (
-            replace(turn, question=reword(turn.question, rng, held_out=self.held_out))
+            replace(turn, question=reword(turn.question, rng, held_out=self.held_out), plain=turn.question)
             if rng.random() < self.fraction
             else turn
             for turn in conversation.turns
@@ -93,13 +93,18 @@ def _turns_json(turns: Sequence[QuestionTurn], opening: str) -> list[dict[str, s
 
 
 def conversation_row(row_id: str, images: Sequence[str], conversation: SceneConversation) -> dict[str, Any]:
-    """A row of LLaVA's JSON, with each turn's question type in `types` and its `num_needed` in `needs`."""
+    """A row of LLaVA's JSON, with each turn's question type in `types` and its `num_needed` in `needs`.
+
+    `plain` has the questions of a reworded conversation in the words of `questions.py`.
+    """
     row: dict[str, Any] = {"id": row_id}
     if images:
         row["image"] = images[0] if len(images) == 1 else list(images)
     row["conversations"] = _turns_json(conversation.turns, picture_marks(len(images)))
     row["types"] = [turn.type for turn in conversation.turns]
     row["needs"] = [turn.num_needed for turn in conversation.turns]
+    if any(turn.plain for turn in conversation.turns):
+        row["plain"] = [turn.plain or turn.question for turn in conversation.turns]
     return row
 
 

@@ -77,7 +77,7 @@ class Stepper:
         return StepStart(batches, denominator, num_stopped > 0)
 
     def run_step(self, step: int, start: StepStart) -> StepResult:
-        """Forward, backward and update. Raises TrainingError before the update if the guards find a problem."""
+        """Forward, backward and update. Raises TrainingError if the guards find a problem; ZeRO has updated by then."""
         batches, world_size = start.batches, self.accelerator.num_processes
         waiting_for = self.watchdog.waiting_for
         self.strategy.set_learning_rates(lr_multiplier(step, self.optim))

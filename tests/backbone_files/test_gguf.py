@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from mmllm.backbone_files import gguf as gguf_module
 from mmllm.backbone_files.gguf import described_source, local_source
 from mmllm.checkpoint.folder import load_checkpoint, read_manifest
 from mmllm.config import ConfigError, LanguageConfig, ModelConfig, ProjectorConfig
@@ -29,12 +27,10 @@ SHORT = Sampling(max_new_tokens=4)
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache for conversions."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "hf"))
-    gguf_module._converted.cache_clear()
-    yield tmp_path / "hf" / "mmllm" / "gguf"
-    gguf_module._converted.cache_clear()
+    return tmp_path / "hf" / "mmllm" / "gguf"
 
 
 @pytest.fixture
@@ -59,6 +55,7 @@ def test_a_real_llm_that_others_quantised_answers(cache: Path, tiny_parts: Path)
 
 
 def test_weights_and_tokens_are_those_of_the_file(cache: Path, tiny_gguf: Path, tiny_parts: Path) -> None:
+    (tiny_gguf.parent / "tokenizer.json").write_text("{}")  # another model's, which transformers would take
     model, tokenizer = load_language(LanguageConfig(source=str(tiny_gguf), attention="eager"))
     original = LlamaForCausalLM.from_pretrained(tiny_parts / "language")
     for parameter in original.parameters():
@@ -116,7 +113,6 @@ def test_an_adapter_on_a_file_is_trained_and_finds_its_base_again(
     assert "sha256" in read_manifest(out)["origin"]["language"]
     texts = [reply.text for reply in Engine.load(out, device="cpu").reply_batch(MIXED, SHORT)]
     shutil.rmtree(cache)  # whoever tidies caches
-    gguf_module._converted.cache_clear()
     assert [reply.text for reply in Engine.load(out, device="cpu").reply_batch(MIXED, SHORT)] == texts
     load_checkpoint(out)
 
@@ -137,6 +133,8 @@ def test_what_is_no_whole_gguf_file_is_refused(cache: Path, tiny_gguf: Path, tin
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(tiny_gguf.read_bytes()[:-3000])
     assert "cannot be read by transformers" in refused(cut)
+    (tmp_path / "head.gguf").write_bytes(tiny_gguf.read_bytes()[:20])
+    assert "cannot be read by transformers" in refused(tmp_path / "head.gguf")
     unknown = write_gguf(tmp_path / "unknown.gguf", tiny_parts / "language", architecture="unheard")
     assert "cannot be read by transformers: GGUF model with architecture unheard" in refused(unknown)
     lacking = write_gguf(tmp_path / "lacking.gguf", tiny_parts / "language", leaves_out="ffn_up")

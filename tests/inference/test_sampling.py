@@ -34,6 +34,7 @@ def test_replies_without_a_seed_differ_and_leave_torchs_generator_alone(engine: 
     assert len(texts) > 1
     engine.reply(MIXED[0], DRAWN)
     assert torch.equal(torch.get_rng_state(), state)
+    assert engine.reply(MIXED[0], Sampling(temperature=1, max_new_tokens=2)).num_new_tokens == 2, "an integer will do"
 
 
 def test_tokens_are_drawn_with_the_probabilities_of_temperature_and_top_p() -> None:

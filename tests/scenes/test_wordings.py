@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 import re
+from collections import Counter
 
 import pytest
 
 from mmllm.scenes.pair_questions import ask_about_two
 from mmllm.scenes.questions import QUESTION_TYPES, QuestionTurn
-from mmllm.scenes.wordings import INTENTS, UNKNOWN_QUESTIONS, ask_unknown, reword, split_templates
+from mmllm.scenes.wordings import INTENTS, UNKNOWN_QUESTIONS, ask_unknown, plain_words, reword, split_templates
 from mmllm.scenes.world import COLORS, SHAPES, sample_scene
 
 PAIRS = [
@@ -70,6 +71,14 @@ def test_a_fifth_of_the_templates_is_held_out() -> None:
         numbers[1] += len(templates)
     assert 0.15 < numbers[0] / numbers[1] < 0.25
     assert numbers[1] > 250
+
+
+def test_no_template_is_another_one_in_synonyms() -> None:
+    """Else a held-out wording would be one that training shows."""
+    every = [plain_words(text) for intent in INTENTS for text in intent.templates] + list(UNKNOWN_QUESTIONS)
+    assert [text for text, count in Counter(every).items() if count > 1] == []
+    have_answers = [text for text in UNKNOWN_QUESTIONS if re.match(r"(is there|do you see|are there) ", text)]
+    assert have_answers == []
 
 
 def test_small_talk_stays_as_it_is_and_the_unknown_has_one_answer() -> None:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from mmllm.batch import ImageRef
+from mmllm.batch import ImageRef, picture_marks
 from mmllm.cli import app
 from mmllm.config import SourceConfig
 from mmllm.data.sources import read_source
@@ -75,6 +75,10 @@ def test_wordings_are_those_pictures_and_answers_in_words_that_training_never_sh
         answers, others = ([turn["value"] for turn in one["conversations"][1::2]] for one in (row, other))
         assert others[: len(answers)] == answers
         assert other["needs"][: len(answers)] == row["needs"]
+        if "image" in row:
+            opening = picture_marks(2 if isinstance(row["image"], list) else 1)
+            plain = [turn["value"].removeprefix(opening) for turn in row["conversations"][::2]]
+            assert other["plain"][: len(answers)] == plain
         num_unknown += others[len(answers) :] == [UNKNOWN_ANSWER]
     assert num_unknown == 8
     asked = {turn["value"] for row in val for turn in row["conversations"][::2] if "image" in row}
