@@ -43,6 +43,12 @@ class Refusal:
     message: str
     reason: str
 
+    @property
+    def sentence(self) -> str:
+        """The pairs and the reason."""
+        pairs = " with ".join(f"{axis} {', '.join(values)}" for axis, values in self.cells.items())
+        return f"{pairs}: {self.reason}."
+
 
 _QLORA = ("QLoRA nf4", "QLoRA int8")
 REFUSALS: tuple[Refusal, ...] = (
@@ -159,22 +165,13 @@ def matrix_markdown() -> str:
         "Other encoders, LLMs and towers than these are accepted too, and tried by a probe when they are loaded.", "",
     ]  # fmt: skip
     for first, second in itertools.combinations(AXES, 2):
-        heading, *rows = rows_of(first, second)
-        if any(value.startswith("no") for row in rows for value in row):
+        if any(cell.refusal for cell in cells(first, second)):
+            heading, *rows = rows_of(first, second)
             lines += [f"## {first} and {second}", "", f"| {' | '.join(heading)} |", "|---" * len(heading) + "|"]
             lines += [f"| {' | '.join(row)} |" for row in rows]
             lines.append("")
-    lines += ["## Why", "", *(f"{number}. {text}" for number, text in enumerate(reasons(), 1))]
+    lines += ["## Why", "", *(f"{number}. {refusal.sentence}" for number, refusal in enumerate(REFUSALS, 1))]
     return "\n".join(lines) + "\n"
-
-
-def reasons() -> list[str]:
-    """The refusals, one sentence each, in the order of their numbers."""
-    texts = []
-    for refusal in REFUSALS:
-        pair = " with ".join(f"{axis} {', '.join(values)}" for axis, values in refusal.cells.items())
-        texts.append(f"{pair}: {refusal.reason}.")
-    return texts
 
 
 def print_matrix(axes: Sequence[str], *, as_json: bool = False) -> None:
@@ -189,20 +186,19 @@ def print_matrix(axes: Sequence[str], *, as_json: bool = False) -> None:
         print(json.dumps(rows, indent=2))
         return
     console = Console()
-    numbers = [*range(1, len(REFUSALS) + 1)]
     if axes:
         heading, *rows_of_axis = rows_of(*axes)
         table = Table(*heading)
         for row in rows_of_axis:
             table.add_row(*row)
         console.print(table)
-        numbers_shown = {value.strip("no ()") for row in rows_of_axis for value in row[1:] if value != "yes"}
-        numbers = [number for number in numbers if str(number) in numbers_shown]
     else:
         console.print(summary() + ". Refused are:")
+    shown = [cell.refusal for cell in cells(*axes)]
     grid = Table.grid(padding=(0, 1))
-    for number in numbers:
-        grid.add_row(f"{number}.", reasons()[number - 1])
+    for number, refusal in enumerate(REFUSALS, 1):
+        if refusal in shown:
+            grid.add_row(f"{number}.", refusal.sentence)
     console.print(grid)
     if not axes:
         console.print(f"`mmllm matrix AXIS AXIS` shows a table; the axes are {', '.join(map(repr, AXES))}.")

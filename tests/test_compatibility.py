@@ -24,20 +24,13 @@ from projector import PROJECTORS
 from tests.builders.conversations import MIXED
 from tests.builders.launches import forked
 from tests.builders.matrix import combination, covering_combinations
+from tests.builders.strategies import HEAD, LAUNCHES
 from tests.builders.tiny_runs import log_of, make_data, settings_of, train_in_process
 
-LAUNCHES = {
-    "DDP": {},
-    "FSDP2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
-    "ZeRO-2": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
-    "ZeRO-3": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
-}
 # Each rank makes the runs of all these settings, one after the other, and says how each ended.
-DRIVER = """
-import os, sys, traceback
-if "ACCELERATE_USE_DEEPSPEED" in os.environ:
-    import deepspeed
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled for half a minute, for inference
+DRIVER = (
+    HEAD
+    + """
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from mmllm.config.file import load_config
@@ -54,6 +47,7 @@ for path in sys.argv[1:]:
         if not is_refused:
             os._exit(1)
 """
+)
 COMBINATIONS = covering_combinations()
 REFUSED = [cell for cell in cells() if cell.refusal]
 
@@ -86,7 +80,7 @@ def launched(folder: Path, tiny_parts: Path) -> Callable[[str], dict[str, Path]]
             for choices in (COMBINATIONS, [cell.values for cell in REFUSED])
         )
         arguments = [*runs.values(), *(f"refused:{path}" for path in refused.values())]
-        done = forked(driver, arguments, 2, LAUNCHES[strategy])
+        done = forked(driver, arguments, 2, LAUNCHES[strategy.lower().replace("-", "")])
         return runs | refused, done.stderr[-3000:] if done.returncode else ""
 
     def ended(strategy: str) -> dict[str, Path]:

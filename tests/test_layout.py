@@ -21,7 +21,7 @@ ABOVE_LIBRARY = ("train", "demo", "bench", "tests")
 # A floor a row: a room, or a file that stands beside the rooms, imports itself and what is on the floors before it.
 FLOORS = (
     ("errors", "fault_points", "processes"),
-    ("paths", "locks", "batch", "compatibility"),
+    ("paths", "locks", "disk", "batch", "compatibility"),
     ("images", "web_page"),
     ("config",),
     ("chat", "scenes", "kernels", "readers", "backbone_files"),

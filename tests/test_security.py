@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from demo.app import HOST, launch, serving
-from mmllm.checkpoint.folder import MANIFEST, CheckpointError, file_hash, load_checkpoint
+from mmllm.checkpoint.folder import MANIFEST, CheckpointError, load_checkpoint
+from mmllm.disk import file_hash
 from mmllm.images import MAX_PIXELS, ImageError, load_image
 from mmllm.interop.parts import read_tensors
 from mmllm.runs.state import STATE_FILE, StateError, _read

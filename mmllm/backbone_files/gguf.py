@@ -7,8 +7,6 @@ chat template. The folder is named by the file's checksum, so moved and renamed 
 from __future__ import annotations
 
 import functools
-import hashlib
-import os
 import re
 import shutil
 import struct
@@ -18,15 +16,13 @@ from typing import Any
 
 import torch
 
-from mmllm.backbone_files.hub import quiet_transformers
+from mmllm.backbone_files.hub import LIBRARY_FAILURES, quiet_transformers
 from mmllm.config import ConfigError
+from mmllm.disk import file_hash, sync, written_aside
 from mmllm.locks import exclusive_path
 
 SUFFIX, MAGIC = ".gguf", b"GGUF"
 _PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
-# What transformers and gguf raise for a damaged file or an architecture they do not know.
-_FAILURES = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError,
-             struct.error)  # fmt: skip
 
 
 def local_source(source: str, revision: str | None = None) -> str:
@@ -66,8 +62,7 @@ def _checked(source: str, revision: str | None) -> Path:
 @functools.cache
 def _checksum(path: Path, size: int, modified: int) -> str:
     """The SHA-256 of a file of this size and time of modification, in hexadecimal; a large file is read once."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_hash(path)
 
 
 def _converted(path: Path, checksum: str) -> Path:
@@ -81,16 +76,10 @@ def _converted(path: Path, checksum: str) -> Path:
     with exclusive_path(folder.with_suffix(".lock")):
         if not folder.is_dir():
             print(f"{path.name}: converted to full precision, once, into {folder}", flush=True)
-            partial = folder.with_suffix(".part")
-            shutil.rmtree(partial, ignore_errors=True)
-            try:
+            with written_aside(folder) as partial:
                 _convert(path, partial)
                 for file in partial.iterdir():  # a loss of power must not leave a folder that only looks whole
-                    with file.open("rb+") as written:
-                        os.fsync(written.fileno())
-                partial.rename(folder)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
+                    sync(file)
     return folder
 
 
@@ -114,7 +103,7 @@ def _convert(path: Path, folder: Path) -> None:
                 model, report = AutoModelForCausalLM.from_pretrained(
                     alone, dtype=torch.float32, output_loading_info=True, **options
                 )
-        except _FAILURES as error:
+        except (*LIBRARY_FAILURES, struct.error) as error:
             raise ConfigError(f"model.language.source: {path} cannot be read by transformers: {error}") from error
     if missing := sorted(report["missing_keys"]):
         raise ConfigError(

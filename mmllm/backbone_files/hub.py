@@ -17,6 +17,10 @@ from transformers.utils import logging as transformers_logging
 
 from mmllm.config import ConfigError
 
+# What transformers raises for a config, an architecture or a file that it cannot use.
+LIBRARY_FAILURES = (
+    AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 

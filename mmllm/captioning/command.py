@@ -13,7 +13,8 @@ from mmllm.captioning.inputs import find_pictures
 from mmllm.captioning.job import CaptionJob
 from mmllm.captioning.ledger import DoneCaption, Ledger
 from mmllm.captioning.progress import FailureList, JobProgress
-from mmllm.checkpoint.folder import MANIFEST, file_hash, read_manifest
+from mmllm.checkpoint.folder import MANIFEST, read_manifest
+from mmllm.disk import file_hash
 from mmllm.errors import MmllmError
 from mmllm.inference.engine import Engine
 from mmllm.inference.sampling import Sampling

@@ -8,7 +8,6 @@ attached to weights that it was not trained on. That reads each file once more, 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -23,16 +22,17 @@ from torch import Tensor, nn
 
 from mmllm.backbone_files.gguf import SUFFIX, local_source
 from mmllm.config import ConfigError, ModelConfig
+from mmllm.disk import file_hash
 from mmllm.errors import MmllmError
 from mmllm.model.vlm import VisionLanguageModel
 
 MANIFEST = "manifest.json"
 ADAPTER = "adapter"
 CHECKPOINT, LANGUAGE = "checkpoint", "language"  # the kinds of base
+_SAFETENSORS = ("*.safetensors", "*.safetensors.index.json")
 _WEIGHT_FILES = (
     "config.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
+    *_SAFETENSORS,
     f"{ADAPTER}/*.safetensors",
     f"{ADAPTER}/*.json",
 )
@@ -44,12 +44,6 @@ _PICKLES = ("*.bin", "*.bin.index.json")  # transformers reads these only where 
 
 class CheckpointError(MmllmError):
     """A folder that is not a complete checkpoint of this project, or cannot become one."""
-
-
-def file_hash(path: Path) -> str:
-    """The SHA-256 checksum of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _checksums(folder: Path, names: list[str]) -> dict[str, str | None]:
@@ -80,7 +74,7 @@ def describe_base(config: ModelConfig) -> dict[str, Any]:
             revision = folder.name
         base = {"kind": LANGUAGE, "source": source, "revision": revision}
     # what is written beside the weights of a converted GGUF file depends on the release of transformers
-    patterns = _WEIGHT_FILES[1:3] if base["source"].endswith(SUFFIX) else _WEIGHT_FILES
+    patterns = _SAFETENSORS if base["source"].endswith(SUFFIX) else _WEIGHT_FILES
     files = [path for pattern in patterns for path in folder.glob(pattern)]
     if not any(path.suffix == ".safetensors" for path in files):
         files += [path for pattern in _PICKLES for path in folder.glob(pattern)]

@@ -28,12 +28,12 @@ from mmllm.checkpoint.adapter import (
     MANIFEST,
     CheckpointError,
     attach_adapter,
-    file_hash,
     find_base,
     merge_adapter,
     own_tensors,
     save_adapter,
 )
+from mmllm.disk import file_hash, written_aside
 from mmllm.fault_points import fault_point
 from mmllm.locks import exclusive_path
 from mmllm.model.model_config import VisionLanguageConfig
@@ -113,22 +113,10 @@ def check_new(folder: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder to write into. It is renamed to `folder` when the block ends, and removed if the block raises.
-
-    Raises CheckpointError before the block where the path is taken.
-    """
+    """`written_aside` for a new folder. Raises CheckpointError before the block where the path is taken."""
     check_new(folder)
-    partial = folder.with_name(folder.name + ".part")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with written_aside(folder) as partial:
         yield partial
-        if folder.is_dir():
-            folder.rmdir()
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def save_checkpoint(
@@ -329,7 +317,6 @@ __all__ = [
     "MANIFEST",
     "CheckpointError",
     "check_new",
-    "file_hash",
     "library_versions",
     "load_checkpoint",
     "new_folder",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mmllm.batching.sampler import rank_slice
-from mmllm.checkpoint.adapter import file_hash
+from mmllm.disk import file_hash
 from mmllm.distributed.ranks import gather_all
 
 

@@ -6,7 +6,7 @@ torch.distributed.checkpoint, ZeRO the shards of DeepSpeed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,8 @@ class StateIO:
         """Weights and optimizer states as whole tensors; only for strategies without shards."""
         return {"weights": self.whole_weights(), "optimizers": [each.state_dict() for each in self.optimizers]}
 
-    @torch.no_grad()
     def load_whole_state(self, state: Mapping[str, Any]) -> None:
-        for name, parameter in self.trained.items():
-            parameter.copy_(state["weights"][name])
+        load_weights(self.trained.items(), state["weights"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
 
@@ -57,3 +55,10 @@ class StateIO:
     def reread(self, folder: Path) -> dict[str, Tensor]:
         """`local_weights`, read back from the shards saved before the first step. Every rank has to call it."""
         raise NotImplementedError
+
+
+@torch.no_grad()
+def load_weights(named: Iterable[tuple[str, nn.Parameter]], weights: Mapping[str, Tensor]) -> None:
+    """Copies whole tensors into the parameters of the same names."""
+    for name, parameter in named:
+        parameter.copy_(weights[name])

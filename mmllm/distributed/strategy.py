@@ -88,14 +88,6 @@ class Strategy:
         yield
 
 
-@torch.no_grad()
-def load_weights(parts: Parts, weights: Mapping[str, Tensor]) -> None:
-    """Copies whole tensors into the trained parameters of the same names."""
-    for named in parts.values():
-        for name, parameter in named:
-            parameter.copy_(weights[name])
-
-
 def check_divisible(strategy: str, module: nn.Module, config: OptimConfig) -> None:
     """Raises ConfigError for settings that need whole tensors."""
     if config.kind != "adamw":

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmllm.backbone_files.hub import quiet_transformers
+from mmllm.backbone_files.hub import LIBRARY_FAILURES, quiet_transformers
 from mmllm.config import ConfigError
 from mmllm.model.probing import HALF_TYPES, held_in_float32, probing, relative_difference
 from mmllm.model.vlm import VisionLanguageModel
@@ -27,8 +27,6 @@ OTHER_KERNELS = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.1}
 _LARGE_LOGIT = 200.0  # far above any soft cap in use (Gemma 2: 30), far below what fp16 holds
 _LENGTHS = (7, 5, 6)  # of three examples in one row
 _PACKAGE = Path(__file__).parents[1]
-# What an architecture that cannot do what is asked of it answers with.
-_FAILURES = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ def check_backbone(model: VisionLanguageModel) -> None:
             if other and model.dtype in HALF_TYPES and math.isfinite(other[1]):
                 with held_in_float32(model):
                     other = _beyond(OTHER_KERNELS[torch.float32], _spreads(model))
-    except _FAILURES as error:
+    except LIBRARY_FAILURES as error:
         if _is_bug(error):
             raise
         raise ConfigError(f"model.language: {name} cannot be used here: {error}; choose another LLM") from error
@@ -217,7 +215,7 @@ def why_not_packed(language_model: Any) -> str | None:
     try:
         with probing(language_model):
             shift = _shift_by_neighbours(language_model, embeds)
-    except _FAILURES as error:
+    except LIBRARY_FAILURES as error:
         if _is_bug(error):
             raise
         return str(error).splitlines()[0] if str(error) else type(error).__name__

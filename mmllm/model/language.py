@@ -16,15 +16,13 @@ from torch import nn
 from transformers import __version__ as transformers_version
 
 from mmllm.backbone_files.gguf import local_source
-from mmllm.backbone_files.hub import check_source, quiet_transformers
+from mmllm.backbone_files.hub import LIBRARY_FAILURES, check_source, quiet_transformers
 from mmllm.batch import IMAGE_TOKEN
 from mmllm.config import ConfigError, LanguageConfig
 from mmllm.kernels.attention import caps_scores, replace_capped_sdpa
 
 PLAIN_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")  # tokenizer.json describes them completely
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# What an unsuitable config or architecture may raise.
-_FAILURES = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
 def _read_tokenizer(source: str, revision: str | None) -> Any:
@@ -78,7 +76,7 @@ def find_architecture(config: LanguageConfig) -> type:
                 "choose another LLM, or a release of transformers that knows it"
             )
         llm_config = AutoConfig.from_pretrained(source, revision=config.revision, trust_remote_code=False)
-    except (OSError, *_FAILURES) as error:
+    except (OSError, *LIBRARY_FAILURES) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{place} has a config.json that cannot be used: {error}") from error
@@ -165,7 +163,7 @@ def load_language(config: LanguageConfig) -> tuple[Any, Any]:
             f"model.language: {config.source} has a pickle that holds more than tensors, or is damaged. Code in it is "
             "never run: convert it to safetensors where you trust it, or choose another LLM"
         ) from error
-    except (OSError, EOFError, *_FAILURES) as error:
+    except (OSError, EOFError, *LIBRARY_FAILURES) as error:
         raise ConfigError(f"model.language: cannot load {config.source}: {error}") from error
     if missing := sorted(report["missing_keys"]):
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")

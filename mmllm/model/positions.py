@@ -12,10 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmllm.backbone_files.hub import quiet_transformers
-
-# What architectures raise that cannot be built on the meta device. None of them has a table of positions.
-_FAILURES = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
+from mmllm.backbone_files.hub import LIBRARY_FAILURES, quiet_transformers
 
 
 def _table_sizes(language_model: Any, num_positions: int) -> Iterator[int]:
@@ -51,7 +48,7 @@ def position_limit_of(config: Any) -> int | None:
     try:
         with quiet_transformers(), torch.device("meta"):
             return position_limit(AutoModelForCausalLM.from_config(config))
-    except _FAILURES:
+    except LIBRARY_FAILURES:  # it cannot be built on the meta device; no such LLM has a table of positions
         return None
 
 

@@ -9,7 +9,6 @@ in streamed data is saved.
 
 from __future__ import annotations
 
-import os
 import pickle
 import shutil
 import time
@@ -25,6 +24,7 @@ from torch import Tensor
 from mmllm.config import CONFIGS, ConfigError
 from mmllm.config.file import saved_settings
 from mmllm.config.reference import resumable_paths
+from mmllm.disk import sync
 from mmllm.distributed.ranks import gather_all
 from mmllm.distributed.shards import damaged_shards, shard_checksums
 from mmllm.distributed.strategy import Strategy
@@ -83,20 +83,6 @@ def saved_steps(out: Path) -> list[Path]:
     """The completely written states of a run, oldest first."""
     folders = [path for path in RunFolder(out).states.glob("step_*") if (path / STATE_FILE).is_file()]
     return sorted((path for path in folders if path.name[5:].isdigit()), key=_step_of)
-
-
-def sync(path: Path) -> None:
-    """Flushes this file or folder to disk, so that a power failure loses nothing. Raises OSError.
-
-    Windows cannot open a folder, and flushes only files that are open for writing.
-    """
-    if os.name == "nt" and path.is_dir():
-        return
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _partial(folder: Path) -> Path:

@@ -6,6 +6,7 @@ training never shows them, and the split `wordings` asks in nothing else, but fo
 
 from __future__ import annotations
 
+import functools
 import random
 import re
 import zlib
@@ -209,9 +210,10 @@ def plain_words(text: str) -> str:
     return re.sub(r"\w+", lambda word: _PLAIN.get(word[0], word[0]), text)
 
 
-def split_templates(templates: tuple[str, ...], *, held_out: bool) -> list[str]:
+@functools.cache
+def split_templates(templates: tuple[str, ...], *, held_out: bool) -> tuple[str, ...]:
     """A fifth of the templates, at least one, which training never shows; or the others. Their texts alone decide."""
-    by_hash = sorted(templates, key=lambda template: zlib.crc32(template.encode()))
+    by_hash = tuple(sorted(templates, key=lambda template: zlib.crc32(template.encode())))
     num_held_out = max(1, round(len(templates) / _HELD_OUT_FIFTH))
     return by_hash[:num_held_out] if held_out else by_hash[num_held_out:]
 

@@ -8,7 +8,6 @@ are written last, and `conversations.json` after the other: if it exists, the sp
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import random
@@ -136,19 +135,17 @@ def _write_chunk(
             names = [picture_name(number - 1), name]
             conversations.append(conversation_row(f"{split}-{number:06d}-two", names, pair))
         if number % TEXT_EVERY == 0:
-            reworded = functools.partial(wordings.reword, rng=words_rng)
-            conversations.append(_text_row(f"{split}-{number:06d}-text", rng, split, scene, reworded))
+            conversations.append(_text_row(f"{split}-{number:06d}-text", rng, split, scene, wordings, words_rng))
     return captions, conversations
 
 
 def _text_row(
-    row_id: str, rng: random.Random, split: Split, scene: Scene,
-    reworded: Callable[[SceneConversation], SceneConversation],
+    row_id: str, rng: random.Random, split: Split, scene: Scene, wordings: Wordings, words_rng: random.Random
 ) -> dict[str, Any]:  # fmt: skip
     """A row without a picture: small talk, or questions about a described scene, so that the LLM still reads texts."""
     if rng.random() < 0.5:
-        return conversation_row(row_id, [], reworded(about_none(rng, split, 5)))
-    talk = reworded(_picture_conversation(scene, rng, split))
+        return conversation_row(row_id, [], wordings.reword(about_none(rng, split, 5), words_rng))
+    talk = wordings.reword(_picture_conversation(scene, rng, split), words_rng)
     example = text_example(talk, rng, row_id)
     turns = tuple(
         # The description is in the first turn, so each turn needs all before it. A caption has no single right answer.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import shutil
@@ -14,7 +15,7 @@ from mmllm.config import RunConfig
 from mmllm.config.file import dump_config
 from mmllm.distributed.launch import STRATEGIES, launched_strategy
 from mmllm.distributed.ranks import all_reduce_sum, gather_all
-from mmllm.distributed.strategy import load_weights
+from mmllm.distributed.state_io import load_weights
 from mmllm.errors import EXIT_INTERRUPTED, MmllmError
 from mmllm.fault_points import fault_point
 from mmllm.runs.alarms import new_alarms
@@ -162,7 +163,7 @@ class Run:
             stage = self.stage
             if weights is not None:
                 stage = self.rebuild()
-                load_weights(stage.parts, weights)
+                load_weights(itertools.chain(*stage.parts.values()), weights)
             folder.mkdir(exist_ok=True)
             stage.save(folder, run_log.rows)
 

@@ -19,13 +19,13 @@ from torch import Tensor
 from mmllm.checkpoint.folder import (
     MANIFEST,
     CheckpointError,
-    file_hash,
     load_checkpoint,
     read_manifest,
     save_checkpoint,
     verify_files,
     write_manifest,
 )
+from mmllm.disk import file_hash
 from mmllm.fault_points import KILL_AT
 
 WEIGHTS = "model.safetensors"

@@ -15,6 +15,7 @@ from mmllm.distributed.launch import STRATEGIES, launched_strategy
 from mmllm.runs.state import saved_steps
 from mmllm.stages.conversation import ConversationStage
 from tests.builders.launches import forked, under_torchrun
+from tests.builders.strategies import HEAD, LAUNCHES
 from tests.builders.tiny_runs import (
     UNGROUPED,
     log_of,
@@ -27,23 +28,14 @@ from tests.builders.tiny_runs import (
 )
 
 SETTINGS = ("optim.max_steps=4", "log.save_every_steps=2")
-LAUNCHES = {
-    "ddp": {},
-    "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
-    "zero2": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
-    "zero3": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
-}
 
 # The real command, which all processes leave without a word behind as many states as DIES says. CALLS_HEAD: the
 # LLM's head is called, and its gradient is not found beside it, as where its weight is gathered when it is called.
-DRIVER = """
-import os, sys
+DRIVER = (
+    HEAD
+    + """
 from mmllm.training import loop, losses
 from mmllm.stages import run
-
-if "ACCELERATE_USE_DEEPSPEED" in os.environ:
-    import deepspeed
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled for half a minute, for inference
 
 if "CALLS_HEAD" in os.environ:
     losses.is_plain_linear = lambda head: False
@@ -59,6 +51,7 @@ def save_and_die(*given, **named):
 loop.save_state = save_and_die
 run.main("stage2", sys.argv[1:])
 """
+)
 
 
 def launch(
