@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mmllm.batching.packing import packed_position_ids
+from mmllm.model import capabilities
 from mmllm.model.capabilities import has_plain_head, needs_mask, why_not_packed
 from mmllm.model.probing import held_in_float32, probing, relative_difference
 from mmllm.training.quantised_base import quantise_language
@@ -106,3 +107,17 @@ def test_tied_weights_stay_tied_in_fp32() -> None:
         assert model["a"].weight is model["b"].weight
         assert model["b"].weight.dtype == torch.float32
     assert model["b"].weight.dtype == torch.bfloat16
+
+
+def test_an_llm_that_fails_is_not_packed_and_a_bug_of_ours_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = backbone("llama")
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise KeyError("rope")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.model, "forward", fails)
+        assert why_not_packed(model) == "'rope'"
+    monkeypatch.setattr(capabilities, "probing", None)  # called in a frame of ours
+    with pytest.raises(TypeError):
+        why_not_packed(model)
