@@ -76,5 +76,6 @@ def draw_examples(folder: Path) -> list[ExampleQuestion]:
         for letter, picture in zip("ab", pictures, strict=False):
             paths.append(folder / f"example-{number}{letter if len(pictures) > 1 else ''}.png")
             picture.save(paths[-1])
-        examples.append(ExampleQuestion(turn.question, turn.answer, tuple(paths)))
+        question = turn.question[0].upper() + turn.question[1:]
+        examples.append(ExampleQuestion(question, turn.answer, tuple(paths)))
     return examples

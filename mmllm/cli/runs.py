@@ -19,6 +19,9 @@ def train(
     context: typer.Context,
     config: Config,
     overrides: Overrides = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="On this machine; they share compute.batch_size. On a CPU 2 beat 2 threads.")
+    ] = 1,
 ) -> None:
     """Train a stage; the same as `accelerate launch train/STAGE.py CONFIG`. Goes on where a run was stopped."""
     with user_errors():
@@ -27,6 +30,11 @@ def train(
         given = [*(overrides or []), *context.args]
         if wrong := [text for text in given if text.startswith("-")]:
             raise ConfigError(f"unknown option {wrong[0]}; settings are given as section.key=value")
+        if processes > 1:
+            from mmllm.config.file import load_config
+            from mmllm.distributed.torchrun import launch
+
+            launch(config, given, load_config(config, given), processes)
         from mmllm.stages.run import main
 
         main(None, [str(config), *given])

@@ -26,8 +26,8 @@ def scenes(
         typer.Option(min=0, help="Pictures asked about in words that training never shows; default: as many as val."),
     ] = None,
     reworded: Annotated[
-        float, typer.Option(min=0, max=1, help="The fraction of training's questions that are asked in other words.")
-    ] = 0.0,
+        float, typer.Option(min=0, max=1, help="The fraction of training's questions that are in a person's own words.")
+    ] = 0.5,
     seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
     num_processes: Annotated[Optional[int], typer.Option(min=1, help="Default: one a core.")] = None,  # noqa: UP045
 ) -> None:

@@ -10,7 +10,7 @@ from mmllm.config.lora import LanguageLoraConfig, LoraConfig
 from mmllm.config.model import LanguageConfig, ModelConfig, ProjectorConfig, TowerConfig, VisionConfig
 from mmllm.config.optim import BITSANDBYTES_KINDS, OptimConfig
 from mmllm.config.run import RunConfig
-from mmllm.config.stage import StageConfig
+from mmllm.config.stage import StageConfig, WordStartConfig
 from mmllm.config.validation import AlarmsConfig, ValidationConfig
 from mmllm.config.warmup import GuideConfig, WarmupLanguageConfig, WarmupVisionConfig
 
@@ -45,4 +45,5 @@ __all__ = [
     "VisionConfig",
     "WarmupLanguageConfig",
     "WarmupVisionConfig",
+    "WordStartConfig",
 ]

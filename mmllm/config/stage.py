@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from mmllm.config.base import PositiveInt
+from mmllm.config.base import PositiveInt, Section
 from mmllm.config.compute import ComputeConfig
 from mmllm.config.data import DataConfig
 from mmllm.config.lora import LanguageLoraConfig, LoraConfig
@@ -30,6 +30,17 @@ def check_precision(language: LanguageConfig, compute: ComputeConfig, *, is_trai
         raise ValueError("model.language.attention flash_attention_2 has no fp32; set compute.precision=bf16")
 
 
+class WordStartConfig(Section):
+    """Before step 1: the projector learns which words of the answers its image tokens stand for, without the LLM."""
+
+    steps: PositiveInt = 400
+    """Updates of the projector."""
+    num_examples: PositiveInt = 3000
+    """Examples with pictures to learn from; the tower encodes each of them once."""
+    learning_rate: Annotated[float, Field(gt=0)] = 4.0e-3
+    """The rate at the start; it falls to a tenth."""
+
+
 class StageConfig(RunConfig):
     """Stage 1 (projector on captions) and stage 2 (projector and LLM on conversations)."""
 
@@ -43,6 +54,9 @@ class StageConfig(RunConfig):
     """The parts of the model that are trained."""
     freeze: tuple[str, ...] = ()
     """Patterns of parameter names, such as `*embed_tokens*`, that stay frozen within the parts that `train` lists."""
+    word_start: WordStartConfig | None = None
+    """Begin with a projector whose tokens lie near the embeddings of the words that they show; `{}` for its defaults.
+    Default: a random projector, or that of the checkpoint."""
     vision_last_layers: PositiveInt | None = None
     """Of a trained vision tower, how many of its last layers are trained. Default: all of it."""
     lora: LanguageLoraConfig | None = None
@@ -67,6 +81,10 @@ class StageConfig(RunConfig):
             raise ValueError(
                 f"optim.layer_decay has {sorted(unknown)}, but train lists {sorted(self.train)}; give parts of train"
             )
+        if self.word_start and "projector" not in self.train:
+            raise ValueError("word_start trains the projector, but train does not list it")
+        if self.word_start and self.data.is_streamed:
+            raise ValueError("word_start chooses among the examples, but data.train is streamed; take one of them out")
         if self.lora and "language" not in self.train:
             raise ValueError("lora adapts the LLM, but train does not list language")
         if self.vision_lora and self.vision_last_layers:

@@ -17,10 +17,16 @@ class WarmupVisionConfig(RunConfig):
 
     stage: Literal["warmup_vision"]
     """What the run does: it makes a small CLIP."""
-    clip: dict[str, Any]
-    """open_clip's model config: embed_dim, vision_cfg, text_cfg."""
-    tokenizer: PathText
-    """The folder of the text tower's tokenizer."""
+    clip: dict[str, Any] | None = None
+    """open_clip's model config of a CLIP to be trained from random weights: embed_dim, vision_cfg, text_cfg."""
+    tokenizer: PathText | None = None
+    """The folder of the text tower's tokenizer, for a CLIP from random weights."""
+    source: PathText | None = None
+    """The folder of a trained CLIP to go on from, with its config and tokenizer; instead of `clip` and `tokenizer`."""
+    shown: Annotated[dict[Literal["objects", "text", "chart"], PositiveInt], Field(min_length=1)] = {
+        "objects": 50, "text": 35, "chart": 15,
+    }  # fmt: skip
+    """Relative frequency of each kind of scene; kinds left out are not shown. Reading takes longest to learn."""
     num_scenes: PositiveInt
     """Scenes to train on, each with its near misses."""
     num_val_scenes: PositiveInt = 100
@@ -28,8 +34,15 @@ class WarmupVisionConfig(RunConfig):
     words_weight: NonNegative = 1.0
     """The weight of the loss on the words of regions; that of the contrastive loss is 1."""
 
+    @property
+    def tokenizer_folder(self) -> str:
+        """The folder of the text tower's tokenizer, given or that of `source`."""
+        return self.tokenizer or self.source or ""
+
     @model_validator(mode="after")
     def _rates(self) -> WarmupVisionConfig:
+        if bool(self.source) == bool(self.clip or self.tokenizer) or bool(self.clip) != bool(self.tokenizer):
+            raise ValueError("give source, or clip and tokenizer")
         self.validation.check_warmup(self.stage)
         self.check_rates(["vision"])
         self.check_memory_options()
@@ -61,12 +74,17 @@ class WarmupLanguageConfig(RunConfig):
     a trained one."""
     vocab_size: PositiveInt = 512
     """Tokens of the tokenizer that is made for an LM from random weights."""
+    new_vocab_size: PositiveInt | None = None
+    """Tokens of a tokenizer that is made anew for a trained LM: old tokens keep their embeddings, a new one begins as
+    the mean of its pieces. Default: the tokenizer of `source`."""
     num_descriptions: PositiveInt
     """Described scenes to train on."""
     num_turns: PositiveInt = 10
     """Questions in each conversation about a scene."""
     retell: Fraction = 0.15
     """The share of conversations that only tell the scene again in other words."""
+    reworded: Fraction = 0.0
+    """The share of questions in a person's own words; with any, it is also asked what no description answers."""
     ask_more: dict[str, PositiveInt] = Field(default_factory=dict)
     """Question type, such as `count`: how many times more it is drawn, where every type counts once."""
     guides: list[GuideConfig] = Field(default_factory=list)
@@ -83,6 +101,10 @@ class WarmupLanguageConfig(RunConfig):
         self.validation.check_warmup(self.stage)
         self.check_rates(["language"] if self.read_out is None else ["language", "read_out"])
         self.check_memory_options()
+        if self.new_vocab_size and isinstance(self.language, dict):
+            raise ValueError(
+                "new_vocab_size changes the tokenizer of a trained LM, but language has random weights; set vocab_size"
+            )
         if isinstance(self.language, LanguageConfig):
             if not self.language.source:
                 raise ValueError("language.source: missing, and it has no default")

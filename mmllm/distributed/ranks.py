@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from mmllm.config import RunConfig
 from mmllm.errors import MmllmError
@@ -52,6 +53,17 @@ def all_reduce_sums(accelerator: Any, values: Sequence[float]) -> list[float]:
     torch.distributed.all_reduce(totals)
     sums: list[float] = totals.tolist()
     return sums
+
+
+@torch.no_grad()
+def broadcast_from_first(tensors: Iterable[Tensor], device: torch.device) -> None:
+    """Copies the first rank's values to every rank by way of `device`; each tensor stays on its own device."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    for tensor in tensors:
+        sent = tensor.detach().to(device)
+        torch.distributed.broadcast(sent, 0)
+        tensor.copy_(sent)
 
 
 _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")

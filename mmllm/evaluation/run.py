@@ -17,7 +17,7 @@ from mmllm.evaluation.tasks import CAPTION, Question, Task, guess_accuracy, norm
 from mmllm.inference.engine import Engine
 from mmllm.inference.sampling import Sampling
 
-MAX_CAPTION_TOKENS, MAX_ANSWER_TOKENS = 96, 16
+MAX_CAPTION_TOKENS, MAX_ANSWER_TOKENS = 96, 48
 
 
 def shuffled_pictures(questions: Sequence[Question], seed: int = 0) -> list[tuple[str, ...]]:
@@ -60,21 +60,27 @@ def score(task: Task, questions: Sequence[Question], answers: Sequence[str]) -> 
     """Scores the answers.
 
     `exact` is the share of exact matches over all questions but captions, `types` the same for each question type, and
-    `counts` their numbers. `caption_f1` follows the task's rule for captions.
+    `counts` their numbers. `refused` is the share of questions with another answer that got the task's refusal.
+    `caption_f1` follows the task's rule for captions.
     """
     right: dict[str, list[bool]] = defaultdict(list)
+    refused: list[bool] = []
     facts = [0, 0, 0]  # right, stated, true
     for question, answer in zip(questions, answers, strict=True):
         if question.type == CAPTION:
             facts = [total + new for total, new in zip(facts, task.caption_facts(question, answer), strict=True)]
         else:
             right[question.type].append(normalise(answer) == normalise(question.answer))
+            if task.refusal and question.answer != task.refusal:
+                refused.append(normalise(answer) == normalise(task.refusal))
     all_hits = [hit for hits in right.values() for hit in hits]
     result: dict[str, Any] = {
         "exact": sum(all_hits) / len(all_hits) if all_hits else None,
         "types": {kind: sum(hits) / len(hits) for kind, hits in sorted(right.items())},
         "counts": {kind: len(hits) for kind, hits in sorted(right.items())},
     }
+    if refused:
+        result["refused"] = sum(refused) / len(refused)
     if facts[2]:
         result["caption_f1"] = f1(*facts)
     return result
@@ -113,6 +119,8 @@ def show(name: str, result: dict[str, Any], console: Console) -> None:
     table.add_row(
         "all", str(sum(result["counts"].values())), f"{result['exact']:.3f}", f"{result['shuffled']['exact']:.3f}", ""
     )
+    if "refused" in result:
+        table.add_row("refused", "", f"{result['refused']:.3f}", "", "")
     if "caption_f1" in result:
         table.add_row("caption F1", "", f"{result['caption_f1']:.3f}", f"{result['shuffled']['caption_f1']:.3f}", "")
     console.print(table)

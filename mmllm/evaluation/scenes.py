@@ -10,6 +10,7 @@ from typing import Any
 from mmllm.batch import picture_marks
 from mmllm.evaluation.tasks import CAPTION, Question, TaskError
 from mmllm.scenes.captions import fact_counts
+from mmllm.scenes.wordings import UNKNOWN_ANSWER
 from mmllm.scenes.world import Scene
 
 TASKS: dict[str, Path] = {
@@ -25,6 +26,7 @@ class ScenesTask:
 
     name: str
     folder: Path
+    refusal: str | None = UNKNOWN_ANSWER
 
     def questions(self, max_pictures: int | None = None) -> list[Question]:
         """Every question of the split, or those about its first `max_pictures`. Raises TaskError."""

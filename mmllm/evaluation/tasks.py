@@ -41,10 +41,15 @@ class Question:
 
 
 class Task(Protocol):
-    """Questions, and the scoring rule for captions; all other answers are scored by exact match."""
+    """Questions, and the scoring rule for captions; all other answers are scored by exact match.
+
+    `refusal` is the answer to what no picture tells, or None.
+    """
 
     @property
     def name(self) -> str: ...
+    @property
+    def refusal(self) -> str | None: ...
     def questions(self, max_pictures: int | None = None) -> list[Question]: ...
     def caption_facts(self, question: Question, answer: str) -> tuple[int, int, int]: ...  # right, stated, true
 

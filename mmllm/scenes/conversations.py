@@ -8,12 +8,10 @@ from dataclasses import dataclass
 
 from mmllm.batch import PICTURE_LABEL, Example, Message
 from mmllm.scenes.captions import caption_clauses, write_caption
-from mmllm.scenes.pair_questions import TWO_PICTURES, ask_about_two
-from mmllm.scenes.questions import CAPTION_REQUESTS, QUESTION_TYPES, QuestionTurn, ask_about
-from mmllm.scenes.small_talk import TEXT_ONLY, ask_without_picture
+from mmllm.scenes.pair_questions import ask_about_two
+from mmllm.scenes.questions import CAPTION_REQUESTS, QuestionTurn, ask_about
+from mmllm.scenes.small_talk import ask_without_picture
 from mmllm.scenes.world import Scene, Split, near_miss, sample_scene
-
-ALL_TYPES = (*QUESTION_TYPES, TWO_PICTURES, TEXT_ONLY)
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,13 @@ def font_files() -> tuple[str, ...]:
     import matplotlib
 
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    names = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSerif", "STIXGeneralBol")
+    names = (
+        *(f"DejaVuSans{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
+        *(f"DejaVuSansMono{style}" for style in ("", "-Bold", "-Oblique")),
+        *(f"DejaVuSerif{style}" for style in ("", "-Bold", "-Italic")),
+        *(f"STIXGeneral{style}" for style in ("", "Bol", "Italic", "BolIta")),
+        *("cmr10", "cmb10", "cmss10", "cmtt10", "cmti10"),
+    )
     return ("", *(str(folder / f"{name}.ttf") for name in names))
 
 
@@ -154,21 +160,33 @@ def _font(file: str, size_px: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFo
     return ImageFont.truetype(file, size_px) if file else ImageFont.load_default(size_px)
 
 
+def _bend(layer: Image.Image, center: Point, turn: float, stretch: float, slant: float) -> Image.Image:
+    """The layer turned (radians), made wider and slanted around a point, as letters of other fonts are."""
+    cos, sin = math.cos(turn), math.sin(turn)
+    # where each pixel of the result comes from: turned back, straightened, made narrower
+    a, b = (cos + slant * sin) / stretch, (slant * cos - sin) / stretch
+    x, y = center
+    matrix = (a, b, x - a * x - b * y, sin, cos, y - sin * x - cos * y)
+    return layer.transform(layer.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
+
+
 def _draw_line(canvas: _Canvas, line: Line, y: float, rng: random.Random) -> None:
     text = rng.choice((line.text, line.text.upper(), line.text.title()))
     file = rng.choice(font_files())
     size_px = round(canvas.length(rng.uniform(0.28, 0.44)))
     widest = 0.92 * canvas.width * canvas.scale
-    stroke = canvas.scale if rng.random() < 0.4 else 0
+    stroke = rng.choice((0, 0, 0, canvas.scale, canvas.scale, round(size_px * rng.uniform(0.02, 0.045))))
+    stretch, slant = rng.uniform(0.8, 1.2), rng.uniform(-0.1, 0.25)
     font = _font(file, size_px)
-    width = font.getbbox(text, stroke_width=stroke)[2]
+    width = font.getbbox(text, stroke_width=stroke)[2] * stretch + abs(slant) * size_px
     if width > widest:
+        stroke = int(stroke * widest / width)
         font = _font(file, int(size_px * widest / width))
     layer = Image.new("L", canvas.image.size)
     free = max(0.0, 1 - width / widest) / 2
     center = canvas.at(0.5 + rng.uniform(-free, free) * 0.6, y + rng.uniform(-0.05, 0.05))
     ImageDraw.Draw(layer).text(center, text, fill=255, font=font, anchor="mm", stroke_width=stroke)
-    layer = layer.rotate(rng.uniform(-6, 6), Image.Resampling.BILINEAR, center=center)
+    layer = _bend(layer, center, math.radians(rng.uniform(-6, 6)), stretch, slant)
     canvas.image.paste(shade(line.color, rng), mask=layer)
 
 

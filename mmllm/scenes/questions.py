@@ -51,8 +51,9 @@ ATTRIBUTE_QUESTIONS = {
 CAPTION_REQUESTS = ("describe the picture.", "what is in the picture?", "what do you see?", "write a caption.")
 
 
-def plural(shape: str) -> str:
-    return f"{shape}es" if shape == "cross" else f"{shape}s"
+def plural(noun: str) -> str:
+    """The plural of a noun, which may have adjectives before it."""
+    return f"{noun}es" if noun.endswith(("s", "x", "ch", "sh")) else f"{noun}s"
 
 
 def yes_no(truth: bool) -> str:

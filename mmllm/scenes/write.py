@@ -13,7 +13,6 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +24,11 @@ from mmllm.scenes.conversations import SceneConversation, about_none, about_one,
 from mmllm.scenes.draw import draw
 from mmllm.scenes.questions import CAPTION_REQUESTS, QUESTION_TYPES, QuestionTurn
 from mmllm.scenes.small_talk import TEXT_ONLY
-from mmllm.scenes.wordings import UNKNOWN, ask_unknown, reword
+from mmllm.scenes.wordings import Wordings
 from mmllm.scenes.world import SPLITS, Kind, Scene, Split, sample_kind, sample_scene
 
 WORDINGS = "wordings"
 FOLDERS = (*SPLITS, WORDINGS)
-UNKNOWN_EVERY = 4  # pictures, for each question that no picture answers; only where questions are reworded
 # Training has more of what takes longest to learn; the other splits have all kinds in their usual proportions.
 TRAINING_KIND_WEIGHTS: dict[Kind, int] = {"objects": 40, "text": 42, "chart": 18}
 TRAINING_QUESTION_TYPES = (*QUESTION_TYPES, *["compare", "count"] * 4, *["relation"] * 2, "follow_up")
@@ -57,30 +55,6 @@ def scene_of(seed: int, split: Split, number: int) -> Scene:
 
 def _picture_conversation(scene: Scene, rng: random.Random, split: Split) -> SceneConversation:
     return about_one(scene, rng, TURNS_PER_PICTURE, TRAINING_QUESTION_TYPES if split == "train" else ())
-
-
-@dataclass(frozen=True)
-class Wordings:
-    """In which words a split is asked about: a fraction of its questions in others than those of `questions.py`."""
-
-    fraction: float = 0.0
-    held_out: bool = False  # only in wordings that training never shows, or only in the others
-
-    def reword(self, conversation: SceneConversation, rng: random.Random) -> SceneConversation:
-        turns = (
-            replace(turn, question=reword(turn.question, rng, held_out=self.held_out), plain=turn.question)
-            if rng.random() < self.fraction
-            else turn
-            for turn in conversation.turns
-        )
-        return replace(conversation, turns=tuple(turns))
-
-    def add_unknown(self, conversation: SceneConversation, rng: random.Random, number: int) -> SceneConversation:
-        """Every few pictures, a question at the end that no picture of this world answers."""
-        if not self.fraction or number % UNKNOWN_EVERY:
-            return conversation
-        turn = QuestionTurn(UNKNOWN, *ask_unknown(rng, held_out=self.held_out))
-        return replace(conversation, turns=(*conversation.turns, turn))
 
 
 def _turns_json(turns: Sequence[QuestionTurn], opening: str) -> list[dict[str, str]]:
@@ -125,13 +99,12 @@ def _write_chunk(
         rng = _random_for(seed, split, "ask", number)
         words_rng = _random_for(seed, split, f"words, {wordings}", number)  # so that the questions stay the same
         caption = QuestionTurn("caption", rng.choice(CAPTION_REQUESTS), write_caption(scene, rng))
-        captioned = wordings.reword(SceneConversation((scene,), (caption,)), words_rng)
+        captioned = wordings.reworded(SceneConversation((scene,), (caption,)), words_rng)
         captions.append(conversation_row(f"{split}-{number:06d}", [name], captioned))
-        talk = wordings.reword(_picture_conversation(scene, rng, split), words_rng)
-        talk = wordings.add_unknown(talk, words_rng, number)
+        talk = wordings.apply(_picture_conversation(scene, rng, split), words_rng)
         conversations.append(conversation_row(f"{split}-{number:06d}", [name], talk))
         if number % TWIN_EVERY == TWIN_EVERY - 1:
-            pair = wordings.reword(about_two(scene_of(seed, split, number - 1), scene, rng, 4), words_rng)
+            pair = wordings.apply(about_two(scene_of(seed, split, number - 1), scene, rng, 4), words_rng)
             names = [picture_name(number - 1), name]
             conversations.append(conversation_row(f"{split}-{number:06d}-two", names, pair))
         if number % TEXT_EVERY == 0:
@@ -144,8 +117,8 @@ def _text_row(
 ) -> dict[str, Any]:  # fmt: skip
     """A row without a picture: small talk, or questions about a described scene, so that the LLM still reads texts."""
     if rng.random() < 0.5:
-        return conversation_row(row_id, [], wordings.reword(about_none(rng, split, 5), words_rng))
-    talk = wordings.reword(_picture_conversation(scene, rng, split), words_rng)
+        return conversation_row(row_id, [], wordings.apply(about_none(rng, split, 5), words_rng))
+    talk = wordings.apply(_picture_conversation(scene, rng, split), words_rng)
     example = text_example(talk, rng, row_id)
     turns = tuple(
         # The description is in the first turn, so each turn needs all before it. A caption has no single right answer.
@@ -189,7 +162,7 @@ def write_scenes(
     counts: dict[str, int],
     seed: int,
     *,
-    reworded: float = 0.0,
+    reworded: float = 0.5,
     num_processes: int | None = None,
     advance: Callable[[int], None] = lambda n: None,
 ) -> None:

@@ -23,6 +23,7 @@ from mmllm.checkpoint.golden import make_golden
 from mmllm.checkpoint.reload import check_reload
 from mmllm.config import ConfigError, StageConfig
 from mmllm.config.file import dump_config
+from mmllm.distributed.ranks import broadcast_from_first
 from mmllm.feature_cache.cache import FeatureCache, open_cache
 from mmllm.feature_cache.encoder import FeatureEncoder
 from mmllm.kernels.attention import use_blocked_attention
@@ -38,6 +39,7 @@ from mmllm.runs.run_log import metric_curves
 from mmllm.stages.conversation_batches import BatchMaker
 from mmllm.stages.load import load_model
 from mmllm.stages.trained_parts import choose_trained
+from mmllm.stages.word_start import start_from_words
 from mmllm.training.data import TrainingData
 from mmllm.training.gradient_checkpointing import enable_gradient_checkpointing
 from mmllm.training.lora import move_adapters
@@ -162,6 +164,15 @@ class ConversationStage:
         if self.features is not None:
             encoder = FeatureEncoder(self.features, self.model.vision_tower, self.processor)
             encoder.fill(device, rank=rank, world_size=world_size)
+
+    def start_projector(self, device: Any) -> None:
+        if self.config.word_start:
+            note = start_from_words(
+                self.model, self.batches, self.examples, self.config.word_start, device, self.config.seed
+            )
+            broadcast_from_first(self.model.projector.parameters(), device)
+            self.notes.append(note)
+            self._set_modes()
 
     def count(self, batch: Batch) -> int:
         return batch.num_supervised

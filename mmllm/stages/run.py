@@ -69,7 +69,7 @@ def _run(config: RunConfig) -> None:
     from mmllm.stages.registry import build_stage
     from mmllm.training.loop import train
     from mmllm.training.memory import explain_out_of_memory
-    from mmllm.training.stage import PreparesFeatures
+    from mmllm.training.stage import PreparesFeatures, StartsProjector
 
     out = Path(config.out)
     begun, is_finished = saved_run_settings(out)
@@ -88,6 +88,8 @@ def _run(config: RunConfig) -> None:
     if isinstance(stage, PreparesFeatures):
         rank, world_size = accelerator.process_index, accelerator.num_processes
         stage.prepare_features(accelerator.device, rank=rank, world_size=world_size)
+    if isinstance(stage, StartsProjector) and begun is None:
+        stage.start_projector(accelerator.device)
     if accelerator.is_main_process:
         RunFolder(out).settings.write_text(dump_config(config))
         write_about(out, stage.notes, f"{accelerator.num_processes} process(es) on {accelerator.device}")

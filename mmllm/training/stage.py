@@ -90,6 +90,14 @@ class CountsFlops(Protocol):
 
 
 @runtime_checkable
+class StartsProjector(Protocol):
+    """A stage that can train the projector alone before the run's first step."""
+
+    def start_projector(self, device: Any) -> None:
+        """Trains the projector before the first step. Every rank has to call it."""
+
+
+@runtime_checkable
 class PreparesFeatures(Protocol):
     """A stage that computes features once, before the first step, for all ranks."""
 

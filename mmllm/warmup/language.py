@@ -7,7 +7,7 @@ import json
 import random
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from mmllm.model.language import load_language, load_tokenizer
 from mmllm.processes import map_in_processes
 from mmllm.scenes.conversations import SceneConversation, describe_conversation, sample_text, text_example
 from mmllm.scenes.questions import QUESTION_TYPES
+from mmllm.scenes.wordings import Wordings
 from mmllm.scenes.world import Split
 from mmllm.training.losses import supervised_rows, token_loss_sum
 from mmllm.training.stage import LossOutput
@@ -79,9 +80,29 @@ def build_tokenizer(texts: Sequence[str], vocab_size: int) -> Any:
     return fast
 
 
+@torch.no_grad()
+def change_vocabulary(model: Any, old: Any, new: Any) -> None:
+    """Gives the model the embeddings, in and out, of another byte-level BPE tokenizer.
+
+    A token of both keeps its row; a new one gets the mean of the rows of the pieces that the old tokenizer makes of it.
+    """
+    bpe, ids = old.backend_tokenizer.model, old.get_vocab()
+    by_id = sorted(new.get_vocab(), key=new.get_vocab().__getitem__)
+    pieces = [[ids[token]] if token in ids else [piece.id for piece in bpe.tokenize(token)] for token in by_id]
+    tables = [layer.weight.clone() for layer in (model.get_input_embeddings(), model.get_output_embeddings())]
+    model.resize_token_embeddings(len(by_id), mean_resizing=False)
+    for config in (model.config, model.generation_config):
+        config.eos_token_id, config.pad_token_id = new.eos_token_id, new.pad_token_id
+    for layer, table in zip((model.get_input_embeddings(), model.get_output_embeddings()), tables, strict=True):
+        layer.weight.copy_(torch.stack([table[rows].mean(0) for rows in pieces]))
+
+
 @dataclass(frozen=True)
 class TextRow:
-    """A rendered conversation, `LookupBatch`'s annotations of its tokens, and the question type of each answer."""
+    """A rendered conversation, `LookupBatch`'s annotations of its tokens, and the question type of each answer.
+
+    `is_reworded`: its questions are asked in wordings that training never shows.
+    """
 
     input_ids: np.ndarray
     is_answer: np.ndarray
@@ -90,6 +111,7 @@ class TextRow:
     named: np.ndarray
     compared: np.ndarray
     types: tuple[str, ...]
+    is_reworded: bool = False
 
 
 def _row(renderer: Renderer, conversation: SceneConversation, rng: random.Random, name: str) -> TextRow:
@@ -107,7 +129,7 @@ def _row(renderer: Renderer, conversation: SceneConversation, rng: random.Random
     for (first, stop), turn in zip(answer_spans(rendered.is_answer), conversation.turns, strict=True):
         predicting = slice(first - 1, stop - 2)  # the positions that predict the answer's words, without its end
         about[predicting] = guide_bits(turn.about)
-        if f"the {turn.answer}" in turn.question:
+        if f"the {turn.answer}" in turn.question.lower():
             answer = rendered.input_ids[first : stop - 1]
             name_start = index_of_tokens((*article, *answer), rendered.input_ids, question) + len(article)
             named[predicting] = np.arange(name_start, name_start + len(answer))
@@ -144,10 +166,13 @@ def _render_chunk(folder: str, config: WarmupLanguageConfig, split: Split, numbe
         rng = random.Random(f"{config.seed}/{split}/text/{number}")
         if split == "train":
             conversation = sample_text(rng, split, config.num_turns, retell=config.retell, two=0.16, types=types)
+            wordings = Wordings(config.reworded)
         else:
             conversation = sample_text(rng, split, config.num_turns, retell=0.0)
+            wordings = Wordings(float(config.reworded > 0 and number % 2), held_out=True)
         if conversation.turns:
-            rows.append(_row(renderer, conversation, rng, f"{split}-{number}"))
+            row = _row(renderer, wordings.apply(conversation, rng), rng, f"{split}-{number}")
+            rows.append(replace(row, is_reworded=wordings.held_out and wordings.fraction > 0))
     return rows
 
 
@@ -200,6 +225,9 @@ class WarmupLanguage:
         self.out.mkdir(parents=True, exist_ok=True)
         if isinstance(config.language, LanguageConfig):
             self.model, self.tokenizer = load_language(config.language)
+            if config.new_vocab_size:
+                old, self.tokenizer = self.tokenizer, build_tokenizer(self._corpus(4000), config.new_vocab_size)
+                change_vocabulary(self.model, old, self.tokenizer)
         else:
             self.tokenizer = build_tokenizer(self._corpus(4000), config.vocab_size)
             self.model = self._new_model(config.language)
@@ -233,7 +261,8 @@ class WarmupLanguage:
         texts = []
         for number in range(count):
             rng = random.Random(f"{self.config.seed}/corpus/{number}")
-            example = text_example(sample_text(rng, "train", self.config.num_turns, retell=0.3), rng, str(number))
+            conversation = sample_text(rng, "train", self.config.num_turns, retell=0.3)
+            example = text_example(Wordings(self.config.reworded).apply(conversation, rng), rng, str(number))
             texts += [message.text for message in example.messages]
         return texts
 
@@ -289,7 +318,7 @@ class WarmupLanguage:
     def validate(self, step: int, *, writes: bool = True) -> dict[str, float]:
         """Loss on answers in nats per token, and the share that greedy decoding gets exactly right, by question type.
 
-        The questions are about descriptions that training never shows.
+        The questions are about descriptions that training never shows; `reworded` in wordings that it never shows.
         """
         self.model.eval()
         right: dict[str, list[bool]] = defaultdict(list)
@@ -304,16 +333,13 @@ class WarmupLanguage:
             hits = (logits[:, :-1].argmax(-1) == batch.input_ids[:, 1:]).numpy()
             for number, row in enumerate(rows):
                 for (first, stop), name in zip(answer_spans(row.is_answer.tolist()), row.types, strict=True):
-                    right[name].append(bool(hits[number, first - 1 : stop - 1].all()))
+                    if name != "caption":  # may be worded in several ways, so its exact match says nothing
+                        key = "reworded" if row.is_reworded else "exact"
+                        hit = bool(hits[number, first - 1 : stop - 1].all())
+                        right[key].append(hit)
+                        right[f"{key}_{name}"].append(hit)
         self.model.train()
-        # a caption may be worded in several ways, so its exact match says nothing
-        exact = {name: sum(hits) / len(hits) for name, hits in sorted(right.items()) if name != "caption"}
-        overall = [hit for name, hits in right.items() if name != "caption" for hit in hits]
-        return {
-            "val_loss": total / count,
-            "exact": sum(overall) / len(overall),
-            **{f"exact_{k}": v for k, v in exact.items()},
-        }
+        return {"val_loss": total / count, **{key: sum(found) / len(found) for key, found in sorted(right.items())}}
 
     def save(self, out: Path, log: list[dict[str, Any]]) -> None:
         """Saves the LM in bf16 and its tokenizer in transformers' format, and the log's last row as `figures.json`."""

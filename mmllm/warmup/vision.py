@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,13 +25,14 @@ from mmllm.warmup.regions import MAX_REGIONS, Box, RegionWords, regions_of
 
 MAX_WORDS = 5  # tokens that describe a part of a scene
 NEAR_MISSES = 3  # hard negatives drawn for each scene
-SHOWN: dict[Kind, int] = {"objects": 50, "text": 35, "chart": 15}  # reading takes longest to learn
 
 
-def scene_group(seed: int, split: Split, number: int) -> tuple[list[Scene], random.Random]:
+def scene_group(
+    seed: int, split: Split, number: int, shown: Mapping[Kind, int]
+) -> tuple[list[Scene], random.Random]:  # fmt: skip
     """(a scene and near misses of it, which differ only in details; the random generator to draw them with)."""
     rng = random.Random(f"{seed}/{split}/pairs/{number}")
-    scenes = [sample_scene(rng, split, sample_kind(rng, SHOWN))]
+    scenes = [sample_scene(rng, split, sample_kind(rng, shown))]
     for _ in range(NEAR_MISSES):
         scenes.append(near_miss(rng.choice(scenes), rng, split))
     return scenes, rng
@@ -54,10 +55,12 @@ class Pairs(NamedTuple):
     words: Tensor  # [N, MAX_REGIONS, MAX_WORDS] token ids, padding: -1
 
 
-def _draw_chunk(seed: int, split: Split, numbers: range, side_px: int, num_captions: int) -> list[Drawn]:
+def _draw_chunk(
+    config: WarmupVisionConfig, split: Split, numbers: range, side_px: int, num_captions: int
+) -> list[Drawn]:
     drawn = []
     for number in numbers:
-        scenes, rng = scene_group(seed, split, number)
+        scenes, rng = scene_group(config.seed, split, number, config.shown)
         for scene in scenes:
             pixels = np.asarray(draw(scene, rng).resize((side_px, side_px), Image.Resampling.BICUBIC))
             captions = [write_caption(scene, rng) for _ in range(num_captions)]
@@ -88,6 +91,11 @@ class _ClipLoss(nn.Module):
         return loss * len(batch["texts"])
 
 
+def _model_cfg(folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
+    return config
+
+
 class WarmupVision:
     """Trains a small CLIP of open_clip from random weights with its contrastive loss. Batches contain near misses."""
 
@@ -98,14 +106,15 @@ class WarmupVision:
         from open_clip.model import CLIP
 
         self.config = config
-        self.side_px = int(config.clip["vision_cfg"]["image_size"])
+        self.clip: dict[str, Any] = config.clip or _model_cfg(Path(config.source or ""))
+        self.side_px = int(self.clip["vision_cfg"]["image_size"])
         self.mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN)[:, None, None]
         self.std = torch.tensor(open_clip.OPENAI_DATASET_STD)[:, None, None]
-        self.tokenizer = load_tokenizer(config.tokenizer)
+        self.tokenizer = load_tokenizer(config.tokenizer_folder)
         self.pairs = self._draw("train", config.num_scenes)
         self.val_pairs = self._draw("val", config.num_val_scenes)
         torch.manual_seed(config.seed)
-        self.model: Any = CLIP(**config.clip)
+        self.model: Any = CLIP(**self.clip) if config.clip else open_clip.create_model(f"local-dir:{config.source}")
         self.module: nn.Module = _ClipLoss(self.model, config.words_weight, len(self.tokenizer), self.side_px)
         self.parts = {"vision": list(self.module.named_parameters())}
         self.depths: dict[str, int] = {}
@@ -122,7 +131,7 @@ class WarmupVision:
     def _draw(self, split: Split, count: int) -> Pairs:
         drawn: list[Drawn] = []
         tasks = [
-            (self.config.seed, split, range(start, min(start + 100, count)), self.side_px, self.NUM_CAPTIONS)
+            (self.config, split, range(start, min(start + 100, count)), self.side_px, self.NUM_CAPTIONS)
             for start in range(0, count, 100)
         ]
         for chunk in map_in_processes(_draw_chunk, tasks):
@@ -133,7 +142,7 @@ class WarmupVision:
             ids = self._ids([text for _, text in scene.regions], MAX_WORDS, end=False)
             boxes[number, : len(ids)] = torch.tensor([box for box, _ in scene.regions])
             words[number, : len(ids)] = ids.masked_fill(ids == self.tokenizer.pad_token_id, -1)
-        length = self.config.clip["text_cfg"]["context_length"]
+        length = self.clip["text_cfg"]["context_length"]
         texts = self._ids([text for scene in drawn for text in scene.captions], length, end=True)
         pixels = torch.from_numpy(np.stack([scene.pixels for scene in drawn]))
         return Pairs(pixels, texts.view(len(drawn), self.NUM_CAPTIONS, -1), boxes, words)
@@ -193,7 +202,7 @@ class WarmupVision:
         """Saves the CLIP for open_clip's `local-dir:`, its tokenizer, and the log's last row as `figures.json`."""
         from safetensors.torch import save_file
 
-        clip = {**self.config.clip, "text_cfg": {**self.config.clip["text_cfg"], "hf_tokenizer_name": "."}}
+        clip = {**self.clip, "text_cfg": {**self.clip["text_cfg"], "hf_tokenizer_name": "."}}
         preprocess = {
             "size": self.side_px,
             "mode": "RGB",
@@ -209,5 +218,6 @@ class WarmupVision:
         state = self.model.state_dict()
         weights = {k: v.to(torch.bfloat16 if v.is_floating_point() else v.dtype).contiguous() for k, v in state.items()}
         save_file(weights, str(out / "open_clip_model.safetensors"))
-        self.tokenizer.save_pretrained(out)
+        # read anew: one that was used keeps how it padded
+        load_tokenizer(self.config.tokenizer_folder).save_pretrained(out)
         (out / "figures.json").write_text(json.dumps(log[-1], indent=2) + "\n")

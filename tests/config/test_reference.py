@@ -181,4 +181,4 @@ def test_without_a_checkout_the_commands_say_so(tmp_path: Path, monkeypatch: pyt
         )
     assert mmllm("configs", "show", "seed").exit_code == 0
     shutil.copytree(ROOT / "configs" / "tiny", tmp_path / "configs" / "tiny")
-    assert len(mmllm("configs").output.splitlines()) == 5
+    assert len(mmllm("configs").output.splitlines()) == len(list((ROOT / "configs" / "tiny").glob("*.yaml")))

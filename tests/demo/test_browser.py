@@ -120,6 +120,7 @@ def test_stop_stops_the_computation_and_the_page_goes_on(page, slowly):
     page.button("Stop").click()
     page.expect(page.answers).to_contain_text("stopped")
     wait_until(lambda: not generating(), seconds=5)
+    page.tab.wait_for_timeout(500)  # the last words may still be on their way
     said = page.answers.inner_text()
     page.tab.wait_for_timeout(1000)
     assert page.answers.inner_text() == said

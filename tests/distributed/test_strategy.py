@@ -72,8 +72,9 @@ def launch(
 
 
 def shared(tiny_runs: Path) -> tuple[str, ...]:
-    """Batches of which some hold pictures on one rank only, and pictures for validation."""
-    return (*SETTINGS, UNGROUPED, f"seed={mixed_seed()}", f"data.val=[{{path: {tiny_runs}/data/val.json}}]")
+    """Batches of which some hold pictures on one rank only, pictures for validation, and a start from words."""
+    start = "word_start={steps: 2, num_examples: 16}"
+    return (*SETTINGS, UNGROUPED, start, f"seed={mixed_seed()}", f"data.val=[{{path: {tiny_runs}/data/val.json}}]")
 
 
 def assert_same(one: Path, other: Path) -> None:
@@ -138,7 +139,8 @@ def test_a_stopped_run_goes_on_with_as_many_processes_or_fewer(
 @pytest.mark.timeout(600)
 def test_streamed_data_and_a_damaged_shard_under_fsdp2(tiny_runs: Path, tmp_path: Path) -> None:
     config, out = tiny_runs / "stage2.yaml", tmp_path / "out"
-    overrides = (*shared(tiny_runs), *trains(*FROZEN_TOWER), *streamed(tiny_runs / "data"), "log.save_every_steps=1")
+    overrides = (*shared(tiny_runs), *trains(*FROZEN_TOWER), *streamed(tiny_runs / "data"))
+    overrides = (*overrides, "word_start=null", "log.save_every_steps=1")  # a stream has no examples to start from
     alone = train_in_process(config, tmp_path / "alone", *overrides)
     launch(config, out, 2, {**LAUNCHES["fsdp2"], "DIES": "2"}, *overrides)
     assert [path.name for path in saved_steps(out)] == ["step_0000001", "step_0000002"]

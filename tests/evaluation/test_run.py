@@ -25,6 +25,7 @@ from mmllm.inference.sampling import Sampling
 from mmllm.scenes.captions import write_caption
 from mmllm.scenes.questions import CAPTION_REQUESTS
 from mmllm.scenes.small_talk import NO_PICTURE, SMALL_TALK
+from mmllm.scenes.wordings import UNKNOWN_ANSWER
 from mmllm.scenes.world import Scene
 from mmllm.scenes.write import write_scenes
 from tests.builders.scene_answers import UnanswerableError, answer, read_caption
@@ -170,6 +171,16 @@ def test_scores_are_counted_by_hand(pictures):
     assert result["caption_f1"] == 1.0
     assert score(SCENES, questions, ["red", "blue", "2", ""])["caption_f1"] == 0.0
     assert "caption_f1" not in score(SCENES, questions[:3], ["red", "blue", "2"])
+
+
+def test_what_is_refused_is_counted_where_an_answer_is_known():
+    questions = [question("color", "?", "red"), question("count", "?", "2"), question("unknown", "?", UNKNOWN_ANSWER)]
+    result = score(SCENES, questions, ["red", UNKNOWN_ANSWER.capitalize(), UNKNOWN_ANSWER])
+    assert result["refused"] == 0.5
+    assert result["types"]["unknown"] == 1.0
+    assert "refused" not in score(SCENES, questions[2:], [UNKNOWN_ANSWER])
+    without = SimpleNamespace(refusal=None, caption_facts=SCENES.caption_facts)
+    assert "refused" not in score(without, questions, ["red", "2", "so"])
 
 
 @pytest.mark.parametrize(

@@ -277,6 +277,27 @@ def test_a_warm_up_goes_on_from_a_trained_model_and_its_tokenizer(tmp_path: Path
         assert torch.equal(weight, theirs[name].to(torch.bfloat16).float()), "saved in bf16, and left as it was"
 
 
+def test_a_new_tokenizer_keeps_what_the_model_knows_of_old_tokens(tmp_path: Path) -> None:
+    first = WarmupLanguage(small_config(tmp_path / "first"))
+    first.save(tmp_path / "first", [{"exact": 0.5}])
+    source = {"source": str(tmp_path / "first"), "attention": "eager"}
+    second = WarmupLanguage(small_config(tmp_path / "second", language=source, new_vocab_size=500, reworded=0.5))
+    assert len(first.tokenizer) == 300
+    assert len(second.tokenizer) == second.model.config.vocab_size == 500
+    old, new = first.tokenizer.get_vocab(), second.tokenizer.get_vocab()
+    shared = sorted(set(old) & set(new))
+    assert {"<|pad|>", "<|end|>", "e", "Ġ"} <= set(shared)
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        before, after = (getattr(stage.model, name)().weight.to(torch.bfloat16) for stage in (first, second))
+        for token in shared:
+            assert torch.equal(after[new[token]], before[old[token]])
+        word = next(token for token in new if token not in old and len(token) > 3)
+        pieces = first.tokenizer.encode(word.replace("Ġ", " "), add_special_tokens=False)
+        assert len(pieces) > 1
+        assert torch.allclose(after[new[word]].float(), before[pieces].float().mean(0), atol=0.01)
+    assert 0 <= second.validate(1)["reworded"] <= 1
+
+
 def test_what_is_to_be_asked_more_often_is(renderer: Renderer, tmp_path: Path) -> None:
     renderer.tokenizer.save_pretrained(tmp_path)
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from mmllm.config import VisionConfig, WarmupVisionConfig
@@ -140,6 +141,40 @@ def test_a_small_warm_up_sees_words_and_pairs(kind: str, tmp_path: Path) -> None
         seen = tower(batch["pixels"])
         maps = stage.model.eval().forward_intermediates(batch["pixels"], image_indices=2)["image_intermediates"][0]
     assert torch.allclose(seen, maps.flatten(2).transpose(1, 2), atol=0.05), "saved in bf16, and read again"
+
+
+def test_a_warm_up_goes_on_from_a_trained_clip(tmp_path: Path) -> None:
+    make_language(tmp_path / "tokenizer")
+    tree = {
+        "stage": "warmup_vision", "out": str(tmp_path / "first"), "tokenizer": str(tmp_path / "tokenizer"),
+        "clip": {
+            "embed_dim": 16, "vision_cfg": VISION["resnet"],
+            "text_cfg": {
+                "context_length": 60, "vocab_size": 400, "width": 16, "heads": 2, "layers": 1, "pool_type": "eos",
+                "eos_id": 4,
+            },
+        },
+        "num_scenes": 6, "num_val_scenes": 50, "optim": {"learning_rates": {"vision": 1e-3}, "max_steps": 2},
+        "compute": {"batch_size": 2},
+    }  # fmt: skip
+    first = WarmupVision(WarmupVisionConfig.model_validate(tree))
+    (tmp_path / "first").mkdir()
+    first.save(tmp_path / "first", [first.validate(1)])
+    tree |= {"clip": None, "tokenizer": None, "source": str(tmp_path / "first"), "shown": {"text": 1}, "seed": 3}
+    second = WarmupVision(WarmupVisionConfig.model_validate(tree))
+    assert second.tokenizer.get_vocab() == first.tokenizer.get_vocab()
+    theirs = first.model.state_dict()
+    for name, weight in second.model.state_dict().items():
+        assert torch.equal(weight, theirs[name].to(torch.bfloat16).to(weight.dtype)), name
+    words = second.tokenizer.batch_decode(second.pairs.texts[:, 0])
+    assert all("word" in text or "number" in text for text in words), "nothing but writing is shown"
+    (tmp_path / "second").mkdir()
+    second.save(tmp_path / "second", [{}])
+    configs = [(tmp_path / name / "open_clip_config.json").read_text() for name in ("first", "second")]
+    assert configs[0] == configs[1]
+    for wrong in ({"source": None}, {"tokenizer": str(tmp_path / "tokenizer")}):
+        with pytest.raises(ValidationError, match="give source, or clip and tokenizer"):
+            WarmupVisionConfig.model_validate(tree | wrong)
 
 
 def test_a_scene_of_another_kind_has_no_boxes() -> None:
