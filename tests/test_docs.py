@@ -82,6 +82,28 @@ def test_every_command_of_a_page_is_taken_with_its_settings(
     assert {words[0] for words in indented_commands(page, "make")} <= targets
 
 
+def test_make_demo_trains_either_model_and_no_other(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    (tmp_path / "tests").mkdir()
+    for name in ("Makefile", "requirements.txt", "pyproject.toml", "tests/parts.txt"):
+        shutil.copy(ROOT / name, tmp_path / name)
+
+    def make(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["make", "-n", *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    for arguments, folder in ((["demo"], "tiny"), (["demo", "MODEL=smollm2"], "smollm2-135m")):
+        told = make(*arguments).stdout
+        steps = [told.index(f"configs/{folder}/stage{number}.yaml --processes") for number in (1, 2)]
+        assert steps == sorted(steps)
+        assert f"mmllm demo runs/{folder}/stage2" in told
+    (tmp_path / "runs/tiny/stage2").mkdir(parents=True)
+    (tmp_path / "runs/tiny/stage2/manifest.json").touch()
+    assert "mmllm train" not in make("demo").stdout, "what is trained is not trained again"
+    wrong = make("demo", "MODEL=llava")
+    assert wrong.returncode != 0
+    assert "MODEL=llava cannot be trained by `make demo`; allowed: tiny, smollm2" in wrong.stderr
+
+
 def test_every_config_that_a_page_tells_to_write_is_valid(written_configs: Path) -> None:
     found = sorted((written_configs / "configs" / "mine").glob("*.yaml"))
     assert [path.name for path in found] == ["parts.yaml", "stage1.yaml", "stage2.yaml"]
