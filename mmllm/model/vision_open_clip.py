@@ -112,7 +112,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def _model_cfg(source: str) -> dict[str, Any]:
+def read_model_cfg(source: str) -> dict[str, Any]:
     """open_clip's config of a registered name, a `local-dir:FOLDER` or a `FILE.json`."""
     import open_clip
 
@@ -156,7 +156,7 @@ def load_open_clip_tower(config: TowerConfig) -> OpenClipTower:
     """
     import open_clip
 
-    model_cfg = _model_cfg(config.source)
+    model_cfg = read_model_cfg(config.source)
     is_local = config.source.startswith((LOCAL_DIR, "hf-hub:"))
     if config.revision:
         raise ConfigError(

@@ -320,8 +320,10 @@ UNKNOWN_THING_QUESTIONS = (
     "*where is the {color} {thing}?", "*count the {thing}s.", "*how many {color} {thing}s are there?",
     "which picture has a {thing}?", "*what shape is the {thing}?",
 )  # fmt: skip
-UNKNOWN_THINGS = tuple(
-    """
+# What stands in the slots of the same names: words of what is not in the world.
+UNKNOWN_WORDS: dict[str, tuple[str, ...]] = {
+    "thing": tuple(
+        """
     pentagon *hexagon rectangle *oval diamond arrow *cube ball ring line spiral *cloud flower octagon cylinder pyramid
     cone
     sphere ellipse trapezoid house horse cow pig lion tiger *elephant rabbit snake frog bear monkey
@@ -338,26 +340,27 @@ UNKNOWN_THINGS = tuple(
     *basket bucket broom brush *soap towel *pillow blanket curtain carpet *vase toy doll *puzzle balloon gift ticket
     coin
     wallet money *card *ghost angel *devil witch *wizard giant dwarf statue painting sculpture *tattoo logo emoji
-    """.split()  # noqa: SIM905
-)
-UNKNOWN_PEOPLE = tuple(
-    """
+        """.split()  # noqa: SIM905
+    ),
+    "person": tuple(
+        """
     man woman boy girl *child baby person *lady guy king queen president *doctor teacher nurse farmer soldier policeman
     *painter *artist *driver pilot cook waiter singer dancer actor player friend *mother father *sister brother uncle
     aunt
     grandmother neighbor boss student thief clown
-    """.split()  # noqa: SIM905
-)
-UNKNOWN_PLACES = tuple(
-    """
+        """.split()  # noqa: SIM905
+    ),
+    "place": tuple(
+        """
     france germany spain *italy england *london paris berlin rome madrid china *japan india brazil canada america africa
     europe australia russia *egypt mexico sweden norway poland *greece turkey korea vienna tokyo *moscow
-    """.split()  # noqa: SIM905
-)
-UNKNOWN_NAMES = tuple(
-    """
+        """.split()  # noqa: SIM905
+    ),
+    "name": tuple(
+        """
     *anna peter maria john mary *paul einstein *mozart shakespeare picasso napoleon *caesar *columbus newton obama
     taylor
     bob alice tom sarah emma lukas mohammed li elena
-    """.split()  # noqa: SIM905
-)
+        """.split()  # noqa: SIM905
+    ),
+}

@@ -16,20 +16,14 @@ from dataclasses import dataclass, replace
 from mmllm.scenes.conversations import SceneConversation
 from mmllm.scenes.questions import RELATIONS, QuestionTurn, plural
 from mmllm.scenes.small_talk import SMALL_TALK, TEXT_ONLY
-from mmllm.scenes.templates import (
-    HELD_OUT,
-    INTENTS,
-    UNKNOWN_NAMES,
-    UNKNOWN_PEOPLE,
-    UNKNOWN_PLACES,
-    UNKNOWN_QUESTIONS,
-    UNKNOWN_THING_QUESTIONS,
-    UNKNOWN_THINGS,
-)
+from mmllm.scenes.templates import HELD_OUT, INTENTS, UNKNOWN_QUESTIONS, UNKNOWN_THING_QUESTIONS, UNKNOWN_WORDS
 from mmllm.scenes.world import COLORS, SHAPES
 
 UNKNOWN = "unknown"
 UNKNOWN_ANSWER = "i can tell you about shapes, colors, sizes, places, words and bars."
+_KNOWN_WORDS: dict[str, Sequence[str]] = {
+    "number": [str(number) for number in range(100)], "side": list(RELATIONS), "color": COLORS, "shape": SHAPES,
+}  # fmt: skip
 UNKNOWN_SHARE = 0.12  # chance of a turn that no picture answers, before each turn and at the end
 SMALL_TALK_SHARE = 0.02  # chance of small talk there
 # Letters at random beside the real words of what is not in this world: a person knows more words than any list has.
@@ -105,21 +99,16 @@ def ask_unknown(rng: random.Random, *, held_out: bool) -> tuple[str, str]:
     templates = UNKNOWN_THING_QUESTIONS if rng.random() < 0.4 else UNKNOWN_QUESTIONS
     template = _choose(rng.choice(split_templates(templates, held_out=held_out)), rng)
 
-    def one_of(words: tuple[str, ...]) -> str:
-        if rng.random() < _NONSENSE_SHARE:
-            return _nonsense(rng)
-        return rng.choice(split_templates(words, held_out=held_out))
+    def word_for(slot: re.Match[str]) -> str:
+        if slot[1] in _KNOWN_WORDS:
+            word = rng.choice(_KNOWN_WORDS[slot[1]])
+        elif rng.random() < _NONSENSE_SHARE:
+            word = _nonsense(rng)
+        else:
+            word = rng.choice(split_templates(UNKNOWN_WORDS[slot[1]], held_out=held_out))
+        return plural(word) if slot[2] else word
 
-    slots = {
-        "thing": lambda: one_of(UNKNOWN_THINGS), "person": lambda: one_of(UNKNOWN_PEOPLE),
-        "place": lambda: one_of(UNKNOWN_PLACES), "name": lambda: one_of(UNKNOWN_NAMES),
-        "number": lambda: str(rng.randint(0, 99)), "side": lambda: rng.choice(list(RELATIONS)),
-        "color": lambda: rng.choice(COLORS), "shape": lambda: rng.choice(SHAPES),
-    }  # fmt: skip
-    question = re.sub(
-        r"\{(\w+)\}(s\b)?", lambda slot: plural(slots[slot[1]]()) if slot[2] else slots[slot[1]](), template
-    )
-    return _decorate(question, rng), UNKNOWN_ANSWER
+    return _decorate(re.sub(r"\{(\w+)\}(s\b)?", word_for, template), rng), UNKNOWN_ANSWER
 
 
 def _nonsense(rng: random.Random) -> str:
@@ -164,13 +153,15 @@ class Wordings:
         for turn in conversation.turns:
             if not turn.num_needed:  # a follow-up stays behind what it follows
                 turns += self._extra_turns(rng)
-            turns.append(self._reworded(turn, rng) if rng.random() < self.fraction else turn)
+            turns.append(self._maybe_reworded(turn, rng))
         return replace(conversation, turns=(*turns, *self._extra_turns(rng)))
 
     def reworded(self, conversation: SceneConversation, rng: random.Random) -> SceneConversation:
         """With the same turns and no others."""
-        turns = (self._reworded(turn, rng) if rng.random() < self.fraction else turn for turn in conversation.turns)
-        return replace(conversation, turns=tuple(turns))
+        return replace(conversation, turns=tuple(self._maybe_reworded(turn, rng) for turn in conversation.turns))
+
+    def _maybe_reworded(self, turn: QuestionTurn, rng: random.Random) -> QuestionTurn:
+        return self._reworded(turn, rng) if rng.random() < self.fraction else turn
 
     def _reworded(self, turn: QuestionTurn, rng: random.Random) -> QuestionTurn:
         return replace(turn, question=reword(turn.question, rng, held_out=self.held_out), plain=turn.question)

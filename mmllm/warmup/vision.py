@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mmllm.batching.sampler import IndexedSampler
 from mmllm.config import WarmupVisionConfig
 from mmllm.model.language import load_tokenizer
+from mmllm.model.vision_open_clip import LOCAL_DIR, read_model_cfg
 from mmllm.processes import map_in_processes
 from mmllm.scenes.captions import write_caption
 from mmllm.scenes.draw import draw
@@ -91,11 +92,6 @@ class _ClipLoss(nn.Module):
         return loss * len(batch["texts"])
 
 
-def _model_cfg(folder: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
-    return config
-
-
 class WarmupVision:
     """Trains a small CLIP of open_clip from random weights with its contrastive loss. Batches contain near misses."""
 
@@ -106,7 +102,7 @@ class WarmupVision:
         from open_clip.model import CLIP
 
         self.config = config
-        self.clip: dict[str, Any] = config.clip or _model_cfg(Path(config.source or ""))
+        self.clip: dict[str, Any] = config.clip or read_model_cfg(f"{LOCAL_DIR}{config.source}")
         self.side_px = int(self.clip["vision_cfg"]["image_size"])
         self.mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN)[:, None, None]
         self.std = torch.tensor(open_clip.OPENAI_DATASET_STD)[:, None, None]
@@ -114,7 +110,7 @@ class WarmupVision:
         self.pairs = self._draw("train", config.num_scenes)
         self.val_pairs = self._draw("val", config.num_val_scenes)
         torch.manual_seed(config.seed)
-        self.model: Any = CLIP(**self.clip) if config.clip else open_clip.create_model(f"local-dir:{config.source}")
+        self.model: Any = CLIP(**self.clip) if config.clip else open_clip.create_model(f"{LOCAL_DIR}{config.source}")
         self.module: nn.Module = _ClipLoss(self.model, config.words_weight, len(self.tokenizer), self.side_px)
         self.parts = {"vision": list(self.module.named_parameters())}
         self.depths: dict[str, int] = {}

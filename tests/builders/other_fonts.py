@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
 from mmllm.scenes.draw import draw
-from mmllm.scenes.world import Scene
+from tests.builders.other_renderer import redraw
 from tests.builders.real_parts import PARTS
 
 FONTS = tuple(
@@ -38,7 +36,4 @@ def other_fonts() -> Iterator[None]:
 def redraw_words(folder: Path) -> None:
     """Draws the pictures with written words of a split anew."""
     with other_fonts():
-        for graph in sorted((folder / "images").glob("*.json")):
-            scene = Scene.from_json(json.loads(graph.read_text()))
-            if scene.kind == "text":
-                draw(scene, random.Random(graph.stem)).save(graph.with_suffix(".png"))
+        redraw(folder, draw, kinds=("text",))

@@ -11,14 +11,15 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mmllm.scenes.world import MAX_VALUE, Bar, Line, Scene, Thing
+from mmllm.scenes.world import MAX_VALUE, Bar, Kind, Line, Scene, Thing
 
 Array = NDArray[np.float64]
 RGB = tuple[int, int, int]
@@ -219,8 +220,11 @@ def draw(scene: Scene, rng: random.Random) -> Image.Image:
     return Image.fromarray(np.rint(page.values).astype(np.uint8))
 
 
-def redraw(split: Path) -> None:
-    """Draws every picture of a split that `mmllm scenes` wrote anew, from the scene graph beside it."""
+def redraw(
+    split: Path, paint: Callable[[Scene, random.Random], Image.Image] = draw, kinds: Sequence[Kind] = get_args(Kind)
+) -> None:
+    """Draws the pictures of these kinds of a written split anew, from the scene graphs beside them."""
     for graph in sorted((split / "images").glob("*.json")):
         scene = Scene.from_json(json.loads(graph.read_text()))
-        draw(scene, random.Random(graph.stem)).save(graph.with_suffix(".png"))
+        if scene.kind in kinds:
+            paint(scene, random.Random(graph.stem)).save(graph.with_suffix(".png"))

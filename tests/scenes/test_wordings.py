@@ -12,16 +12,7 @@ from mmllm.scenes.conversations import SceneConversation
 from mmllm.scenes.pair_questions import ask_about_two
 from mmllm.scenes.questions import QUESTION_TYPES, QuestionTurn
 from mmllm.scenes.small_talk import SMALL_TALK
-from mmllm.scenes.templates import (
-    HELD_OUT,
-    INTENTS,
-    UNKNOWN_NAMES,
-    UNKNOWN_PEOPLE,
-    UNKNOWN_PLACES,
-    UNKNOWN_QUESTIONS,
-    UNKNOWN_THING_QUESTIONS,
-    UNKNOWN_THINGS,
-)
+from mmllm.scenes.templates import HELD_OUT, INTENTS, UNKNOWN_QUESTIONS, UNKNOWN_THING_QUESTIONS, UNKNOWN_WORDS
 from mmllm.scenes.wordings import (
     UNKNOWN,
     UNKNOWN_ANSWER,
@@ -84,7 +75,7 @@ def test_a_question_is_matched_by_what_it_asks(question: str, pattern: str) -> N
 
 def test_a_fifth_of_the_templates_is_held_out() -> None:
     numbers = [0, 0]
-    for templates in (*TEMPLATES, UNKNOWN_THINGS, UNKNOWN_PEOPLE, UNKNOWN_PLACES, UNKNOWN_NAMES):
+    for templates in (*TEMPLATES, *UNKNOWN_WORDS.values()):
         assert len(set(templates)) == len(templates)
         trained, held_out = (split_templates(templates, held_out=flag) for flag in (False, True))
         assert {*trained, *(HELD_OUT + one for one in held_out)} == set(templates)
@@ -139,7 +130,7 @@ def test_a_held_out_wording_has_no_word_that_training_never_shows() -> None:
 
 def test_what_is_not_in_the_world_is_none_of_its_words() -> None:
     world = {*COLORS, *SHAPES, *SIZES, *WORDS, *" ".join(PLACES).split(), "bar", "picture", "number", "word", "object"}
-    assert not world & {*UNKNOWN_THINGS, *UNKNOWN_PEOPLE, *UNKNOWN_PLACES, *UNKNOWN_NAMES}
+    assert not world & {word.removeprefix(HELD_OUT) for words in UNKNOWN_WORDS.values() for word in words}
 
 
 def test_sums_and_sides_stay_as_they_are_and_the_unknown_has_one_answer() -> None:

@@ -101,23 +101,23 @@ VISION = {
 }
 
 
-@pytest.mark.parametrize("kind", VISION)
-def test_a_small_warm_up_sees_words_and_pairs(kind: str, tmp_path: Path) -> None:
-    make_language(tmp_path / "tokenizer")
-    tree = {
-        "stage": "warmup_vision", "out": str(tmp_path / "out"), "tokenizer": str(tmp_path / "tokenizer"),
-        "clip": {
-            "embed_dim": 16,
-            "vision_cfg": VISION[kind],
-            "text_cfg": {
-                "context_length": 60, "vocab_size": 400, "width": 16, "heads": 2, "layers": 1, "pool_type": "eos",
-                "eos_id": 4,
-            },
-        },
-        "num_scenes": 6, "num_val_scenes": 50,
-        "optim": {"learning_rates": {"vision": 1e-3}, "max_steps": 2},
+def small_settings(folder: Path, out: Path, kind: str) -> dict[str, Any]:
+    """Settings of a small warm-up from random weights, whose tokenizer is made in `folder`."""
+    make_language(folder / "tokenizer")
+    text_cfg = {
+        "context_length": 60, "vocab_size": 400, "width": 16, "heads": 2, "layers": 1, "pool_type": "eos", "eos_id": 4,
+    }  # fmt: skip
+    return {
+        "stage": "warmup_vision", "out": str(out), "tokenizer": str(folder / "tokenizer"),
+        "clip": {"embed_dim": 16, "vision_cfg": VISION[kind], "text_cfg": text_cfg},
+        "num_scenes": 6, "num_val_scenes": 50, "optim": {"learning_rates": {"vision": 1e-3}, "max_steps": 2},
         "compute": {"batch_size": 2},
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", VISION)
+def test_a_small_warm_up_sees_words_and_pairs(kind: str, tmp_path: Path) -> None:
+    tree = small_settings(tmp_path, tmp_path / "out", kind)
     stage = WarmupVision(WarmupVisionConfig.model_validate(tree))
     stage.sampler(2)
     batch = stage.batch([0, 1])
@@ -144,19 +144,7 @@ def test_a_small_warm_up_sees_words_and_pairs(kind: str, tmp_path: Path) -> None
 
 
 def test_a_warm_up_goes_on_from_a_trained_clip(tmp_path: Path) -> None:
-    make_language(tmp_path / "tokenizer")
-    tree = {
-        "stage": "warmup_vision", "out": str(tmp_path / "first"), "tokenizer": str(tmp_path / "tokenizer"),
-        "clip": {
-            "embed_dim": 16, "vision_cfg": VISION["resnet"],
-            "text_cfg": {
-                "context_length": 60, "vocab_size": 400, "width": 16, "heads": 2, "layers": 1, "pool_type": "eos",
-                "eos_id": 4,
-            },
-        },
-        "num_scenes": 6, "num_val_scenes": 50, "optim": {"learning_rates": {"vision": 1e-3}, "max_steps": 2},
-        "compute": {"batch_size": 2},
-    }  # fmt: skip
+    tree = small_settings(tmp_path, tmp_path / "first", "resnet")
     first = WarmupVision(WarmupVisionConfig.model_validate(tree))
     (tmp_path / "first").mkdir()
     first.save(tmp_path / "first", [first.validate(1)])
