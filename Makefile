@@ -69,11 +69,11 @@ weights: setup ## train the small backbones anew, from random weights, into weig
 	$(BIN)/mmllm train configs/tiny/warmup_language_pairs.yaml
 	$(BIN)/mmllm train configs/tiny/warmup_language_words.yaml
 	cd runs/tiny/warmup_language_words && cp config.json generation_config.json model.safetensors chat_template.jinja \
-		tokenizer.json tokenizer_config.json figures.json log.jsonl train_loss.png ../../../weights/tiny-language/
+		tokenizer.json tokenizer_config.json metrics.json log.jsonl train_loss.png ../../../weights/tiny-language/
 	$(BIN)/mmllm train configs/tiny/warmup_vision.yaml
 	$(BIN)/mmllm train configs/tiny/warmup_vision_fonts.yaml
 	cd runs/tiny/warmup_vision_fonts && cp open_clip_config.json open_clip_model.safetensors chat_template.jinja \
-		tokenizer.json tokenizer_config.json figures.json log.jsonl train_loss.png ../../../weights/tiny-vision/
+		tokenizer.json tokenizer_config.json metrics.json log.jsonl train_loss.png ../../../weights/tiny-vision/
 
 PIN := $(BIN)/uv pip compile pyproject.toml --all-extras --universal --no-annotate --no-emit-index-url --quiet \
 	--custom-compile-command "make requirements"

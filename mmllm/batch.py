@@ -116,7 +116,7 @@ class Batch:
     input_ids: Tensor  # [B, T]
     attention_mask: Tensor  # [B, T]
     labels: Tensor  # [B, T], IGNORE_INDEX where there is no loss
-    pixel_values: Tensor | None = None  # [N, C, H, W], or as mmllm/model/layout.py says
+    pixel_values: Tensor | None = None  # [N, C, H, W], or as mmllm/model/image_tokens.py says
     image_sizes: Tensor | None = None  # [N, 2], where the number of image tokens depends on the picture
     image_features: Tensor | None = None  # [N, P, Dv], instead of pixels where the frozen tower's output is cached
     position_ids: Tensor | None = None  # [B, T], for packed rows

@@ -34,7 +34,7 @@ from mmllm.data.sources import DataError, read_source
 from mmllm.diagnose.prompt_setup import load_prompt_setup
 from mmllm.images import image_size, load_image
 from mmllm.inference.preview import preview, shrink
-from mmllm.model.layout import Layout
+from mmllm.model.image_tokens import Layout
 from mmllm.model.processor import VisionLanguageProcessor
 from mmllm.model.vision import load_tower
 

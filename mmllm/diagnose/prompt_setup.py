@@ -10,8 +10,8 @@ from mmllm.chat.renderer import Renderer
 from mmllm.checkpoint.folder import read_manifest
 from mmllm.config import ModelConfig
 from mmllm.model.build import count_image_tokens, fitting_projector
+from mmllm.model.image_tokens import Layout, new_layout
 from mmllm.model.language import load_tokenizer
-from mmllm.model.layout import Layout, new_layout
 from mmllm.model.model_config import VisionLanguageConfig
 from mmllm.model.positions import position_limit_of
 from mmllm.model.processor import VisionLanguageProcessor

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmllm.batch import PreparedImage
 from mmllm.kernels.large_pictures import resize
-from mmllm.model.layout import Layout, Native, Tiles
+from mmllm.model.image_tokens import Layout, Native, Tiles
 
 GAP_PX = 4  # white space between the views of one picture
 

@@ -24,7 +24,7 @@ from mmllm.checkpoint.folder import new_folder, read_manifest
 from mmllm.inference.engine import Engine
 from mmllm.interop.parity import TransformersComparison, compare_with_transformers
 from mmllm.interop.towers import ExportError, TransformersEncoder, encoder_in_transformers
-from mmllm.model.layout import Native, Tiles
+from mmllm.model.image_tokens import Native, Tiles
 from projector import PROJECTORS, Projector
 
 MAX_SHARD_SIZE = "5GB"

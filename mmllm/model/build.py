@@ -11,8 +11,8 @@ from mmllm.backbone_files.gguf import described_source
 from mmllm.batch import IMAGE_TOKEN, PICTURE_LABEL, TEXT_ENCODING
 from mmllm.config import ConfigError, ModelConfig, ProjectorConfig, VisionConfig
 from mmllm.model.capabilities import check_backbone
+from mmllm.model.image_tokens import new_layout
 from mmllm.model.language import find_architecture, load_language
-from mmllm.model.layout import new_layout
 from mmllm.model.model_config import VisionLanguageConfig
 from mmllm.model.processor import VisionLanguageProcessor
 from mmllm.model.tower import VisionTower

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin, LogitsProcessorList, SuppressTokensLogitsProcessor
 
-from mmllm.model.layout import Layout
+from mmllm.model.image_tokens import Layout
 
 _IMAGE_INPUTS = ("pixel_values", "image_features", "image_sizes")
 _CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # `cache` since transformers 5.24

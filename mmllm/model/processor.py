@@ -16,7 +16,7 @@ from mmllm.batch import IMAGE_TOKEN, PICTURE_LABEL, ImageSource, PreparedImage
 from mmllm.chat.renderer import Renderer
 from mmllm.images import image_size, load_image
 from mmllm.kernels.large_pictures import MAX_ORDINARY_PIXELS
-from mmllm.model.layout import Layout, build_layout
+from mmllm.model.image_tokens import Layout, build_layout
 
 
 class VisionLanguageProcessor(ProcessorMixin):  # type: ignore[misc]

@@ -3,7 +3,7 @@
 Shapes: `B` batch, `T` tokens, `N` images of the whole batch, `P` patches and `M` tokens per image, `Dv` vision width,
 `D` LLM width, `V` vocabulary. The text holds the image token `M` times for each image; the projected patches
 replace those tokens, in the order of the images. Where images are cut into tiles or keep their aspect ratio, `M`
-depends on the image: see layout.py. Generation is in generation.py, the config in model_config.py.
+depends on the image: see image_tokens.py. Generation is in generation.py, the config in model_config.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mmllm.batch import Batch
 from mmllm.kernels.attention import replace_capped_sdpa
 from mmllm.kernels.tables import compute_tables
 from mmllm.model.generation import ImageGenerationMixin
-from mmllm.model.layout import build_layout
+from mmllm.model.image_tokens import build_layout
 from mmllm.model.model_config import VisionLanguageConfig, default_dtype
 from mmllm.model.tower import TowerSpec, VisionTower
 from mmllm.model.vision import build_tower
@@ -96,7 +96,7 @@ class VisionLanguageModel(PreTrainedModel, ImageGenerationMixin):  # type: ignor
     def encode_images(self, pixel_values: Tensor, image_sizes: Tensor | None = None) -> Tensor:
         """Patch tokens of the vision tower, without gradient where it is frozen: [N, C, H, W] -> [N, P, Dv].
 
-        Layouts other than `single` have other shapes, see layout.py.
+        Layouts other than `single` have other shapes, see image_tokens.py.
         """
         dtype = next((weight.dtype for weight in self.vision_tower.parameters()), pixel_values.dtype)
         with self._tower_gradients():

@@ -4,11 +4,12 @@ An image token is read as a distribution over words of the answers, by its cosin
 mean over a picture's tokens should give the words of the picture's answers, a bag of words after
 https://arxiv.org/abs/1511.02251, and each token should lie where the embeddings that it stands for have their mean. So
 the LLM reads words where it would read noise, and uses pictures many steps sooner: see bench/RESULTS.md. A word here is
-a token that some answers have.
+a token that some answers have; it counts the more, the fewer have it, by its inverse document frequency.
 """
 
 from __future__ import annotations
 
+import functools
 import random
 import time
 from collections import Counter, defaultdict
@@ -28,7 +29,7 @@ COMMON = 0.6  # a word of more examples than this tells nothing about one of the
 RARE = 5  # examples that a word must be in
 MAX_WORDS = 2000  # the most frequent ones
 MIN_WORDS = 4
-BATCH_SIZE = 64
+BATCH_SIZE = 128
 HELD_OUT = 0.05  # of the examples, for the recall
 TOKEN_WEIGHT = 0.3  # of the loss that keeps tokens near embeddings; that of the words is 1
 FIRST_SCALE = 20.0  # of cosines in the softmax
@@ -36,11 +37,16 @@ FIRST_SCALE = 20.0  # of cosines in the softmax
 
 @dataclass(frozen=True)
 class _Pictures:
-    """For each example the frozen tower's features, the sizes of its pictures, and which words it has: [W]."""
+    """For each example the frozen tower's features, the sizes of its pictures, and which words it has."""
 
     features: list[Tensor]
     sizes: list[Tensor | None]
     has_word: Tensor  # [E, W], 0 or 1
+
+    @functools.cached_property
+    def word_weights(self) -> Tensor:
+        """The inverse document frequency of each word: [W]."""
+        return -self.has_word.mean(0).clamp(min=1 / len(self.has_word)).log()
 
 
 class WordReader(nn.Module):
@@ -178,8 +184,8 @@ def _image_tokens(
 def _loss(model: VisionLanguageModel, reader: WordReader, pictures: _Pictures, rows: Sequence[int]) -> Tensor:
     losses = []
     for group, tokens, words in _image_tokens(model, reader, pictures, rows):
-        targets = pictures.has_word[group]
-        word_loss = -(targets * words.mean(1).clamp(min=1e-6).log()).sum(1) / targets.sum(1).clamp(min=1)
+        targets = pictures.has_word[group] * pictures.word_weights
+        word_loss = -(targets * words.mean(1).clamp(min=1e-6).log()).sum(1) / targets.sum(1).clamp(min=1e-6)
         losses.append(word_loss.sum() + TOKEN_WEIGHT * len(group) * reader.distance(tokens, words))
     return torch.stack(losses).sum() / len(rows)
 

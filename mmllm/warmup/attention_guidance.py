@@ -26,10 +26,12 @@ FADING = 6.0  # tokens over which its attention falls to 1/e
 class LookupBatch(Batch):
     """A text batch with annotations of where its answers can be read."""
 
-    told: Tensor  # [B, T] the scene part that this token describes, or -1
+    part_of: Tensor  # [B, T] the scene part that this token describes, or -1
     about: Tensor  # [B, T, 2] bit i: the next token is read from part i, for the first and the last thing named
     named: Tensor  # [B, T] the position in the question of the token that comes next, or -1
     compared: Tensor  # [B, T, 2] ids of the first tokens of the two values that decide the next token, or -1
+    grid_ids: Tensor | None = None  # [N, W] what stands in place of the batch's N image tokens, see word_grid.py
+    grid_weights: Tensor | None = None  # [N, W]
 
 
 def guide_bits(about: About) -> tuple[int, int]:
@@ -53,7 +55,7 @@ def guided_attention_sum(attention: Tensor, batch: LookupBatch, reads: Literal["
     about = batch.about[..., 0 if reads == "first" else 1]
     rows, queries = torch.nonzero(about, as_tuple=True)
     heads = attention[rows, :, queries].float()  # [Q, H, T]
-    is_part = functional.one_hot(batch.told + 1, MAX_PARTS + 1)[..., 1:].float()  # [B, T, parts]
+    is_part = functional.one_hot(batch.part_of + 1, MAX_PARTS + 1)[..., 1:].float()  # [B, T, parts]
     share = torch.einsum("qht,qtp->qhp", heads, is_part[rows]).clamp(min=1e-6)
     is_read = (about[rows, queries, None] >> torch.arange(MAX_PARTS, device=about.device)) & 1  # [Q, parts]
     target = is_read / is_read.sum(-1, keepdim=True)

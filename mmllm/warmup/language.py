@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import random
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmllm.batch import IMAGE_TOKEN, Batch
+from mmllm.batch import IMAGE_TOKEN, Batch, Example, Message, message, picture_marks
 from mmllm.batching.collate import collate
 from mmllm.batching.sampler import IndexedSampler
 from mmllm.chat.renderer import OWN_TEMPLATE, RenderedConversation, Renderer
@@ -29,8 +30,10 @@ from mmllm.scenes.world import Split
 from mmllm.training.losses import supervised_rows, token_loss_sum
 from mmllm.training.stage import LossOutput
 from mmllm.warmup.attention_guidance import LookupBatch, ReadOut, guide_bits, guided_attention_sum, init_for_lookup
+from mmllm.warmup.word_grid import MAX_WORDS, NUM_CELLS, grid_tokens, word_grid
 
 CHUNK = 500
+NO_WORDS = np.zeros((0, MAX_WORDS), np.float32)
 # fmt: off
 SPECIAL_TOKENS = ("<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", IMAGE_TOKEN)
 CHAT_TEMPLATE = (
@@ -99,32 +102,55 @@ def change_vocabulary(model: Any, old: Any, new: Any) -> None:
 
 @dataclass(frozen=True)
 class TextRow:
-    """A rendered conversation, `LookupBatch`'s annotations of its tokens, and the question type of each answer.
-
-    `is_reworded`: its questions are asked in wordings that training never shows.
-    """
+    """A rendered conversation, `LookupBatch`'s annotations of its tokens, and the question type of each answer."""
 
     input_ids: np.ndarray
     is_answer: np.ndarray
-    told: np.ndarray
+    part_of: np.ndarray
     about: np.ndarray
     named: np.ndarray
     compared: np.ndarray
     types: tuple[str, ...]
-    is_reworded: bool = False
+    group: str = "exact"  # validated apart: `reworded` has wordings that training never shows, `seen` grids of words
+    grid_ids: np.ndarray = field(default_factory=lambda: NO_WORDS)
+    grid_weights: np.ndarray = field(default_factory=lambda: NO_WORDS)
+
+
+def _seen_row(renderer: Renderer, conversation: SceneConversation, rng: random.Random, name: str) -> TextRow:
+    """The conversation with a grid of words in place of each picture."""
+    opening = picture_marks(len(conversation.scenes))
+    messages: list[Message] = []
+    for number, turn in enumerate(conversation.turns):
+        messages.append(message("user", turn.question if number else opening + turn.question))
+        messages.append(message("assistant", turn.answer))
+    images = tuple("" for _ in conversation.scenes)
+    rendered = renderer.render_example(Example(name, "grids", tuple(messages), images))
+    ids, flags = np.array(rendered.input_ids, np.int32), np.array(rendered.is_answer)
+    grids = [word_grid(scene, rng, _cached_ids(renderer), len(renderer.tokenizer)) for scene in conversation.scenes]
+    nothing = np.full(len(ids), -1, np.int16)
+    return TextRow(
+        ids, flags, part_of=nothing, about=np.zeros((len(ids), 2), np.int16), named=nothing,
+        compared=np.full((len(ids), 2), -1, np.int16), types=tuple(turn.type for turn in conversation.turns),
+        group="seen", grid_ids=np.concatenate([NO_WORDS.astype(np.int32), *(grid for grid, _ in grids)]),
+        grid_weights=np.concatenate([NO_WORDS, *(weights for _, weights in grids)]),
+    )  # fmt: skip
+
+
+def _cached_ids(renderer: Renderer) -> Callable[[str], Sequence[int]]:
+    return functools.cache(functools.partial(_ids, renderer))
 
 
 def _row(renderer: Renderer, conversation: SceneConversation, rng: random.Random, name: str) -> TextRow:
     example, parts = describe_conversation(conversation, rng, name)
     rendered = renderer.render_example(example)
-    told, about = np.full(len(rendered.input_ids), -1, np.int8), np.zeros((len(rendered.input_ids), 2), np.int16)
+    part_of, about = np.full(len(rendered.input_ids), -1, np.int8), np.zeros((len(rendered.input_ids), 2), np.int16)
     named, article = np.full(len(rendered.input_ids), -1, np.int16), _ids(renderer, " the")
     compared = np.full((len(rendered.input_ids), 2), -1, np.int16)
     ends = np.cumsum([len(text) for text in rendered.texts])  # of tokens, in characters
     offset = "".join(rendered.texts).index(example.messages[0].text)
     for text, part in zip(example.messages[0].parts, parts, strict=True):
         start, offset = offset, offset + len(str(text))
-        told[(start < ends) & (ends <= offset)] = -1 if part is None else part
+        part_of[(start < ends) & (ends <= offset)] = -1 if part is None else part
     question = int((ends <= start).sum())  # where the first turn's question starts: the last part of its message
     for (first, stop), turn in zip(answer_spans(rendered.is_answer), conversation.turns, strict=True):
         predicting = slice(first - 1, stop - 2)  # the positions that predict the answer's words, without its end
@@ -138,7 +164,7 @@ def _row(renderer: Renderer, conversation: SceneConversation, rng: random.Random
         question = stop
     types = tuple(turn.type for turn in conversation.turns)
     ids, flags = np.array(rendered.input_ids, np.int32), np.array(rendered.is_answer)
-    return TextRow(ids, flags, told, about, named, compared, types)
+    return TextRow(ids, flags, part_of, about, named, compared, types)
 
 
 def _ids(renderer: Renderer, text: str) -> list[int]:
@@ -158,7 +184,7 @@ def _render_chunk(folder: str, config: WarmupLanguageConfig, split: Split, numbe
     """The rendered conversations with these numbers. Training asks the question types in `ask_more` more often."""
     tokenizer = load_tokenizer(folder)
     renderer = Renderer(
-        tokenizer, OWN_TEMPLATE, image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), num_image_tokens=1
+        tokenizer, OWN_TEMPLATE, image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), num_image_tokens=NUM_CELLS
     )
     rows = []
     types = (*QUESTION_TYPES, *(name for name, times in config.ask_more.items() for _ in range(times)))
@@ -170,9 +196,15 @@ def _render_chunk(folder: str, config: WarmupLanguageConfig, split: Split, numbe
         else:
             conversation = sample_text(rng, split, config.num_turns, retell=0.0)
             wordings = Wordings(float(config.reworded > 0 and number % 2), held_out=True)
-        if conversation.turns:
-            row = _row(renderer, wordings.apply(conversation, rng), rng, f"{split}-{number}")
-            rows.append(replace(row, is_reworded=wordings.held_out and wordings.fraction > 0))
+        if not conversation.turns:
+            continue
+        conversation = wordings.apply(conversation, rng)
+        if config.seen and conversation.scenes and rng.random() < config.seen:
+            rows.append(_seen_row(renderer, conversation, rng, f"{split}-{number}"))
+        else:
+            row = _row(renderer, conversation, rng, f"{split}-{number}")
+            is_reworded = wordings.held_out and wordings.fraction > 0
+            rows.append(replace(row, group="reworded") if is_reworded else row)
     return rows
 
 
@@ -188,9 +220,20 @@ def answer_spans(is_answer: Sequence[bool]) -> list[tuple[int, int]]:
     return spans
 
 
+def embed(model: Any, batch: LookupBatch, image_token_id: int) -> Tensor:
+    """The embeddings of a batch's tokens, [B, T, D], with its grids of words in place of the image tokens."""
+    layer = model.get_input_embeddings()
+    embeds: Tensor = layer(batch.input_ids)
+    if batch.grid_ids is None or batch.grid_weights is None:
+        return embeds
+    cells = grid_tokens(layer.weight.detach(), batch.grid_ids, batch.grid_weights)
+    return embeds.masked_scatter((batch.input_ids == image_token_id)[..., None], cells.to(embeds.dtype))
+
+
 class _LanguageLoss(nn.Module):
-    def __init__(self, model: Any, config: WarmupLanguageConfig):
+    def __init__(self, model: Any, config: WarmupLanguageConfig, image_token_id: int):
         super().__init__()
+        self.image_token_id = image_token_id
         self.model, self.guides, self.guide_weight = model, config.guides, config.guide_weight
         self.read_out = None
         if config.read_out is not None:
@@ -198,8 +241,9 @@ class _LanguageLoss(nn.Module):
 
     def forward(self, batch: LookupBatch) -> Tensor:
         out = self.model.get_decoder()(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False,
-            output_attentions=self.guide_weight > 0, output_hidden_states=self.read_out is not None,
+            inputs_embeds=embed(self.model, batch, self.image_token_id), attention_mask=batch.attention_mask,
+            use_cache=False, output_attentions=self.guide_weight > 0,
+            output_hidden_states=self.read_out is not None,
         )  # fmt: skip
         mask, targets = supervised_rows(batch.labels)
         loss = token_loss_sum(self.model.get_output_embeddings()(out.last_hidden_state[:, :-1][mask]), targets)
@@ -234,7 +278,8 @@ class WarmupLanguage:
         self.tokenizer.save_pretrained(self.out)
         self.rows = self._render("train", config.num_descriptions)
         self.val_rows = self._render("val", config.num_val_descriptions)
-        self.module: nn.Module = _LanguageLoss(self.model, config)
+        self.image_token_id = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        self.module: nn.Module = _LanguageLoss(self.model, config, self.image_token_id)
         self.parts = {"language": list(self.model.named_parameters())}
         self.depths: dict[str, int] = {}
         if self.module.read_out is not None:
@@ -274,11 +319,11 @@ class WarmupLanguage:
     def _collate(self, rows: Sequence[TextRow], names: Sequence[str]) -> LookupBatch:
         rendered = [RenderedConversation(row.input_ids.tolist(), row.is_answer.tolist(), 0) for row in rows]
         batch = collate(rendered, pad_token_id=self.tokenizer.pad_token_id, example_ids=names)
-        told, named = torch.full_like(batch.input_ids, -1), torch.full_like(batch.input_ids, -1)
+        part_of, named = torch.full_like(batch.input_ids, -1), torch.full_like(batch.input_ids, -1)
         about = torch.zeros(*batch.input_ids.shape, 2, dtype=torch.long)
         compared = torch.full_like(about, -1)
         for number, row in enumerate(rows):
-            told[number, : len(row.told)] = torch.from_numpy(row.told)
+            part_of[number, : len(row.part_of)] = torch.from_numpy(row.part_of)
             about[number, : len(row.about)] = torch.from_numpy(row.about)
             named[number, : len(row.named)] = torch.from_numpy(row.named)
             compared[number, : len(row.compared)] = torch.from_numpy(row.compared)
@@ -287,10 +332,12 @@ class WarmupLanguage:
             batch.attention_mask,
             batch.labels,
             example_ids=names,
-            told=told,
+            part_of=part_of,
             about=about,
             named=named,
             compared=compared,
+            grid_ids=torch.from_numpy(np.concatenate([row.grid_ids for row in rows]).astype(np.int64)),
+            grid_weights=torch.from_numpy(np.concatenate([row.grid_weights for row in rows])),
         )
 
     def sampler(self, batch_size: int) -> IndexedSampler:
@@ -318,7 +365,8 @@ class WarmupLanguage:
     def validate(self, step: int, *, writes: bool = True) -> dict[str, float]:
         """Loss on answers in nats per token, and the share that greedy decoding gets exactly right, by question type.
 
-        The questions are about descriptions that training never shows; `reworded` in wordings that it never shows.
+        The questions are about scenes that training never shows; `reworded` in wordings that it never shows, `seen`
+        about grids of words.
         """
         self.model.eval()
         right: dict[str, list[bool]] = defaultdict(list)
@@ -326,7 +374,8 @@ class WarmupLanguage:
         for start in range(0, len(self.val_rows), 100):
             rows = self.val_rows[start : start + 100]
             batch = self._collate(rows, [""] * len(rows))
-            logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+            embeds = embed(self.model, batch, self.image_token_id)
+            logits = self.model(inputs_embeds=embeds, attention_mask=batch.attention_mask, use_cache=False).logits
             mask, targets = supervised_rows(batch.labels)
             total += float(token_loss_sum(logits[:, :-1][mask], targets))
             count += len(targets)
@@ -334,15 +383,14 @@ class WarmupLanguage:
             for number, row in enumerate(rows):
                 for (first, stop), name in zip(answer_spans(row.is_answer.tolist()), row.types, strict=True):
                     if name != "caption":  # may be worded in several ways, so its exact match says nothing
-                        key = "reworded" if row.is_reworded else "exact"
                         hit = bool(hits[number, first - 1 : stop - 1].all())
-                        right[key].append(hit)
-                        right[f"{key}_{name}"].append(hit)
+                        right[row.group].append(hit)
+                        right[f"{row.group}_{name}"].append(hit)
         self.model.train()
         return {"val_loss": total / count, **{key: sum(found) / len(found) for key, found in sorted(right.items())}}
 
     def save(self, out: Path, log: list[dict[str, Any]]) -> None:
-        """Saves the LM in bf16 and its tokenizer in transformers' format, and the log's last row as `figures.json`."""
+        """Saves the LM in bf16 and its tokenizer in transformers' format, and the log's last row as `metrics.json`."""
         copy.deepcopy(self.model).to(torch.bfloat16).save_pretrained(out)
         self.tokenizer.save_pretrained(out)
-        (out / "figures.json").write_text(json.dumps(log[-1], indent=2) + "\n")
+        (out / "metrics.json").write_text(json.dumps(log[-1], indent=2) + "\n")

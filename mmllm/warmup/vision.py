@@ -39,7 +39,7 @@ def scene_group(
     return scenes, rng
 
 
-class Drawn(NamedTuple):
+class DrawnScene(NamedTuple):
     """A drawn scene, its captions, and its regions, each a box and its words."""
 
     pixels: np.ndarray  # [H, W, 3]
@@ -48,7 +48,7 @@ class Drawn(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """Drawn scenes as tensors."""
+    """DrawnScene scenes as tensors."""
 
     pixels: Tensor  # [N, H, W, 3], bytes
     texts: Tensor  # [N, captions, T]
@@ -58,14 +58,14 @@ class Pairs(NamedTuple):
 
 def _draw_chunk(
     config: WarmupVisionConfig, split: Split, numbers: range, side_px: int, num_captions: int
-) -> list[Drawn]:
+) -> list[DrawnScene]:
     drawn = []
     for number in numbers:
         scenes, rng = scene_group(config.seed, split, number, config.shown)
         for scene in scenes:
             pixels = np.asarray(draw(scene, rng).resize((side_px, side_px), Image.Resampling.BICUBIC))
             captions = [write_caption(scene, rng) for _ in range(num_captions)]
-            drawn.append(Drawn(pixels, captions, regions_of(scene)))
+            drawn.append(DrawnScene(pixels, captions, regions_of(scene)))
     return drawn
 
 
@@ -125,7 +125,7 @@ class WarmupVision:
         return torch.from_numpy(ids.astype(np.int64))
 
     def _draw(self, split: Split, count: int) -> Pairs:
-        drawn: list[Drawn] = []
+        drawn: list[DrawnScene] = []
         tasks = [
             (self.config, split, range(start, min(start + 100, count)), self.side_px, self.NUM_CAPTIONS)
             for start in range(0, count, 100)
@@ -195,7 +195,7 @@ class WarmupVision:
         return {"val_loss": loss / total, "retrieval_at_1_of_200": hits / total}
 
     def save(self, out: Path, log: list[dict[str, Any]]) -> None:
-        """Saves the CLIP for open_clip's `local-dir:`, its tokenizer, and the log's last row as `figures.json`."""
+        """Saves the CLIP for open_clip's `local-dir:`, its tokenizer, and the log's last row as `metrics.json`."""
         from safetensors.torch import save_file
 
         clip = {**self.clip, "text_cfg": {**self.clip["text_cfg"], "hf_tokenizer_name": "."}}
@@ -216,4 +216,4 @@ class WarmupVision:
         save_file(weights, str(out / "open_clip_model.safetensors"))
         # read anew: one that was used keeps how it padded
         load_tokenizer(self.config.tokenizer_folder).save_pretrained(out)
-        (out / "figures.json").write_text(json.dumps(log[-1], indent=2) + "\n")
+        (out / "metrics.json").write_text(json.dumps(log[-1], indent=2) + "\n")

@@ -15,7 +15,7 @@ from PIL import ExifTags, Image, ImageDraw
 from mmllm.batch import PreparedImage
 from mmllm.images import load_image
 from mmllm.kernels.large_pictures import MAX_ORDINARY_PIXELS
-from mmllm.model.layout import NEXT_GRIDS, Layout, Native, Tiles
+from mmllm.model.image_tokens import NEXT_GRIDS, Layout, Native, Tiles
 from mmllm.model.processor import VisionLanguageProcessor
 from mmllm.model.tower import TowerSpec
 

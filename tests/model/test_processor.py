@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmllm.model.layout import Layout
+from mmllm.model.image_tokens import Layout
 from mmllm.model.tower import TowerSpec
 
 SIDE = 16

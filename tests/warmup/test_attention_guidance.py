@@ -42,8 +42,8 @@ def renderer(tmp_path_factory: pytest.TempPathFactory) -> Renderer:
 
 def clauses_of(row: Any, renderer: Renderer) -> dict[int, str]:
     """part -> the words of the tokens that are said to tell of it"""
-    parts = {int(part) for part in row.told if part >= 0}
-    return {part: renderer.decode(row.input_ids[row.told == part].tolist()) for part in parts}
+    parts = {int(part) for part in row.part_of if part >= 0}
+    return {part: renderer.decode(row.input_ids[row.part_of == part].tolist()) for part in parts}
 
 
 @pytest.mark.parametrize("name", [name for name in QUESTION_TYPES if name != "caption"])
@@ -61,8 +61,8 @@ def test_an_answer_stands_in_the_clauses_it_is_said_to_be_read_from(renderer: Re
         clauses = clauses_of(row, renderer)
         assert sorted(clauses) == list(range(len(scene.parts)))
         for part, words in clauses.items():
-            told = scene.parts[part]
-            assert all(str(value) in words for key, value in vars(told).items() if key in ("color", "place", "value"))
+            facts = vars(scene.parts[part])
+            assert all(str(value) in words for key, value in facts.items() if key in ("color", "place", "value"))
         turn = turns[-1]
         read = " ".join(clauses[part] for group in turn.about for part in group)
         if turn.answer not in ("yes", "no") and name not in ("count", "compare", "relation"):
@@ -98,25 +98,25 @@ def test_without_pictures_nothing_is_read_anywhere(renderer: Renderer) -> None:
         row = _row(renderer, talk, rng, "x")
         assert set(row.types) == {TEXT_ONLY}
         assert not row.about.any()
-        assert (row.told == -1).all()
+        assert (row.part_of == -1).all()
 
 
 def test_a_description_is_the_same_text_in_one_piece_and_in_clauses(renderer: Renderer) -> None:
     rng = random.Random(3)
     for _ in range(50):
-        example, told = describe_conversation(about_one(sample_scene(rng, "train"), rng, 2), rng, "x")
+        example, part_of = describe_conversation(about_one(sample_scene(rng, "train"), rng, 2), rng, "x")
         pieces = example.messages[0].parts
-        assert len(told) == len(pieces)
+        assert len(part_of) == len(pieces)
         encode = renderer.tokenizer.encode
         ids = [number for piece in pieces for number in encode(str(piece), add_special_tokens=False)]
         assert ids == encode(example.messages[0].text, add_special_tokens=False)
 
 
 def lookup_batch(
-    told: list[int], *, about: About = (), named: int = -1, compared: tuple[int, int] | None = None
+    part_of: list[int], *, about: About = (), named: int = -1, compared: tuple[int, int] | None = None
 ) -> LookupBatch:
     """One row whose last token is read as said."""
-    size = len(told)
+    size = len(part_of)
     bits, places = torch.zeros(1, size, 2, dtype=torch.long), torch.full((1, size), -1)
     bits[0, -1], places[0, -1] = torch.tensor(guide_bits(about)), named
     pair = torch.full_like(bits, -1)
@@ -124,34 +124,34 @@ def lookup_batch(
         pair[0, -1] = torch.tensor(compared)
     ids = torch.zeros(1, size, dtype=torch.long)
     return LookupBatch(
-        ids, ids, ids, example_ids=["x"], told=torch.tensor([told]), about=bits, named=places, compared=pair
+        ids, ids, ids, example_ids=["x"], part_of=torch.tensor([part_of]), about=bits, named=places, compared=pair
     )
 
 
 def test_guided_attention_is_zero_where_it_is_wanted_and_large_where_it_is_not() -> None:
-    told = [-1, 0, 0, 1, 1, -1]
-    two = lookup_batch(told, about=((0,), (1,)))
+    part_of = [-1, 0, 0, 1, 1, -1]
+    two = lookup_batch(part_of, about=((0,), (1,)))
     attention = torch.zeros(1, 2, 6, 6)
     attention[0, :, 5, 3], attention[0, :, 5, 4] = 0.3, 0.7
     assert guided_attention_sum(attention, two, "last").item() == pytest.approx(0, abs=1e-6)
-    assert guided_attention_sum(attention, lookup_batch(told), "last").item() == 0
+    assert guided_attention_sum(attention, lookup_batch(part_of), "last").item() == 0
     nowhere = -torch.tensor(1e-6).log().item()
     assert guided_attention_sum(attention, two, "first").item() == pytest.approx(nowhere)
     attention[0, 1, 5] = torch.eye(6)[1]
     assert guided_attention_sum(attention, two, "last").item() == pytest.approx(nowhere / 2)
     half = torch.zeros(1, 4, 6, 6)
     half[0, :, 5, 1] = half[0, :, 5, 4] = 0.5
-    both = lookup_batch(told, about=((0, 1),))
+    both = lookup_batch(part_of, about=((0, 1),))
     assert guided_attention_sum(half, both, "last").item() == pytest.approx(-torch.tensor(0.5).log().item())
 
 
 def test_attention_is_guided_to_the_place_where_the_question_names_the_answer() -> None:
     attention = torch.zeros(1, 2, 4, 4)
     attention[0, 0, 3, 1], attention[0, 1, 3, 1] = 1.0, 0.25
-    told = [-1] * 4
+    part_of = [-1] * 4
     quarter = -torch.tensor(0.25).log().item()
-    assert guided_attention_sum(attention, lookup_batch(told, named=1), "named").item() == pytest.approx(quarter / 2)
-    assert guided_attention_sum(attention, lookup_batch(told), "named").item() == 0
+    assert guided_attention_sum(attention, lookup_batch(part_of, named=1), "named").item() == pytest.approx(quarter / 2)
+    assert guided_attention_sum(attention, lookup_batch(part_of), "named").item() == 0
 
 
 def test_both_values_of_a_comparison_are_read_out_behind_the_layer() -> None:

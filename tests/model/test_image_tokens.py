@@ -24,7 +24,7 @@ from mmllm.config import ConfigError, ModelConfig, VisionConfig
 from mmllm.inference.engine import Engine
 from mmllm.inference.sampling import Sampling
 from mmllm.model.build import build_model
-from mmllm.model.layout import NEXT_GRIDS, Layout, Native, Tiles, build_layout
+from mmllm.model.image_tokens import NEXT_GRIDS, Layout, Native, Tiles, build_layout
 from mmllm.model.vision import load_tower
 from tests.builders.llava_parts import make_encoder
 from tests.builders.tiny import make_checkpoint, model_config
