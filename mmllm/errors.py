@@ -108,6 +108,10 @@ def report_errors(*, debug: bool = False) -> Iterator[None]:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and error.filename is None:
+            # whoever read what is printed has left, as `head` does; else Python would say so once more at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())  # type: ignore[union-attr]
+            sys.exit(EXIT_FAILED)
         explained = _explain(error)
         if explained is None or debug or os.environ.get("MMLLM_DEBUG"):
             raise

@@ -6,7 +6,9 @@ A library's ValueError, KeyError or IndexError is a bug of ours, wherever it is 
 from __future__ import annotations
 
 import functools
+import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,3 +114,13 @@ def test_what_a_user_or_the_machine_did_is_one_block(
     assert "Traceback" not in done.stderr
     assert done.stderr.count("error:") == 1
     assert TEXT in done.stderr
+
+
+def test_a_command_whose_reader_has_left_ends_without_a_word() -> None:
+    """As in `mmllm configs | head -1`."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    command = [sys.executable, "-m", "mmllm.cli", "configs"]
+    done = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (EXIT_FAILED, "")
