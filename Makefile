@@ -64,11 +64,12 @@ format: setup ## format, and fix what can be fixed
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-weights: setup ## train the small backbones anew, from random weights, into weights/ (about two hours on 2 cores)
+weights: setup ## train the small backbones anew, from random weights, into weights/ (over two hours on 2 cores)
 	$(BIN)/mmllm train configs/tiny/warmup_language.yaml
 	$(BIN)/mmllm train configs/tiny/warmup_language_pairs.yaml
 	$(BIN)/mmllm train configs/tiny/warmup_language_words.yaml
-	cd runs/tiny/warmup_language_words && cp config.json generation_config.json model.safetensors chat_template.jinja \
+	$(BIN)/mmllm train configs/tiny/warmup_language_grids.yaml
+	cd runs/tiny/warmup_language_grids && cp config.json generation_config.json model.safetensors chat_template.jinja \
 		tokenizer.json tokenizer_config.json metrics.json log.jsonl train_loss.png ../../../weights/tiny-language/
 	$(BIN)/mmllm train configs/tiny/warmup_vision.yaml
 	$(BIN)/mmllm train configs/tiny/warmup_vision_fonts.yaml
@@ -110,7 +111,7 @@ $(OLDEST)/.ready: requirements-oldest.txt tests/parts.txt pyproject.toml | $(BIN
 # What follows is made once: order-only prerequisites (behind the bar) are made before it, but never make it anew.
 # Training that was interrupted goes on where it stopped.
 $(SCENES): | $(READY)
-	$(BIN)/mmllm scenes data/scenes --train 20000 --val 500 --seed 0
+	$(BIN)/mmllm scenes data/scenes --train 10000 --val 500 --seed 0
 
 runs/%/stage1/manifest.json: | $(SCENES)
 	$(BIN)/mmllm train configs/$*/stage1.yaml --processes $(PROCESSES)

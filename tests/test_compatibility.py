@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 import pytest
 
-from mmllm.compatibility import AXES, REFUSALS, Cell, cells, print_matrix
+from mmllm.compatibility import AXES, REFUSALS, Cell, cells, print_matrix, refusal_of
 from mmllm.config import ConfigError, VisionConfig
 from mmllm.distributed.launch import STRATEGIES
 from mmllm.errors import MmllmError
@@ -23,7 +23,8 @@ from mmllm.stages.registry import build_stage
 from projector import PROJECTORS
 from tests.builders.conversations import MIXED
 from tests.builders.launches import forked
-from tests.builders.matrix import combination, covering_combinations
+from tests.builders.matrix import combination
+from tests.builders.pairwise import covering_combinations
 from tests.builders.strategies import HEAD, LAUNCHES
 from tests.builders.tiny_runs import log_of, make_data, settings_of, train_in_process
 
@@ -48,7 +49,7 @@ for path in sys.argv[1:]:
             os._exit(1)
 """
 )
-COMBINATIONS = covering_combinations()
+COMBINATIONS = covering_combinations(AXES, lambda choices: refusal_of(choices) is not None)
 REFUSED = [cell for cell in cells() if cell.refusal]
 
 

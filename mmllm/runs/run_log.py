@@ -176,15 +176,23 @@ class RunLog:
 def plot_losses(rows: list[dict[str, Any]], path: Path) -> None:
     """Training and validation loss over steps as a PNG."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure = Figure(figsize=(7, 4))  # fixed margins: a computed layout takes as long as the drawing
     axes = figure.add_axes((0.15, 0.13, 0.82, 0.83))
-    for name, style in (("loss", "-"), ("val_loss", "o-")):
-        if points := metric_curves(rows).get(name):
+    curves = {name: metric_curves(rows).get(name, []) for name in ("loss", "val_loss")}
+    for name, points in curves.items():
+        if points:
+            style = "-" if name == "loss" else "o-"
             axes.plot(*zip(*points, strict=True), style, label=name.replace("_", " "), linewidth=1, markersize=3)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss per supervised token or pair (nats)")
-    axes.set_yscale("log")
+    losses = [loss for points in curves.values() for _, loss in points]
+    if losses and max(losses) > 5 * min(losses) > 0:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")  # 0.1 is read and drawn sooner than 10^-1
+        axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)

@@ -83,8 +83,7 @@ def _run(config: RunConfig) -> None:
         return
     set_threads(config)
     accelerator = build_accelerator(config)
-    with accelerator.main_process_first():
-        stage = build_stage(config)
+    stage = build_stage(config)
     if isinstance(stage, PreparesFeatures):
         rank, world_size = accelerator.process_index, accelerator.num_processes
         stage.prepare_features(accelerator.device, rank=rank, world_size=world_size)

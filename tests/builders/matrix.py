@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from mmllm.compatibility import AXES, cells, refusal_of
+from mmllm.compatibility import AXES
 from tests.builders.tiny import CLIP, PREPROCESS, SIDE_PX
 from tests.builders.tiny_backbones import make_backbone_parts
 from tests.builders.tiny_runs import write_settings
@@ -89,28 +88,3 @@ def combination(choices: Mapping[str, str], folder: Path, parts: Path, data: Pat
     values["validation"] = {"num_samples": 0}
     path.write_text(yaml.safe_dump(values))
     return path
-
-
-def covering_combinations() -> list[dict[str, str]]:
-    """Few combinations that together hold every pair of values that is not refused, none of which holds a refused one.
-
-    Greedy: each begins with a pair that none holds yet, and takes the values that hold the most new pairs with it.
-    """
-    left = {frozenset(cell.values.items()) for cell in cells() if cell.refusal is None}
-    combinations: list[dict[str, str]] = []
-    for cell in cells():
-        if frozenset(cell.values.items()) not in left:
-            continue
-        chosen = dict(cell.values)
-        for axis in [axis for axis in AXES if axis not in cell.values]:
-            chosen |= {axis: _best_value(axis, chosen, left)}
-        chosen = {axis: chosen[axis] for axis in AXES}
-        left -= {frozenset(pair) for pair in itertools.combinations(chosen.items(), 2)}
-        combinations.append(chosen)
-    return combinations
-
-
-def _best_value(axis: str, chosen: Mapping[str, str], left: Set[frozenset[tuple[str, str]]]) -> str:
-    """The value that is refused beside none that is chosen, and makes the most pairs with them that are still left."""
-    allowed = [value for value in AXES[axis] if refusal_of({**chosen, axis: value}) is None]
-    return max(allowed, key=lambda value: sum(frozenset([(axis, value), other]) in left for other in chosen.items()))

@@ -24,6 +24,7 @@ from mmllm.model.tower import TowerSpec
 from mmllm.model.vision import build_tower
 from tests.builders.llava_models import PICTURES, checkpoint
 from tests.builders.llava_parts import LLMS, make_encoder, make_llm
+from tests.builders.pairwise import covering_combinations
 from tests.builders.tiny_backbones import make_backbone_parts
 from tests.builders.tiny_runs import settings_of, train_in_process
 
@@ -54,13 +55,13 @@ def logits_in_transformers(folder: Path, text: str, pictures: list[Image.Image])
         return model(**inputs).logits
 
 
-@pytest.mark.parametrize("language", LLMS)
-@pytest.mark.parametrize("projector", ["linear", "mlp"])
-@pytest.mark.parametrize("vision", ["clip", "siglip"])
-@pytest.mark.parametrize("image_mode", ["pad", "anyres"])
-def test_transformers_says_what_the_checkpoint_says(
-    parts: Path, tmp_path: Path, image_mode: str, vision: str, projector: str, language: str
-) -> None:
+AXES = {"language": list(LLMS), "vision": ["clip", "siglip"], "projector": ["linear", "mlp"],
+        "image mode": ["pad", "anyres"]}  # fmt: skip
+
+
+@pytest.mark.parametrize("choices", covering_combinations(AXES), ids=lambda choices: "-".join(choices.values()))
+def test_transformers_says_what_the_checkpoint_says(parts: Path, tmp_path: Path, choices: dict[str, str]) -> None:
+    language, vision, projector, image_mode = (choices[axis] for axis in AXES)
     source = f"transformers:{parts / vision}"
     model = checkpoint(tmp_path / "model", source, {"kind": projector}, parts / language, image_mode=image_mode)
     verdict = export_hf(model, tmp_path / "out")

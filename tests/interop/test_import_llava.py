@@ -35,6 +35,7 @@ from tests.builders.llava_models import (
     refused,
 )
 from tests.builders.llava_parts import ENCODER, LLMS, make_encoder, make_llm
+from tests.builders.pairwise import covering_combinations
 
 
 @pytest.fixture(scope="session")
@@ -56,12 +57,14 @@ def verify(folder: Path) -> list[Check]:
     return verify_golden(*load_checkpoint(folder)[:2], folder)
 
 
-@pytest.mark.parametrize("language", LLMS)
-@pytest.mark.parametrize("vision", ["clip", "siglip"])
-@pytest.mark.parametrize("kind", ["Llava", "LlavaNext"])
+AXES = {"language": list(LLMS), "vision": ["clip", "siglip"], "kind": ["Llava", "LlavaNext"]}
+
+
+@pytest.mark.parametrize("choices", covering_combinations(AXES), ids=lambda choices: "-".join(choices.values()))
 def test_a_llava_of_transformers_says_the_same_here(
-    parts: Path, tokenizer: Any, tmp_path: Path, kind: str, vision: str, language: str
+    parts: Path, tokenizer: Any, tmp_path: Path, choices: dict[str, str]
 ) -> None:
+    vision, language, kind = (choices[axis] for axis in ("vision", "language", "kind"))
     model = llava(parts, tmp_path / "theirs", vision, language, tokenizer, kind=kind)
     verdict = imported(tmp_path / "theirs", tmp_path / "out")
     assert verdict is not None
@@ -73,8 +76,9 @@ def test_a_llava_of_transformers_says_the_same_here(
     assert len(Engine.load(tmp_path / "out", device="cpu").model.vision_tower.blocks()) == 2, "layer -2 of three"
 
 
-@pytest.mark.parametrize("image_mode", ["pad", "crop", "stretch", "anyres"])
-@pytest.mark.parametrize("projector", ["linear", "mlp"])
+@pytest.mark.parametrize(
+    ("projector", "image_mode"), [("linear", "pad"), ("mlp", "crop"), ("linear", "stretch"), ("mlp", "anyres")]
+)
 def test_what_was_exported_comes_back_as_it_was(parts: Path, tmp_path: Path, projector: str, image_mode: str) -> None:
     source = f"transformers:{parts / 'siglip'}"
     model = checkpoint(tmp_path / "model", source, {"kind": projector}, parts / "qwen2", image_mode=image_mode)
