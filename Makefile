@@ -64,7 +64,7 @@ format: setup ## format, and fix what can be fixed
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-weights: setup ## train the small backbones anew, from random weights, into weights/ (over two hours on 2 cores)
+weights: setup ## train the small backbones anew, from random weights, into weights/ (about three hours on one core)
 	$(BIN)/mmllm train configs/tiny/warmup_language.yaml
 	$(BIN)/mmllm train configs/tiny/warmup_language_pairs.yaml
 	$(BIN)/mmllm train configs/tiny/warmup_language_words.yaml
@@ -73,7 +73,8 @@ weights: setup ## train the small backbones anew, from random weights, into weig
 		tokenizer.json tokenizer_config.json metrics.json log.jsonl train_loss.png ../../../weights/tiny-language/
 	$(BIN)/mmllm train configs/tiny/warmup_vision.yaml
 	$(BIN)/mmllm train configs/tiny/warmup_vision_fonts.yaml
-	cd runs/tiny/warmup_vision_fonts && cp open_clip_config.json open_clip_model.safetensors chat_template.jinja \
+	$(BIN)/mmllm train configs/tiny/warmup_vision_charts.yaml
+	cd runs/tiny/warmup_vision_charts && cp open_clip_config.json open_clip_model.safetensors chat_template.jinja \
 		tokenizer.json tokenizer_config.json metrics.json log.jsonl train_loss.png ../../../weights/tiny-vision/
 
 PIN := $(BIN)/uv pip compile pyproject.toml --all-extras --universal --no-annotate --no-emit-index-url --quiet \
