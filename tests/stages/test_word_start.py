@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from pydantic import ValidationError
+from torch import Tensor
 
 from mmllm.config import ConfigError, StageConfig
 from mmllm.scenes.write import write_scenes
@@ -133,3 +134,23 @@ def test_a_start_that_has_nothing_to_learn_is_refused(tiny_runs: Path, captions:
     with pytest.raises(ConfigError, match=r"data\.train is streamed"):
         settings_of(tiny_runs / "stage1.yaml", tmp_path, STARTED,
                     f"data.train=[{{path: {captions}/train/captions.json, streaming: true}}]")  # fmt: skip
+
+
+def test_a_rare_word_counts_more_than_one_that_most_answers_have() -> None:
+    """A projector that reads only the frequent word loses more than one that reads only the rare one."""
+    has_word = torch.tensor([[1.0, 1.0], *[[1.0, 0.0]] * 5, *[[0.0, 0.0]] * 4])
+    pictures = word_start._Pictures([torch.zeros(1, 1, 2)] * 10, [None] * 10, has_word)
+    torch.testing.assert_close(pictures.word_weights, -torch.tensor([0.6, 0.1]).log())
+
+    class Model:
+        def project_images(self, features: Tensor, sizes: None) -> Tensor:
+            return features[:, 0]
+
+    def loss_of(first: float, second: float) -> float:
+        reader = word_start.WordReader(torch.eye(2))
+        reader.forward = lambda tokens: torch.tensor([[[first, second]]])  # type: ignore[method-assign, assignment]
+        with_distance = word_start._loss(Model(), reader, pictures, [0]).item()  # type: ignore[arg-type]
+        distance = reader.distance(torch.zeros(1, 1, 2), torch.tensor([[[first, second]]])).item()
+        return with_distance - word_start.TOKEN_WEIGHT * distance
+
+    assert loss_of(0.9, 0.1) > loss_of(0.1, 0.9) + 0.5
