@@ -64,7 +64,7 @@ format: setup ## format, and fix what can be fixed
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-weights: setup ## train the small backbones anew, from random weights, into weights/ (about three hours on one core)
+weights: setup ## train the small backbones anew, from random weights, into weights/ (about 3.5 hours on one core)
 	$(BIN)/mmllm train configs/tiny/warmup_language.yaml
 	$(BIN)/mmllm train configs/tiny/warmup_language_pairs.yaml
 	$(BIN)/mmllm train configs/tiny/warmup_language_words.yaml

@@ -7,8 +7,8 @@ import functools
 import json
 import random
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,9 @@ from mmllm.scenes.world import Split
 from mmllm.training.losses import supervised_rows, token_loss_sum
 from mmllm.training.stage import LossOutput
 from mmllm.warmup.attention_guidance import LookupBatch, ReadOut, guide_bits, guided_attention_sum, init_for_lookup
-from mmllm.warmup.word_grid import MAX_WORDS, NUM_CELLS, grid_tokens, word_grid
+from mmllm.warmup.word_grid import NUM_CELLS, Ids, grid_tokens, word_grid
 
 CHUNK = 500
-NO_WORDS = np.zeros((0, MAX_WORDS), np.float32)
 # fmt: off
 SPECIAL_TOKENS = ("<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", IMAGE_TOKEN)
 CHAT_TEMPLATE = (
@@ -112,59 +111,53 @@ class TextRow:
     compared: np.ndarray
     types: tuple[str, ...]
     group: str = "exact"  # validated apart: `reworded` has wordings that training never shows, `seen` grids of words
-    grid_ids: np.ndarray = field(default_factory=lambda: NO_WORDS)
-    grid_weights: np.ndarray = field(default_factory=lambda: NO_WORDS)
+    grids: tuple[tuple[np.ndarray, np.ndarray], ...] = ()  # of `word_grid`, one for each picture
 
 
-def _seen_row(renderer: Renderer, conversation: SceneConversation, rng: random.Random, name: str) -> TextRow:
+def _unannotated_row(rendered: RenderedConversation, conversation: SceneConversation) -> TextRow:
+    ids, flags = np.array(rendered.input_ids, np.int32), np.array(rendered.is_answer)
+    return TextRow(
+        ids, flags, part_of=np.full(len(ids), -1, np.int8), about=np.zeros((len(ids), 2), np.int16),
+        named=np.full(len(ids), -1, np.int16), compared=np.full((len(ids), 2), -1, np.int16),
+        types=tuple(turn.type for turn in conversation.turns),
+    )  # fmt: skip
+
+
+def _seen_row(
+    renderer: Renderer, conversation: SceneConversation, rng: random.Random, name: str, ids_of: Ids
+) -> TextRow:  # fmt: skip
     """The conversation with a grid of words in place of each picture."""
     opening = picture_marks(len(conversation.scenes))
     messages: list[Message] = []
     for number, turn in enumerate(conversation.turns):
         messages.append(message("user", turn.question if number else opening + turn.question))
         messages.append(message("assistant", turn.answer))
-    images = tuple("" for _ in conversation.scenes)
-    rendered = renderer.render_example(Example(name, "grids", tuple(messages), images))
-    ids, flags = np.array(rendered.input_ids, np.int32), np.array(rendered.is_answer)
-    grids = [word_grid(scene, rng, _cached_ids(renderer), len(renderer.tokenizer)) for scene in conversation.scenes]
-    nothing = np.full(len(ids), -1, np.int16)
-    return TextRow(
-        ids, flags, part_of=nothing, about=np.zeros((len(ids), 2), np.int16), named=nothing,
-        compared=np.full((len(ids), 2), -1, np.int16), types=tuple(turn.type for turn in conversation.turns),
-        group="seen", grid_ids=np.concatenate([NO_WORDS.astype(np.int32), *(grid for grid, _ in grids)]),
-        grid_weights=np.concatenate([NO_WORDS, *(weights for _, weights in grids)]),
-    )  # fmt: skip
-
-
-def _cached_ids(renderer: Renderer) -> Callable[[str], Sequence[int]]:
-    return functools.cache(functools.partial(_ids, renderer))
+    example = Example(name, "grids", tuple(messages), ("",) * len(conversation.scenes))
+    grids = tuple(word_grid(scene, rng, ids_of, len(renderer.tokenizer)) for scene in conversation.scenes)
+    return replace(_unannotated_row(renderer.render_example(example), conversation), group="seen", grids=grids)
 
 
 def _row(renderer: Renderer, conversation: SceneConversation, rng: random.Random, name: str) -> TextRow:
     example, parts = describe_conversation(conversation, rng, name)
     rendered = renderer.render_example(example)
-    part_of, about = np.full(len(rendered.input_ids), -1, np.int8), np.zeros((len(rendered.input_ids), 2), np.int16)
-    named, article = np.full(len(rendered.input_ids), -1, np.int16), _ids(renderer, " the")
-    compared = np.full((len(rendered.input_ids), 2), -1, np.int16)
+    row, article = _unannotated_row(rendered, conversation), _ids(renderer, " the")
     ends = np.cumsum([len(text) for text in rendered.texts])  # of tokens, in characters
     offset = "".join(rendered.texts).index(example.messages[0].text)
     for text, part in zip(example.messages[0].parts, parts, strict=True):
         start, offset = offset, offset + len(str(text))
-        part_of[(start < ends) & (ends <= offset)] = -1 if part is None else part
+        row.part_of[(start < ends) & (ends <= offset)] = -1 if part is None else part
     question = int((ends <= start).sum())  # where the first turn's question starts: the last part of its message
     for (first, stop), turn in zip(answer_spans(rendered.is_answer), conversation.turns, strict=True):
         predicting = slice(first - 1, stop - 2)  # the positions that predict the answer's words, without its end
-        about[predicting] = guide_bits(turn.about)
+        row.about[predicting] = guide_bits(turn.about)
         if f"the {turn.answer}" in turn.question.lower():
             answer = rendered.input_ids[first : stop - 1]
             name_start = index_of_tokens((*article, *answer), rendered.input_ids, question) + len(article)
-            named[predicting] = np.arange(name_start, name_start + len(answer))
+            row.named[predicting] = np.arange(name_start, name_start + len(answer))
         if turn.compared:
-            compared[first - 1] = [_ids(renderer, f" {value}")[0] for value in turn.compared]
+            row.compared[first - 1] = [_ids(renderer, f" {value}")[0] for value in turn.compared]
         question = stop
-    types = tuple(turn.type for turn in conversation.turns)
-    ids, flags = np.array(rendered.input_ids, np.int32), np.array(rendered.is_answer)
-    return TextRow(ids, flags, part_of, about, named, compared, types)
+    return row
 
 
 def _ids(renderer: Renderer, text: str) -> list[int]:
@@ -186,6 +179,7 @@ def _render_chunk(folder: str, config: WarmupLanguageConfig, split: Split, numbe
     renderer = Renderer(
         tokenizer, OWN_TEMPLATE, image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), num_image_tokens=NUM_CELLS
     )
+    ids_of = functools.cache(functools.partial(_ids, renderer))
     rows = []
     types = (*QUESTION_TYPES, *(name for name, times in config.ask_more.items() for _ in range(times)))
     for number in numbers:
@@ -200,7 +194,7 @@ def _render_chunk(folder: str, config: WarmupLanguageConfig, split: Split, numbe
             continue
         conversation = wordings.apply(conversation, rng)
         if config.seen and conversation.scenes and rng.random() < config.seen:
-            rows.append(_seen_row(renderer, conversation, rng, f"{split}-{number}"))
+            rows.append(_seen_row(renderer, conversation, rng, f"{split}-{number}", ids_of))
         else:
             row = _row(renderer, conversation, rng, f"{split}-{number}")
             is_reworded = wordings.held_out and wordings.fraction > 0
@@ -322,6 +316,7 @@ class WarmupLanguage:
         part_of, named = torch.full_like(batch.input_ids, -1), torch.full_like(batch.input_ids, -1)
         about = torch.zeros(*batch.input_ids.shape, 2, dtype=torch.long)
         compared = torch.full_like(about, -1)
+        grids = [grid for row in rows for grid in row.grids]
         for number, row in enumerate(rows):
             part_of[number, : len(row.part_of)] = torch.from_numpy(row.part_of)
             about[number, : len(row.about)] = torch.from_numpy(row.about)
@@ -336,8 +331,8 @@ class WarmupLanguage:
             about=about,
             named=named,
             compared=compared,
-            grid_ids=torch.from_numpy(np.concatenate([row.grid_ids for row in rows]).astype(np.int64)),
-            grid_weights=torch.from_numpy(np.concatenate([row.grid_weights for row in rows])),
+            grid_ids=torch.from_numpy(np.concatenate([ids for ids, _ in grids])).long() if grids else None,
+            grid_weights=torch.from_numpy(np.concatenate([weights for _, weights in grids])) if grids else None,
         )
 
     def sampler(self, batch_size: int) -> IndexedSampler:

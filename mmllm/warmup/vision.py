@@ -48,7 +48,7 @@ class DrawnScene(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """DrawnScene scenes as tensors."""
+    """Drawn scenes as tensors."""
 
     pixels: Tensor  # [N, H, W, 3], bytes
     texts: Tensor  # [N, captions, T]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mmllm.scenes.world import Line, Scene, Thing
+from mmllm.scenes.world import Bar, Line, Scene, Thing
 from mmllm.warmup.regions import boxes_of
 
 SIDE = 4  # tokens along a side of the grid; the small CLIP gives as many
@@ -31,14 +31,14 @@ FILLERS = (" in", " at", " is", " a", " the", " of", " chart", " bar")
 Ids = Callable[[str], Sequence[int]]
 
 
-def _facts(part: object, *, names_place: bool) -> list[tuple[str, str]]:
+def _facts(part: Thing | Line | Bar, *, names_place: bool) -> list[tuple[str, str]]:
     """(kind of fact, its words) of a part of a scene."""
     if isinstance(part, Thing):
         facts = [("color", part.color), ("shape", part.shape), ("size", part.size)]
         return [*facts, ("place", part.place)] if names_place else facts
     if isinstance(part, Line):
         return [("kind", part.kind), ("text", part.text), ("color", part.color)]
-    return [("color", part.color), ("value", str(part.value))]  # type: ignore[attr-defined]
+    return [("color", part.color), ("value", str(part.value))]
 
 
 def _span(start: float, end: float) -> list[int]:

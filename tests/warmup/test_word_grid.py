@@ -117,4 +117,4 @@ def test_a_step_on_grids_trains_and_validation_says_how_well_they_are_read(warmu
 def test_without_grids_nothing_is_an_image_token(tmp_path: Path, warmup: WarmupLanguage) -> None:
     config = warmup.config.model_copy(update={"out": str(tmp_path), "seen": 0.0})
     rows = WarmupLanguage(config).rows
-    assert all((row.input_ids != warmup.image_token_id).all() and len(row.grid_ids) == 0 for row in rows)
+    assert all((row.input_ids != warmup.image_token_id).all() and row.grids == () for row in rows)
