@@ -28,6 +28,9 @@ def scenes(
     reworded: Annotated[
         float, typer.Option(min=0, max=1, help="The fraction of training's questions that are in a person's own words.")
     ] = 0.5,
+    small_talk: Annotated[
+        bool, typer.Option(help="Also small talk and questions about anything else, which an LLM that talks needs not.")
+    ] = True,
     seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
     num_processes: Annotated[Optional[int], typer.Option(min=1, help="Default: one a core.")] = None,  # noqa: UP045
 ) -> None:
@@ -44,7 +47,7 @@ def scenes(
         with Progress() as progress:
             task = progress.add_task("drawing", total=sum(counts.values()))
             write_scenes(
-                out, counts, seed, reworded=reworded, num_processes=num_processes,
+                out, counts, seed, reworded=reworded, small_talk=small_talk, num_processes=num_processes,
                 advance=lambda count: progress.update(task, advance=count),
             )  # fmt: skip
         print(f"pictures in {out}: {', '.join(f'{count} {name}' for name, count in counts.items())}")

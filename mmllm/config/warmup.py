@@ -87,6 +87,9 @@ class WarmupLanguageConfig(RunConfig):
     """The share of questions in a person's own words; with any, it is also asked what no description answers."""
     seen: Fraction = 0.0
     """The share of conversations whose scenes are not described, but shown as a grid of words, as image tokens are."""
+    renamed: Fraction = 0.0
+    """The share of conversations whose colors have other names, so that no color is bound to what training shows with
+    it."""
     ask_more: dict[str, PositiveInt] = Field(default_factory=dict)
     """Question type, such as `count`: how many times more it is drawn, where every type counts once."""
     guides: list[GuideConfig] = Field(default_factory=list)

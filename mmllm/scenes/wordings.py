@@ -11,7 +11,7 @@ import itertools
 import random
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from mmllm.scenes.conversations import SceneConversation
 from mmllm.scenes.questions import RELATIONS, QuestionTurn, plural
@@ -94,9 +94,12 @@ def reword(question: str, rng: random.Random, *, held_out: bool) -> str:
     return question
 
 
-def ask_unknown(rng: random.Random, *, held_out: bool) -> tuple[str, str]:
-    """A question that no picture of this world answers, and the one honest answer."""
-    templates = UNKNOWN_THING_QUESTIONS if rng.random() < 0.4 else UNKNOWN_QUESTIONS
+def ask_unknown(rng: random.Random, *, held_out: bool, only_things: bool = False) -> tuple[str, str]:
+    """A question that no picture of this world answers, and the one honest answer.
+
+    With `only_things` it is about a thing of another world, never about the weather or the capital of France.
+    """
+    templates = UNKNOWN_THING_QUESTIONS if only_things or rng.random() < 0.4 else UNKNOWN_QUESTIONS
     template = _choose(rng.choice(split_templates(templates, held_out=held_out)), rng)
 
     def word_for(slot: re.Match[str]) -> str:
@@ -140,10 +143,14 @@ def _decorate(question: str, rng: random.Random) -> str:
 
 @dataclass(frozen=True)
 class Wordings:
-    """Rewords a fraction of the questions, and adds turns that no picture answers, and small talk."""
+    """Rewords a fraction of the questions, and adds turns that no picture answers, and small talk.
+
+    Without `small_talk` all turns are about pictures, as they should be for an LLM that can already talk.
+    """
 
     fraction: float = 0.0
     held_out: bool = False  # only in wordings that training never shows, or only in the others
+    small_talk: bool = field(default=True, repr=False)  # what is written seeds the words, which should stay the same
 
     def apply(self, conversation: SceneConversation, rng: random.Random) -> SceneConversation:
         """The conversation in these words, with further turns; as it is where the fraction is 0."""
@@ -170,6 +177,9 @@ class Wordings:
         if (draw := rng.random()) > UNKNOWN_SHARE + SMALL_TALK_SHARE:
             return ()
         if draw < UNKNOWN_SHARE:
-            return (QuestionTurn(UNKNOWN, *ask_unknown(rng, held_out=self.held_out)),)
+            asked = ask_unknown(rng, held_out=self.held_out, only_things=not self.small_talk)
+            return (QuestionTurn(UNKNOWN, *asked),)
+        if not self.small_talk:
+            return ()
         question, answer = rng.choice(SMALL_TALK)
         return (self._reworded(QuestionTurn(TEXT_ONLY, question, answer), rng),)

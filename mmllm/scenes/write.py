@@ -116,7 +116,7 @@ def _text_row(
     row_id: str, rng: random.Random, split: Split, scene: Scene, wordings: Wordings, words_rng: random.Random
 ) -> dict[str, Any]:  # fmt: skip
     """A row without a picture: small talk, or questions about a described scene, so that the LLM still reads texts."""
-    if rng.random() < 0.5:
+    if rng.random() < 0.5 and wordings.small_talk:
         return conversation_row(row_id, [], wordings.apply(about_none(rng, split, 5), words_rng))
     talk = wordings.apply(_picture_conversation(scene, rng, split), words_rng)
     example = text_example(talk, rng, row_id)
@@ -135,12 +135,21 @@ def _write_json(rows: list[Any], path: Path) -> None:
 
 
 def write_split(
-    out: Path, name: str, count: int, seed: int, *, reworded: float, num_processes: int, advance: Callable[[int], None]
+    out: Path,
+    name: str,
+    count: int,
+    seed: int,
+    *,
+    reworded: float,
+    small_talk: bool,
+    num_processes: int,
+    advance: Callable[[int], None],
 ) -> None:
     """Writes one folder of `count` pictures, and replaces what an interrupted run left there."""
     folder = out / name
     split: Split = "val" if name == WORDINGS else name  # type: ignore[assignment]
-    wordings = Wordings(1.0, held_out=True) if name == WORDINGS else Wordings(reworded if name == "train" else 0.0)
+    fraction = {"train": reworded, WORDINGS: 1.0}.get(name, 0.0)
+    wordings = Wordings(fraction, held_out=name == WORDINGS, small_talk=small_talk)
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "images").mkdir(parents=True)
     chunks = [range(start, min(start + PICTURES_PER_CHUNK, count)) for start in range(0, count, PICTURES_PER_CHUNK)]
@@ -163,10 +172,13 @@ def write_scenes(
     seed: int,
     *,
     reworded: float = 0.5,
+    small_talk: bool = True,
     num_processes: int | None = None,
     advance: Callable[[int], None] = lambda n: None,
 ) -> None:
     """Writes the FOLDERS with a count above 0; `reworded` is the fraction of training's questions in other words.
+
+    Without `small_talk` all is about pictures or described scenes.
 
     Raises MmllmError where `out` holds anything else.
     """
@@ -178,4 +190,7 @@ def write_scenes(
     num_processes = num_processes or os.cpu_count() or 1
     for name, count in counts.items():
         if count > 0:
-            write_split(out, name, count, seed, reworded=reworded, num_processes=num_processes, advance=advance)
+            write_split(
+                out, name, count, seed, reworded=reworded, small_talk=small_talk, num_processes=num_processes,
+                advance=advance,
+            )  # fmt: skip

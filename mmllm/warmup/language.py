@@ -26,77 +26,14 @@ from mmllm.processes import map_in_processes
 from mmllm.scenes.conversations import SceneConversation, describe_conversation, sample_text, text_example
 from mmllm.scenes.questions import QUESTION_TYPES
 from mmllm.scenes.wordings import Wordings
-from mmllm.scenes.world import Split
+from mmllm.scenes.world import COLORS, Split
 from mmllm.training.losses import supervised_rows, token_loss_sum
 from mmllm.training.stage import LossOutput
 from mmllm.warmup.attention_guidance import LookupBatch, ReadOut, guide_bits, guided_attention_sum, init_for_lookup
+from mmllm.warmup.vocabulary import build_tokenizer, change_vocabulary, unused_tokens
 from mmllm.warmup.word_grid import NUM_CELLS, Ids, grid_tokens, word_grid
 
 CHUNK = 500
-# fmt: off
-SPECIAL_TOKENS = ("<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", IMAGE_TOKEN)
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if m.role == 'assistant' %}<|end|>{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-# fmt: on
-
-
-def build_tokenizer(texts: Sequence[str], vocab_size: int) -> Any:
-    """A lower-case byte-level BPE tokenizer. A word has the same tokens at every position; each digit is one token."""
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    # a leading space before every piece: "red" as an answer is the same token as " red" in a sentence
-    tokenizer.normalizer = normalizers.Sequence(
-        [
-            normalizers.Lowercase(),
-            normalizers.Replace(Regex(r"\s+"), " "),
-            normalizers.Strip(),
-            normalizers.Prepend(" "),
-        ]
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(r" ?[a-z]+| ?[0-9]|\s+|[^\sa-z0-9]+"), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    end = "<|end|>"  # added only with add_special_tokens=True, as CLIP's text tower needs it
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"$A {end}", special_tokens=[(end, tokenizer.token_to_id(end))]
-    )
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token=end, extra_special_tokens=[IMAGE_TOKEN]
-    )
-    fast.chat_template = CHAT_TEMPLATE
-    return fast
-
-
-@torch.no_grad()
-def change_vocabulary(model: Any, old: Any, new: Any) -> None:
-    """Gives the model the embeddings, in and out, of another byte-level BPE tokenizer.
-
-    A token of both keeps its row; a new one gets the mean of the rows of the pieces that the old tokenizer makes of it.
-    """
-    bpe, ids = old.backend_tokenizer.model, old.get_vocab()
-    by_id = sorted(new.get_vocab(), key=new.get_vocab().__getitem__)
-    pieces = [[ids[token]] if token in ids else [piece.id for piece in bpe.tokenize(token)] for token in by_id]
-    tables = [layer.weight.clone() for layer in (model.get_input_embeddings(), model.get_output_embeddings())]
-    model.resize_token_embeddings(len(by_id), mean_resizing=False)
-    for config in (model.config, model.generation_config):
-        config.eos_token_id, config.pad_token_id = new.eos_token_id, new.pad_token_id
-    for layer, table in zip((model.get_input_embeddings(), model.get_output_embeddings()), tables, strict=True):
-        layer.weight.copy_(torch.stack([table[rows].mean(0) for rows in pieces]))
 
 
 @dataclass(frozen=True)
@@ -180,6 +117,7 @@ def _render_chunk(folder: str, config: WarmupLanguageConfig, split: Split, numbe
         tokenizer, OWN_TEMPLATE, image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), num_image_tokens=NUM_CELLS
     )
     ids_of = functools.cache(functools.partial(_ids, renderer))
+    colors = [token for color in COLORS for token in ids_of(f" {color}")]
     rows = []
     types = (*QUESTION_TYPES, *(name for name, times in config.ask_more.items() for _ in range(times)))
     for number in numbers:
@@ -199,7 +137,18 @@ def _render_chunk(folder: str, config: WarmupLanguageConfig, split: Split, numbe
             row = _row(renderer, conversation, rng, f"{split}-{number}")
             is_reworded = wordings.held_out and wordings.fraction > 0
             rows.append(replace(row, group="reworded") if is_reworded else row)
+        if split == "train" and config.renamed and rng.random() < config.renamed:
+            names = dict(zip(colors, rng.sample(unused_tokens(tokenizer), len(colors)), strict=True))
+            rows[-1] = rename_colors(rows[-1], names)
     return rows
+
+
+def rename_colors(row: TextRow, names: dict[int, int]) -> TextRow:
+    """The row with other tokens for its colors, {token: its new name}, in the texts and in the grids."""
+    table = np.arange(max(*names, *names.values(), int(row.input_ids.max()), *(ids.max() for ids, _ in row.grids)) + 1)
+    table[list(names)] = list(names.values())
+    grids = tuple((table[ids].astype(ids.dtype), weights) for ids, weights in row.grids)
+    return replace(row, input_ids=table[row.input_ids].astype(row.input_ids.dtype), grids=grids)
 
 
 def answer_spans(is_answer: Sequence[bool]) -> list[tuple[int, int]]:

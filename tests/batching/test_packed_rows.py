@@ -145,4 +145,6 @@ def test_neither_packing_nor_micro_batches_nor_ranks_change_loss_or_gradients(
     assert gradients.keys() == others.keys()
     whole = torch.cat([value.flatten() for value in gradients.values()])
     other = torch.cat([others[name].flatten() for name in gradients])
-    assert float((whole - other).norm() / whole.norm()) <= 2e-6  # `never` in one and in twelve: 1.3e-6
+    assert (
+        float((whole - other).norm() / whole.norm()) <= 1e-5
+    )  # `never` in one and in twelve: 1.3e-6 or 5.7e-6, by the CPU

@@ -13,7 +13,8 @@ def covering_combinations(
 ) -> list[Choices]:
     """Few combinations that together hold every pair of values that is not refused, none of which is refused.
 
-    Greedy: each begins with a pair that none holds yet, and takes the values that hold the most new pairs with it.
+    Greedy: each begins with a pair that none holds yet, and takes the values that hold the most new pairs with it. The
+    values of the first axis are in the fewest combinations.
     """
     pairs = [
         {one: first, other: second}

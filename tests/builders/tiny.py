@@ -20,7 +20,7 @@ from mmllm.config import LanguageConfig, ModelConfig, ProjectorConfig, VisionCon
 from mmllm.model.build import build_model
 from mmllm.scenes.conversations import about_one, text_example
 from mmllm.scenes.world import sample_scene
-from mmllm.warmup.language import build_tokenizer
+from mmllm.warmup.vocabulary import build_tokenizer
 
 SIDE_PX = 32
 CLIP = {

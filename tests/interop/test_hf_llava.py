@@ -17,7 +17,7 @@ from mmllm.cli import app
 from mmllm.inference.engine import Engine
 from mmllm.inference.sampling import Sampling
 from mmllm.interop.hf_llava import export_hf
-from mmllm.interop.parity import probes
+from mmllm.interop.parity import check_answers, probes
 from mmllm.interop.towers import CLIP_NAMES, SIGLIP_NAMES, ExportError, encoder_in_transformers, rename_weights
 from mmllm.model.language import load_tokenizer
 from mmllm.model.tower import TowerSpec
@@ -119,6 +119,20 @@ def test_an_open_clip_tower_is_exported_too(tiny_parts: Path, parts: Path, tmp_p
         assert export_hf(model, tmp_path / f"out{layer}").max_logit_difference <= 1e-4
         config = json.loads((tmp_path / f"out{layer}" / "config.json").read_text())
         assert config["vision_feature_layer"] == (layer if isinstance(layer, list) else -1)
+
+
+def test_an_answer_that_the_model_would_not_give_is_told(tiny_checkpoint: Path) -> None:
+    engine, asked = Engine.load(tiny_checkpoint, device="cpu"), [probes()[1]]
+    prompts = engine.inputs([engine.renderer.render_example(one) for one in asked], list(asked[0].images))
+    answers = engine._generate(prompts, Sampling(max_new_tokens=6))
+    with torch.inference_mode():
+        check_answers(engine, prompts, answers, "one picture")
+        others = engine.model(**prompts).logits[0, -1].topk(2).indices
+        for token in (int(others[1]), 5):
+            changed = answers.clone()
+            changed[0, 0] = token
+            with pytest.raises(ExportError, match=r"(?s)greedy answers to one picture differ: token 1 is .* allowed: 0.1"):
+                check_answers(engine, prompts, changed, "one picture")
 
 
 def test_a_pipeline_of_transformers_answers_as_chat_does(parts: Path, tmp_path: Path) -> None:

@@ -162,6 +162,21 @@ def test_the_unknown_and_small_talk_stand_anywhere_but_before_a_follow_up() -> N
     assert Wordings(0.0).apply(SceneConversation((), turns), rng).turns == turns
 
 
+def test_without_small_talk_all_that_is_unknown_is_about_a_thing() -> None:
+    rng = random.Random(5)
+    turns = tuple(QuestionTurn("color", "what color is the star?", "blue") for _ in range(8))
+    added = [
+        turn
+        for _ in range(200)
+        for turn in Wordings(0.5, small_talk=False).apply(SceneConversation((), turns), rng).turns
+        if turn.type != "color"
+    ]
+    assert len(added) > 100
+    assert {(turn.type, turn.answer) for turn in added} == {(UNKNOWN, UNKNOWN_ANSWER)}
+    assert not [turn.question for turn in added if re.search(r"weather|joke|capital of|who painted|meaning", turn.question)]
+    assert repr(Wordings(0.5, small_talk=False)) == repr(Wordings(0.5)), "it seeds the words of pictures"
+
+
 def test_words_come_with_and_without_capitals_and_question_marks_and_in_british_spelling() -> None:
     rng = random.Random(3)
     texts = [reword("what color is the large star at the top left?", rng, held_out=False) for _ in range(300)]

@@ -18,7 +18,7 @@ from mmllm.scenes import write
 from mmllm.scenes.captions import facts_in, facts_of
 from mmllm.scenes.pair_questions import TWO_PICTURES
 from mmllm.scenes.questions import QUESTION_TYPES
-from mmllm.scenes.small_talk import TEXT_ONLY
+from mmllm.scenes.small_talk import NO_PICTURE, SMALL_TALK, TEXT_ONLY
 from mmllm.scenes.wordings import UNKNOWN, UNKNOWN_ANSWER
 from mmllm.scenes.world import Scene, split_of
 from mmllm.scenes.write import scene_of, write_scenes
@@ -120,6 +120,17 @@ def test_conversations_are_about_one_two_and_no_pictures(tiny_scenes):
     for row in rows:
         if not row.get("image"):
             assert set(row["types"]) <= {"text_only", "caption", "unknown"}
+
+
+def test_without_small_talk_the_same_pictures_have_rows_about_pictures_and_descriptions(tiny_scenes, tmp_path):
+    write_scenes(tmp_path, COUNTS, 0, small_talk=False, num_processes=1)
+    for split in COUNTS:
+        for picture in sorted((tiny_scenes / split / "images").iterdir()):
+            assert picture.read_bytes() == (tmp_path / split / "images" / picture.name).read_bytes()
+        rows = json.loads((tmp_path / split / "conversations.json").read_text())
+        talked = {answer for _, answer in SMALL_TALK if answer.endswith((".", "!"))} | {NO_PICTURE}
+        assert not talked & {turn["value"] for row in rows for turn in row["conversations"]}
+        assert [row for row in rows if "image" not in row], "descriptions are still read"
 
 
 @pytest.mark.parametrize("split", COUNTS)

@@ -13,9 +13,10 @@ from torch import nn
 from mmllm.batch import IMAGE_TOKEN
 from mmllm.config import WarmupLanguageConfig
 from mmllm.model.language import load_tokenizer
-from mmllm.scenes.world import Bar, Line, Scene, Thing, sample_scene
+from mmllm.scenes.world import COLORS, Bar, Line, Scene, Thing, sample_scene
 from mmllm.warmup.language import WarmupLanguage, embed
 from mmllm.warmup.regions import boxes_of
+from mmllm.warmup.vocabulary import unused_tokens
 from mmllm.warmup.word_grid import MAX_WORDS, NUM_CELLS, SIDE, grid_tokens, word_grid
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "weights" / "tiny-language"
@@ -112,6 +113,34 @@ def test_a_step_on_grids_trains_and_validation_says_how_well_they_are_read(warmu
     metrics = warmup.validate(0)
     assert 0 <= metrics["seen"] <= 1
     assert {"exact", "seen"} & {name.split("_")[0] for name in metrics} == {"exact", "seen"}
+
+
+def test_renamed_colors_keep_everything_else_and_no_text_has_their_names(
+    tmp_path: Path, warmup: WarmupLanguage
+) -> None:
+    rows = [
+        WarmupLanguage(warmup.config.model_copy(update={"out": str(tmp_path), "renamed": share})).rows
+        for share in (0.0, 1.0)
+    ]
+    colors, names = [ids_of(f" {color}")[0] for color in COLORS], unused_tokens(TOKENIZER)
+    assert len(set(names)) == 26
+    assert not set(names) & set(ids_of("ABCDEFGHIJKLMNOPQRSTUVWXYZ"))
+    changed = 0
+    for plain, renamed in zip(*rows, strict=True):
+        mapping: dict[int, int] = {}
+        assert not np.isin(plain.input_ids, names).any()
+        befores, afters = ([row.input_ids, *(ids for ids, _ in row.grids)] for row in (plain, renamed))
+        for before, after in zip(befores, afters, strict=True):
+            for old, new in zip(before.ravel().tolist(), after.ravel().tolist(), strict=True):
+                assert mapping.setdefault(old, new) == new, "the same name in texts and grids"
+                assert (old in colors) == (new != old)
+        given = [new for old, new in mapping.items() if old != new]
+        assert set(given) <= set(names)
+        assert len(set(given)) == len(given), "no two colors share a name"
+        changed += len(given)
+        assert (plain.is_answer == renamed.is_answer).all()
+        assert plain.types == renamed.types
+    assert changed > 50
 
 
 def test_without_grids_nothing_is_an_image_token(tmp_path: Path, warmup: WarmupLanguage) -> None:
