@@ -6,6 +6,8 @@ BIN := .venv/bin
 READY := .venv/.ready
 OLDEST := .venv-oldest
 SCENES := data/scenes/train/conversations.json
+# What an LLM that can already talk learns from: nothing else than pictures.
+SCENES_FOR_LLM := data/scenes_no_small_talk/train/conversations.json
 # Two processes of one thread train nearly twice as fast on a CPU as one; two threads gain little.
 PROCESSES := $(if $(shell command -v nvidia-smi 2>/dev/null),1,2)
 # What `make demo` trains: tiny or smollm2. The folder of its configs, and of its runs.
@@ -64,12 +66,13 @@ format: setup ## format, and fix what can be fixed
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-weights: setup ## train the small backbones anew, from random weights, into weights/ (about 3.5 hours on one core)
+weights: setup ## train the small backbones anew, from random weights, into weights/ (about 4 hours on one core)
 	$(BIN)/mmllm train configs/tiny/warmup_language.yaml
 	$(BIN)/mmllm train configs/tiny/warmup_language_pairs.yaml
 	$(BIN)/mmllm train configs/tiny/warmup_language_words.yaml
 	$(BIN)/mmllm train configs/tiny/warmup_language_grids.yaml
-	cd runs/tiny/warmup_language_grids && cp config.json generation_config.json model.safetensors chat_template.jinja \
+	$(BIN)/mmllm train configs/tiny/warmup_language_names.yaml
+	cd runs/tiny/warmup_language_names && cp config.json generation_config.json model.safetensors chat_template.jinja \
 		tokenizer.json tokenizer_config.json metrics.json log.jsonl train_loss.png ../../../weights/tiny-language/
 	$(BIN)/mmllm train configs/tiny/warmup_vision.yaml
 	$(BIN)/mmllm train configs/tiny/warmup_vision_fonts.yaml
@@ -114,7 +117,10 @@ $(OLDEST)/.ready: requirements-oldest.txt tests/parts.txt pyproject.toml | $(BIN
 $(SCENES): | $(READY)
 	$(BIN)/mmllm scenes data/scenes --train 10000 --val 500 --seed 0
 
-runs/%/stage1/manifest.json: | $(SCENES)
+$(SCENES_FOR_LLM): | $(READY)
+	$(BIN)/mmllm scenes data/scenes_no_small_talk --train 6000 --val 500 --no-small-talk --seed 0
+
+runs/%/stage1/manifest.json: | $(if $(filter tiny,$(MODEL)),$(SCENES),$(SCENES_FOR_LLM))
 	$(BIN)/mmllm train configs/$*/stage1.yaml --processes $(PROCESSES)
 
 runs/%/stage2/manifest.json: | runs/%/stage1/manifest.json
