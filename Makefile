@@ -8,10 +8,11 @@ OLDEST := .venv-oldest
 SCENES := data/scenes/train/conversations.json
 # What an LLM that can already talk learns from: nothing else than pictures.
 SCENES_FOR_LLM := data/scenes_no_small_talk/train/conversations.json
-# Two processes of one thread train nearly twice as fast on a CPU as one; two threads gain little.
-PROCESSES := $(if $(shell command -v nvidia-smi 2>/dev/null),1,2)
 # What `make demo` trains: tiny or smollm2. The folder of its configs, and of its runs.
 MODEL := tiny
+# On a CPU two processes of one thread train the small model nearly twice as fast as one, and two threads gain little.
+# SmolLM2 gains more from threads: a second process would cast and exchange all its weights at each step.
+PROCESSES := $(if $(shell command -v nvidia-smi 2>/dev/null),1,$(if $(filter smollm2,$(MODEL)),1,2))
 STAGE2 = runs/$(PARTS)/stage2/manifest.json
 PARTS := $(patsubst smollm2,smollm2-135m,$(MODEL))
 $(if $(filter tiny smollm2,$(MODEL)),,$(error MODEL=$(MODEL) cannot be trained by `make demo`; allowed: tiny, smollm2))
@@ -32,8 +33,9 @@ demo: setup $(if $(wildcard $(STAGE2)),,$(STAGE2)) ## train a model where none i
 
 # A file's tests stay in one process, which makes what they share once, and the slowest files come first; they are
 # measured anew by PYTEST=--store-durations. The models of the tests are small: more threads than idle cores only wait
-# for each other.
-PYTEST_RUN := -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# for each other. One process more than cores works while others wait for what they have started.
+WORKERS = $(shell $(PYTHON) -c 'import os; print(min(4, 1 + (os.cpu_count() or 1)))')
+PYTEST_RUN := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test: lint ## lint, type-check and run the tests; PYTEST="-k chat" selects
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python $(PYTEST_RUN) $(PYTEST)

@@ -5,6 +5,7 @@ Shapes: `N` images, `C H W` one image, `P` patches per image, `Dv` vision width.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -43,6 +44,9 @@ class TowerSpec:
     def from_json(data: dict[str, Any]) -> TowerSpec:
         tuples = {key: tuple(value) for key, value in data.items() if isinstance(value, list)}
         return TowerSpec(**{**data, **tuples})
+
+
+_SHAPES: dict[str, tuple[int, int]] = {}  # {spec as JSON: patches and width of its tower}
 
 
 class VisionTower(nn.Module):
@@ -88,7 +92,16 @@ class VisionTower(nn.Module):
 
     @torch.no_grad()
     def _probe(self) -> None:
-        """Finds `num_patches` and `width` by one forward pass, on the meta device if the weights are there."""
+        """Finds `num_patches` and `width` by one forward pass, on the meta device if the weights are there.
+
+        A run builds its tower several times, so what a spec gives is kept.
+        """
+        key = json.dumps(self.spec.to_json(), sort_keys=True)
+        if key not in _SHAPES:
+            _SHAPES[key] = self._output_shape()
+        self.num_patches, self.width = _SHAPES[key]
+
+    def _output_shape(self) -> tuple[int, int]:
         side, parameter = self.spec.image_size_px, next(self.parameters())
         was_training = self.training
         self.eval()
@@ -96,7 +109,7 @@ class VisionTower(nn.Module):
         pixels = torch.zeros(1, 3, side, side, dtype=parameter.dtype, device=parameter.device)
         patches = functional_call(self, buffers, (pixels,))
         self.train(was_training)
-        self.num_patches, self.width = patches.shape[1], patches.shape[2]
+        return patches.shape[1], patches.shape[2]
 
 
 class LayeredTower(VisionTower):

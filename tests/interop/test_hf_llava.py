@@ -131,7 +131,9 @@ def test_an_answer_that_the_model_would_not_give_is_told(tiny_checkpoint: Path) 
         for token in (int(others[1]), 5):
             changed = answers.clone()
             changed[0, 0] = token
-            with pytest.raises(ExportError, match=r"(?s)greedy answers to one picture differ: token 1 is .* allowed: 0.1"):
+            with pytest.raises(
+                ExportError, match=r"(?s)greedy answers to one picture differ: token 1 is .* allowed: 0.1"
+            ):
                 check_answers(engine, prompts, changed, "one picture")
 
 

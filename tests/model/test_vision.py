@@ -13,7 +13,7 @@ import torch
 from open_clip.model import _build_vision_tower
 
 from mmllm.config import ConfigError, VisionConfig
-from mmllm.model.tower import TowerSpec
+from mmllm.model.tower import TowerSpec, VisionTower
 from mmllm.model.vision import build_tower, load_tower
 from mmllm.model.vision_open_clip import needs_quick_gelu
 from tests.builders.tiny import CLIP, SIDE_PX
@@ -48,6 +48,19 @@ def test_a_pretrained_tower_says_what_open_clip_says_at_that_layer(tiny_parts: P
     torch.testing.assert_close(patches, in_order, **near, msg="patches in their order, without CLS")
     torch.testing.assert_close(patches, own.flatten(2).transpose(1, 2), **near)
     assert (tower.num_patches, tower.width) == patches.shape[1:] == (16, 32)
+
+
+def test_the_shape_of_a_spec_is_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = build_tower(spec_of(ENCODERS["vit"], -1))
+    runs: list[VisionTower] = []
+    found = VisionTower._output_shape
+    monkeypatch.setattr(VisionTower, "_output_shape", lambda tower: (runs.append(tower), found(tower))[1])
+    again = build_tower(first.spec)
+    assert runs == []
+    assert (again.num_patches, again.width) == (first.num_patches, first.width)
+    other = build_tower(spec_of({**ENCODERS["vit"], "width": 24}, -1))
+    assert runs == [other]
+    assert (other.num_patches, other.width) == (first.num_patches, 24)
 
 
 def test_nothing_stands_behind_the_layer_that_is_read(tiny_parts: Path) -> None:

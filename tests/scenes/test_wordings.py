@@ -173,7 +173,9 @@ def test_without_small_talk_all_that_is_unknown_is_about_a_thing() -> None:
     ]
     assert len(added) > 100
     assert {(turn.type, turn.answer) for turn in added} == {(UNKNOWN, UNKNOWN_ANSWER)}
-    assert not [turn.question for turn in added if re.search(r"weather|joke|capital of|who painted|meaning", turn.question)]
+    assert not [
+        turn.question for turn in added if re.search(r"weather|joke|capital of|who painted|meaning", turn.question)
+    ]
     assert repr(Wordings(0.5, small_talk=False)) == repr(Wordings(0.5)), "it seeds the words of pictures"
 
 
