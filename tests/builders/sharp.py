@@ -9,6 +9,10 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from mmllm.batching.packing import packed_position_ids
+from mmllm.model.probing import relative_difference
+
+LENGTHS = (7, 5, 6)  # of the examples of a packed row, in tokens
 FACTORS = {"q_proj": 2, "k_proj": 2, "o_proj": 4}
 
 
@@ -25,6 +29,16 @@ def sharp_llama(*, vocab_size: int = 400, attention: str = "sdpa", **ids: Any) -
             for name, factor in FACTORS.items():
                 getattr(layer.self_attn, name).weight.mul_(factor)
     return model
+
+
+def rounding(model: Any) -> float:
+    """How far a packed row's logits are from those of its examples alone."""
+    embeds = model.get_input_embeddings().weight[: sum(LENGTHS)][None]
+    packed = model(
+        inputs_embeds=embeds, position_ids=packed_position_ids([LENGTHS], sum(LENGTHS)), use_cache=False
+    ).logits
+    alone = [model(inputs_embeds=part, use_cache=False).logits for part in embeds.split(LENGTHS, 1)]
+    return relative_difference(torch.cat(alone, 1), packed)
 
 
 def make_sharp_language(folder: Path, language: Path) -> Path:

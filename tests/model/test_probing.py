@@ -9,17 +9,14 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mmllm.batching.packing import packed_position_ids
 from mmllm.model import capabilities
 from mmllm.model.capabilities import has_plain_head, needs_mask, why_not_packed
-from mmllm.model.probing import held_in_float32, probing, relative_difference
+from mmllm.model.probing import held_in_float32, probing
 from mmllm.training.quantised_base import quantise_language
-from tests.builders.real_parts import read_smollm2
-from tests.builders.sharp import sharp_llama
+from tests.builders.sharp import rounding, sharp_llama
 from tests.builders.tiny_backbones import BACKBONES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LENGTHS = (7, 5, 6)
 
 
 def backbone(kind: str, **changes: Any) -> Any:
@@ -29,16 +26,6 @@ def backbone(kind: str, **changes: Any) -> Any:
 
 
 @torch.no_grad()
-def rounding(model: Any) -> float:
-    """How far a packed row's logits are from those of its examples alone."""
-    embeds = model.get_input_embeddings().weight[: sum(LENGTHS)][None]
-    packed = model(
-        inputs_embeds=embeds, position_ids=packed_position_ids([LENGTHS], sum(LENGTHS)), use_cache=False
-    ).logits
-    alone = [model(inputs_embeds=part, use_cache=False).logits for part in embeds.split(LENGTHS, 1)]
-    return relative_difference(torch.cat(alone, 1), packed)
-
-
 def test_what_packs_in_fp32_packs_in_16_bits_however_much_they_round() -> None:
     model = sharp_llama()
     assert rounding(model) < 1e-4
@@ -76,12 +63,6 @@ def test_few_bits_that_compute_in_bf16_are_packed(kind: str) -> None:
         assert why_not_packed(model) is None
         assert has_plain_head(model)
         assert not needs_mask(model)
-
-
-def test_a_real_llm_in_bf16_is_packed_and_its_head_is_plain() -> None:
-    model = read_smollm2(torch.bfloat16)
-    assert rounding(model) > 0.01
-    assert (why_not_packed(model), has_plain_head(model), needs_mask(model)) == (None, True, False)
 
 
 def test_a_probe_leaves_no_trace_of_modes_gradients_or_numbers() -> None:
