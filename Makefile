@@ -8,11 +8,10 @@ OLDEST := .venv-oldest
 SCENES := data/scenes/train/conversations.json
 # What an LLM that can already talk learns from: nothing else than pictures.
 SCENES_FOR_LLM := data/scenes_no_small_talk/train/conversations.json
+# On a CPU two processes of one thread train the small model nearly twice as fast as one, and two threads gain little.
+PROCESSES := $(if $(shell command -v nvidia-smi 2>/dev/null),1,2)
 # What `make demo` trains: tiny or smollm2. The folder of its configs, and of its runs.
 MODEL := tiny
-# On a CPU two processes of one thread train the small model nearly twice as fast as one, and two threads gain little.
-# SmolLM2 gains more from threads: a second process would cast and exchange all its weights at each step.
-PROCESSES := $(if $(shell command -v nvidia-smi 2>/dev/null),1,$(if $(filter smollm2,$(MODEL)),1,2))
 STAGE2 = runs/$(PARTS)/stage2/manifest.json
 PARTS := $(patsubst smollm2,smollm2-135m,$(MODEL))
 $(if $(filter tiny smollm2,$(MODEL)),,$(error MODEL=$(MODEL) cannot be trained by `make demo`; allowed: tiny, smollm2))
@@ -122,7 +121,12 @@ $(SCENES): | $(READY)
 $(SCENES_FOR_LLM): | $(READY)
 	$(BIN)/mmllm scenes data/scenes_no_small_talk --train 6000 --val 500 --no-small-talk --seed 0
 
-runs/%/stage1/manifest.json: | $(if $(filter tiny,$(MODEL)),$(SCENES),$(SCENES_FOR_LLM))
+runs/tiny/stage1/manifest.json: | $(SCENES)
+runs/smollm2-135m/stage1/manifest.json: | $(SCENES_FOR_LLM)
+# SmolLM2 gains more from threads: a second process would cast and exchange all its weights at each step.
+runs/smollm2-135m/%: PROCESSES := 1
+
+runs/%/stage1/manifest.json:
 	$(BIN)/mmllm train configs/$*/stage1.yaml --processes $(PROCESSES)
 
 runs/%/stage2/manifest.json: | runs/%/stage1/manifest.json

@@ -29,7 +29,7 @@ def scenes(
         float, typer.Option(min=0, max=1, help="The fraction of training's questions that are in a person's own words.")
     ] = 0.5,
     small_talk: Annotated[
-        bool, typer.Option(help="Also small talk and questions about anything else, which an LLM that talks needs not.")
+        bool, typer.Option(help="Also small talk, and questions about anything else; an LLM that talks needs none.")
     ] = True,
     seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
     num_processes: Annotated[Optional[int], typer.Option(min=1, help="Default: one a core.")] = None,  # noqa: UP045

@@ -157,7 +157,8 @@ def check_answers(engine: Engine, prompts: dict[str, Tensor], answers: Tensor, n
     logits = engine.model(**{**prompts, **whole}).logits[:, -answers.shape[1] - 1 : -1]
     gaps = logits.amax(-1) - logits.gather(-1, answers[..., None])[..., 0]
     allowed = CHOICE_TOLERANCE * max(1.0, logits.abs().max().item())
-    for row, place in (is_said & ~(gaps <= allowed)).nonzero()[:1].tolist():
+    if len(wrong := (is_said & ~(gaps <= allowed)).nonzero()):  # also for NaN
+        row, place = wrong[0].tolist()
         here, there = (engine.renderer.decode([int(ids[row, place])]) for ids in (logits.argmax(-1), answers))
         raise ExportError(
             f"greedy answers to {names} differ: token {place + 1} is {here!r} here and {there!r} in transformers' "

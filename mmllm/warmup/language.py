@@ -117,7 +117,7 @@ def _render_chunk(folder: str, config: WarmupLanguageConfig, split: Split, numbe
         tokenizer, OWN_TEMPLATE, image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), num_image_tokens=NUM_CELLS
     )
     ids_of = functools.cache(functools.partial(_ids, renderer))
-    colors = [token for color in COLORS for token in ids_of(f" {color}")]
+    colors, names = [token for color in COLORS for token in ids_of(f" {color}")], unused_tokens(tokenizer)
     rows = []
     types = (*QUESTION_TYPES, *(name for name, times in config.ask_more.items() for _ in range(times)))
     for number in numbers:
@@ -137,18 +137,17 @@ def _render_chunk(folder: str, config: WarmupLanguageConfig, split: Split, numbe
             row = _row(renderer, conversation, rng, f"{split}-{number}")
             is_reworded = wordings.held_out and wordings.fraction > 0
             rows.append(replace(row, group="reworded") if is_reworded else row)
-        if split == "train" and config.renamed and rng.random() < config.renamed:
-            names = dict(zip(colors, rng.sample(unused_tokens(tokenizer), len(colors)), strict=True))
-            rows[-1] = rename_colors(rows[-1], names)
+        if split == "train" and rng.random() < config.renamed:
+            new_ids = np.arange(len(tokenizer), dtype=np.int32)
+            new_ids[colors] = rng.sample(names, len(colors))
+            rows[-1] = rename_tokens(rows[-1], new_ids)
     return rows
 
 
-def rename_colors(row: TextRow, names: dict[int, int]) -> TextRow:
-    """The row with other tokens for its colors, {token: its new name}, in the texts and in the grids."""
-    table = np.arange(max(*names, *names.values(), int(row.input_ids.max()), *(ids.max() for ids, _ in row.grids)) + 1)
-    table[list(names)] = list(names.values())
-    grids = tuple((table[ids].astype(ids.dtype), weights) for ids, weights in row.grids)
-    return replace(row, input_ids=table[row.input_ids].astype(row.input_ids.dtype), grids=grids)
+def rename_tokens(row: TextRow, new_ids: np.ndarray) -> TextRow:
+    """The row with the token `new_ids[i]` for each token i, in the texts and in the grids."""
+    grids = tuple((new_ids[ids], weights) for ids, weights in row.grids)
+    return replace(row, input_ids=new_ids[row.input_ids], grids=grids)
 
 
 def answer_spans(is_answer: Sequence[bool]) -> list[tuple[int, int]]:

@@ -55,8 +55,7 @@ def test_a_real_llm_that_others_quantised_answers_and_is_packed_in_bf16(cache: P
     assert reply.text == "The capital of France is Paris."
     assert reply.finish_reason == "end"
     language_model = model.language_model.to(torch.bfloat16)
-    with torch.inference_mode():
-        assert rounding(language_model) > 0.01
+    assert rounding(language_model) > 0.01
     assert why_not_packed(language_model) is None
     assert has_plain_head(language_model)
     assert not needs_mask(language_model)

@@ -101,13 +101,15 @@ SETTINGS = ("data.group_by_length=false", "compute.batch_size=12", "optim.max_st
 
 
 class Division:
-    """One step's summed loss and gradients when its examples are divided in some way."""
+    """One step's summed loss and gradients, in fp64, when its examples are divided in some way."""
 
     def __init__(self, settings: Path, out: Path):
         self.stages = {
             packing: ConversationStage(settings_of(settings, out, *SETTINGS, f"data.packing={packing}"))
             for packing in ("never", "always", "auto")
         }
+        for stage in self.stages.values():
+            stage.model.double()
 
     def step(self, packing: str, accumulate: int, ranks: int = 1) -> tuple[float, dict[str, Tensor]]:
         stage = self.stages[packing]
@@ -119,6 +121,8 @@ class Division:
             assert len(micro_batches) == accumulate
             for indices in micro_batches:
                 batch = stage.batch(indices)
+                if batch.pixel_values is not None:
+                    batch.pixel_values = batch.pixel_values.double()
                 loss = stage.module(batch)
                 loss.backward()
                 total += float(loss.detach())
@@ -145,6 +149,4 @@ def test_neither_packing_nor_micro_batches_nor_ranks_change_loss_or_gradients(
     assert gradients.keys() == others.keys()
     whole = torch.cat([value.flatten() for value in gradients.values()])
     other = torch.cat([others[name].flatten() for name in gradients])
-    assert (
-        float((whole - other).norm() / whole.norm()) <= 1e-5
-    )  # `never` in one and in twelve: 1.3e-6 or 5.7e-6, by the CPU
+    assert float((whole - other).norm() / whole.norm()) <= 2e-6

@@ -31,6 +31,7 @@ def sharp_llama(*, vocab_size: int = 400, attention: str = "sdpa", **ids: Any) -
     return model
 
 
+@torch.no_grad()
 def rounding(model: Any) -> float:
     """How far a packed row's logits are from those of its examples alone."""
     embeds = model.get_input_embeddings().weight[: sum(LENGTHS)][None]

@@ -25,7 +25,6 @@ def backbone(kind: str, **changes: Any) -> Any:
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**BACKBONES[kind], **ids, **changes})).eval()
 
 
-@torch.no_grad()
 def test_what_packs_in_fp32_packs_in_16_bits_however_much_they_round() -> None:
     model = sharp_llama()
     assert rounding(model) < 1e-4
