@@ -73,7 +73,8 @@ weights: setup ## train the small backbones anew, from random weights, into weig
 	$(BIN)/mmllm train configs/tiny/warmup_language_words.yaml
 	$(BIN)/mmllm train configs/tiny/warmup_language_grids.yaml
 	$(BIN)/mmllm train configs/tiny/warmup_language_names.yaml
-	cd runs/tiny/warmup_language_names && cp config.json generation_config.json model.safetensors chat_template.jinja \
+	$(BIN)/mmllm train configs/tiny/warmup_language_absent.yaml
+	cd runs/tiny/warmup_language_absent && cp config.json generation_config.json model.safetensors chat_template.jinja \
 		tokenizer.json tokenizer_config.json metrics.json log.jsonl train_loss.png ../../../weights/tiny-language/
 	$(BIN)/mmllm train configs/tiny/warmup_vision.yaml
 	$(BIN)/mmllm train configs/tiny/warmup_vision_fonts.yaml

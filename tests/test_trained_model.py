@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from mmllm.evaluation.run import evaluate_model
 from mmllm.evaluation.tasks import normalise
 from mmllm.inference.engine import Engine
 from mmllm.inference.sampling import Sampling
+from mmllm.scenes.absent import ABSENT
 from mmllm.scenes.wordings import UNKNOWN
 from mmllm.scenes.write import write_scenes
 from tests.builders.other_fonts import redraw_words
@@ -29,6 +31,7 @@ TARGETS = {
     "other wordings": 0.88,  # that training never shows
     "strangers' own words": 0.78,
     "the unknown named as such": 0.88,
+    "the absent said not to be there": 0.80,
     "known things refused": 0.02,  # at most so many
     "words in other fonts": 0.82,
     "shuffled above guessing": 0.05,  # at most so much
@@ -80,22 +83,25 @@ def test_it_understands_wordings_that_it_never_saw(results):
 
 
 def test_it_understands_strangers(trained_model):
-    """Wordings by people who never saw training's; what they ask and no picture tells is counted apart."""
+    """Wordings by people who never saw training's; what no picture tells, or this one does not show, counts apart."""
     engine = Engine.load(trained_model, device="cpu")
     asked = ask_in_own_words(150, SEED)
-    right: dict[bool, list[bool]] = {True: [], False: []}
+    right = defaultdict[str, list[bool]](list)
     for start in range(0, len(asked), 64):
         part = asked[start : start + 64]
         chats = [Conversation(label=engine.picture_label).ask(one.question, [one.picture]) for one in part]
         for one, reply in zip(part, engine.reply_batch(chats, Sampling(max_new_tokens=32)), strict=True):
-            right[one.type == UNKNOWN].append(normalise(reply.text) == normalise(one.answer))
-    known, unknown = (sum(right[is_unknown]) / len(right[is_unknown]) for is_unknown in (False, True))
-    assert known >= TARGETS["strangers' own words"]
-    assert unknown >= TARGETS["the unknown named as such"]
+            kind = one.type if one.type in (UNKNOWN, ABSENT) else "known"
+            right[kind].append(normalise(reply.text) == normalise(one.answer))
+    shares = {kind: sum(found) / len(found) for kind, found in right.items()}
+    assert shares["known"] >= TARGETS["strangers' own words"], shares
+    assert shares[UNKNOWN] >= TARGETS["the unknown named as such"], shares
+    assert shares[ABSENT] >= TARGETS["the absent said not to be there"], shares
 
 
 def test_it_says_what_it_cannot_know_and_only_that(results):
     assert results["wordings"]["types"]["unknown"] >= TARGETS["the unknown named as such"]
+    assert results["wordings"]["types"][ABSENT] >= TARGETS["the absent said not to be there"]
     for split in ("val", "compositions", "wordings"):
         assert results[split]["refused"] <= TARGETS["known things refused"]
 

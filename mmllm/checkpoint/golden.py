@@ -164,13 +164,18 @@ def answer_logits(
     return logits
 
 
+@torch.inference_mode()
 def _greedy(
     model: VisionLanguageModel, prompt_ids: Sequence[int], pictures: Mapping[str, Tensor], end: int
 ) -> list[int]:
     """Greedy decoding without a KV cache: each token as the checks compute it, on any LLM."""
+    seen = dict(pictures)
+    if pictures:  # the tower runs once, not for each token
+        pixels, device = seen.pop("pixel_values"), model.get_input_embeddings().weight.device
+        seen["image_features"] = model.encode_images(pixels.to(device), pictures.get("image_sizes"))
     ids: list[int] = []
     while len(ids) < NUM_TOKENS and end not in ids:
-        ids.append(int(answer_logits(model, prompt_ids, [*ids, end], pictures)[-1].argmax()))
+        ids.append(int(answer_logits(model, prompt_ids, [*ids, end], seen)[-1].argmax()))
     return ids
 
 

@@ -1,4 +1,4 @@
-"""Turns without a picture."""
+"""Turns without a picture, and small talk beside one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,14 @@ SMALL_TALK = (
     ("name a shape.", "circle"),
 )
 # fmt: on
+WITH_PICTURE = {"hello! show me a picture.": "hello! ask me about the picture."}
 NO_PICTURE = "there is no picture."
+
+
+def talk(rng: random.Random, has_picture: bool) -> QuestionTurn:
+    """A turn of small talk. Who has shown a picture is not asked for one."""
+    question, answer = rng.choice(SMALL_TALK)
+    return QuestionTurn(TEXT_ONLY, question, WITH_PICTURE.get(answer, answer) if has_picture else answer)
 
 
 def ask_without_picture(rng: random.Random, scene: Scene, num_turns: int) -> list[QuestionTurn]:
@@ -36,7 +43,7 @@ def ask_without_picture(rng: random.Random, scene: Scene, num_turns: int) -> lis
     for _ in range(num_turns):
         form = rng.choice(("talk", "more", "next", "picture"))
         if form == "talk":
-            turns.append(QuestionTurn(TEXT_ONLY, *rng.choice(SMALL_TALK)))
+            turns.append(talk(rng, has_picture=False))
         elif form == "more":
             x, y = rng.sample(range(MAX_VALUE + 5), 2)
             turns.append(QuestionTurn(TEXT_ONLY, f"which is more, {x} or {y}?", str(max(x, y))))

@@ -13,11 +13,12 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+from mmllm.scenes.absent import ask_absent
 from mmllm.scenes.conversations import SceneConversation
 from mmllm.scenes.questions import RELATIONS, QuestionTurn, plural
-from mmllm.scenes.small_talk import SMALL_TALK, TEXT_ONLY
+from mmllm.scenes.small_talk import talk
 from mmllm.scenes.templates import HELD_OUT, INTENTS, UNKNOWN_QUESTIONS, UNKNOWN_THING_QUESTIONS, UNKNOWN_WORDS
-from mmllm.scenes.world import COLORS, SHAPES
+from mmllm.scenes.world import COLORS, SHAPES, Scene
 
 UNKNOWN = "unknown"
 UNKNOWN_ANSWER = "i can tell you about shapes, colors, sizes, places, words and bars."
@@ -26,6 +27,7 @@ _KNOWN_WORDS: dict[str, Sequence[str]] = {
 }  # fmt: skip
 UNKNOWN_SHARE = 0.12  # chance of a turn that no picture answers, before each turn and at the end
 SMALL_TALK_SHARE = 0.02  # chance of small talk there
+ABSENT_SHARE = 0.06  # chance there of a question about what a single picture does not show
 # Letters at random beside the real words of what is not in this world: a person knows more words than any list has.
 _NONSENSE_SHARE = 0.35
 
@@ -143,7 +145,7 @@ def _decorate(question: str, rng: random.Random) -> str:
 
 @dataclass(frozen=True)
 class Wordings:
-    """Rewords a fraction of the questions, and adds turns that no picture answers, and small talk.
+    """Rewords a fraction of the questions, and adds turns that the pictures do not answer, and small talk.
 
     Without `small_talk` all turns are about pictures, as they should be for an LLM that can already talk.
     """
@@ -159,9 +161,9 @@ class Wordings:
         turns: list[QuestionTurn] = []
         for turn in conversation.turns:
             if not turn.num_needed:  # a follow-up stays behind what it follows
-                turns += self._extra_turns(rng)
+                turns += self._extra_turns(conversation.scenes, rng)
             turns.append(self._maybe_reworded(turn, rng))
-        return replace(conversation, turns=(*turns, *self._extra_turns(rng)))
+        return replace(conversation, turns=(*turns, *self._extra_turns(conversation.scenes, rng)))
 
     def reworded(self, conversation: SceneConversation, rng: random.Random) -> SceneConversation:
         """With the same turns and no others."""
@@ -173,13 +175,15 @@ class Wordings:
     def _reworded(self, turn: QuestionTurn, rng: random.Random) -> QuestionTurn:
         return replace(turn, question=reword(turn.question, rng, held_out=self.held_out), plain=turn.question)
 
-    def _extra_turns(self, rng: random.Random) -> Sequence[QuestionTurn]:
-        if (draw := rng.random()) > UNKNOWN_SHARE + SMALL_TALK_SHARE:
-            return ()
+    def _extra_turns(self, scenes: tuple[Scene, ...], rng: random.Random) -> Sequence[QuestionTurn]:
+        draw = rng.random()
         if draw < UNKNOWN_SHARE:
             asked = ask_unknown(rng, held_out=self.held_out, only_things=not self.small_talk)
             return (QuestionTurn(UNKNOWN, *asked),)
-        if not self.small_talk:
-            return ()
-        question, answer = rng.choice(SMALL_TALK)
-        return (self._reworded(QuestionTurn(TEXT_ONLY, question, answer), rng),)
+        draw -= UNKNOWN_SHARE
+        if draw < SMALL_TALK_SHARE:
+            return (self._reworded(talk(rng, bool(scenes)), rng),) if self.small_talk else ()
+        draw -= SMALL_TALK_SHARE
+        if draw < ABSENT_SHARE and len(scenes) == 1:
+            return (self._reworded(ask_absent(scenes[0], rng), rng),)
+        return ()

@@ -31,7 +31,7 @@ WORDINGS = "wordings"
 FOLDERS = (*SPLITS, WORDINGS)
 # Training has more of what takes longest to learn; the other splits have all kinds in their usual proportions.
 TRAINING_KIND_WEIGHTS: dict[Kind, int] = {"objects": 40, "text": 42, "chart": 18}
-TRAINING_QUESTION_TYPES = (*QUESTION_TYPES, *["compare", "count"] * 4, *["relation"] * 2, "follow_up")
+TRAINING_QUESTION_TYPES = (*QUESTION_TYPES, *["compare", "count"] * 4, *["relation"] * 2, *["chart"] * 3, "follow_up")
 TURNS_PER_PICTURE = 10
 TWIN_EVERY = 8  # every eighth picture is the twin of the one before it, for questions about two
 TEXT_EVERY = 16  # pictures for each conversation without a picture

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from mmllm.scenes.absent import ABSENT
 from mmllm.scenes.draw import draw
 from mmllm.scenes.questions import about_all, pick_reference, plural
 from mmllm.scenes.wordings import UNKNOWN, UNKNOWN_ANSWER
@@ -41,6 +42,8 @@ def _about_things(scene: Scene, rng: random.Random) -> Iterator[tuple[str, dict[
         thing = rng.choice(scene.things)
         if reference := pick_reference(scene, thing, rng, name):
             yield name, {"noun": reference}, getattr(thing, name)
+    shape = rng.choice([shape for shape in SHAPES if shape not in {thing.shape for thing in scene.things}])
+    yield rng.choice(("color", "size", "place")), {"noun": shape}, f"there is no {shape}."
     if len(scene.things) < 2:
         return
     one, other = rng.sample(scene.things, 2)
@@ -81,7 +84,8 @@ def ask_in_own_words(num_scenes: int, seed: int) -> list[Asked]:
         picture = draw(scene, rng)
         for intent, slots, answer in _about(scene, rng):
             question = rng.choice(WORDINGS[intent]).format(**slots)
-            asked.append(Asked(picture, intent, question, answer))
+            kind = ABSENT if answer.startswith("there is no ") else intent
+            asked.append(Asked(picture, kind, question, answer))
             if rng.random() < 0.1:
                 asked.append(Asked(picture, UNKNOWN, rng.choice(WORDINGS[UNKNOWN]), UNKNOWN_ANSWER))
     return asked

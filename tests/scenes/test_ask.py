@@ -9,6 +9,7 @@ from collections import Counter
 import pytest
 
 from mmllm.evaluation.run import f1
+from mmllm.scenes.absent import ABSENT, ask_absent
 from mmllm.scenes.captions import (
     BAR_WORDINGS,
     LINE_WORDINGS,
@@ -28,7 +29,7 @@ from mmllm.scenes.questions import (
     references,
 )
 from mmllm.scenes.small_talk import NO_PICTURE, SMALL_TALK, ask_without_picture
-from mmllm.scenes.world import Bar, Line, Scene, Thing, sample_any_scene, sample_scene
+from mmllm.scenes.world import COLORS, SHAPES, Bar, Line, Scene, Thing, sample_any_scene, sample_scene
 from tests.builders.scene_answers import UnanswerableError, answer, read_caption, the
 
 KINDS = ("objects", "objects", "objects", "text", "chart")
@@ -196,6 +197,27 @@ def test_turns_without_picture_are_small_talk_numbers_or_a_plain_no():
             assert turn.num_needed == 0
     assert seen[True] > 50
     assert seen[False] > 200
+
+
+def test_what_is_absent_is_asked_for_as_if_it_were_there_and_said_not_to_be():
+    rng = random.Random(0)
+    asked: Counter[str] = Counter()
+    for number in range(1500):
+        scene = sample_any_scene(rng, KINDS[number % len(KINDS)])
+        turn = ask_absent(scene, rng)
+        with pytest.raises(UnanswerableError, match="fits 0 things"):
+            answer((scene,), [turn.question])
+        noun = re.fullmatch(r"there is no (.+)\.", turn.answer)[1]
+        assert f"the {noun}" in turn.question or f"{noun} is written" in turn.question
+        color = noun.split()[0]
+        if color in COLORS and noun.split()[-1] in SHAPES:
+            shapes = {thing.shape for thing in scene.things}
+            assert noun.split()[1] not in shapes or color not in {part.color for part in scene.parts}
+        asked[noun.split()[-1] if color in COLORS else "line" if noun in ("word", "number") else "alone"] += 1
+        assert turn.type == ABSENT
+        assert turn.num_needed == 0
+    assert asked["alone"] > 200
+    assert min(asked[name] for name in ("line", "bar", "object", *SHAPES)) > 15
 
 
 def test_a_description_in_the_place_of_a_picture_tells_the_same_scene():

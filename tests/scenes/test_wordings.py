@@ -8,6 +8,7 @@ from collections import Counter
 
 import pytest
 
+from mmllm.scenes.absent import ABSENT
 from mmllm.scenes.conversations import SceneConversation
 from mmllm.scenes.pair_questions import ask_about_two
 from mmllm.scenes.questions import QUESTION_TYPES, QuestionTurn
@@ -160,6 +161,19 @@ def test_the_unknown_and_small_talk_stand_anywhere_but_before_a_follow_up() -> N
             assert not small_talk or turn.answer in [answer for _, answer in SMALL_TALK]
     assert min(places[number] for number in (0, 2, 4, 6, 8)) > 10
     assert Wordings(0.0).apply(SceneConversation((), turns), rng).turns == turns
+
+
+def test_only_a_single_picture_is_asked_about_what_it_does_not_show() -> None:
+    rng = random.Random(6)
+    scene = sample_scene(rng, "val", "objects")
+    turns = tuple(QuestionTurn("color", "what color is the star?", "blue") for _ in range(8))
+    for scenes in ((), (scene,), (scene, scene)):
+        new = [turn for _ in range(100) for turn in Wordings(1.0).apply(SceneConversation(scenes, turns), rng).turns]
+        absent = [turn for turn in new if turn.type == ABSENT]
+        assert len(absent) > 30 if len(scenes) == 1 else not absent
+        assert all(turn.answer.startswith("there is no ") and turn.plain for turn in absent)
+        greetings = {turn.answer for turn in new if turn.answer.startswith("hello!")}
+        assert greetings == {"hello! ask me about the picture." if scenes else "hello! show me a picture."}
 
 
 def test_without_small_talk_all_that_is_unknown_is_about_a_thing() -> None:

@@ -15,6 +15,7 @@ from mmllm.cli import app
 from mmllm.config import SourceConfig
 from mmllm.data.sources import read_source
 from mmllm.scenes import write
+from mmllm.scenes.absent import ABSENT
 from mmllm.scenes.captions import facts_in, facts_of
 from mmllm.scenes.pair_questions import TWO_PICTURES
 from mmllm.scenes.questions import QUESTION_TYPES
@@ -75,7 +76,7 @@ def test_wordings_are_those_pictures_and_answers_in_words_that_training_never_sh
     for row, other in zip(val, wordings, strict=True):
         if "image" not in row:
             continue
-        kept = [number for number, name in enumerate(other["types"]) if name not in ("unknown", "text_only")]
+        kept = [number for number, name in enumerate(other["types"]) if name not in ("unknown", "text_only", "absent")]
         answers, others = ([turn["value"] for turn in one["conversations"][1::2]] for one in (row, other))
         assert [others[number] for number in kept] == answers
         assert [other["needs"][number] for number in kept] == row["needs"]
@@ -90,6 +91,7 @@ def test_wordings_are_those_pictures_and_answers_in_words_that_training_never_sh
     for rows in (wordings, train):
         types = [name for row in rows for name in row["types"]]
         assert 0.05 < types.count("unknown") / len(types) < 0.2
+        assert 0.02 < types.count("absent") / len(types) < 0.1
 
 
 @pytest.mark.parametrize("split", COUNTS)
@@ -116,7 +118,7 @@ def test_conversations_are_about_one_two_and_no_pictures(tiny_scenes):
     assert {count: numbers.count(count) for count in (0, 1, 2)} == {0: 2, 1: 24, 2: 3}
     for row in rows:
         assert 2 * len(row["types"]) == 2 * len(row["needs"]) == len(row["conversations"]) > 0
-        assert set(row["types"]) <= {*QUESTION_TYPES, TWO_PICTURES, TEXT_ONLY, UNKNOWN}
+        assert set(row["types"]) <= {*QUESTION_TYPES, TWO_PICTURES, TEXT_ONLY, UNKNOWN, ABSENT}
     for row in rows:
         if not row.get("image"):
             assert set(row["types"]) <= {"text_only", "caption", "unknown"}
