@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from mmllm.errors import MmllmError
 from mmllm.inference.engine import Engine
@@ -37,16 +39,27 @@ def test_replies_without_a_seed_differ_and_leave_torchs_generator_alone(engine: 
     assert engine.reply(MIXED[0], Sampling(temperature=1, max_new_tokens=2)).num_new_tokens == 2, "an integer will do"
 
 
-def test_tokens_are_drawn_with_the_probabilities_of_temperature_and_top_p() -> None:
-    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
-    ids = torch.zeros(1, 1, dtype=torch.long)
-    counts = torch.zeros(4)
+def drawn(logits: list[float], **settings: Any) -> Tensor:
+    """The share of each token among those that 2,000 seeds draw."""
+    counts = torch.zeros(len(logits))
     for seed in range(2000):
-        scores = TokenSampler(Sampling(temperature=2.0, top_p=0.85, seed=seed))(ids, logits)
-        assert torch.isfinite(scores).sum() == 1, "greedy decoding has one choice"
-        counts[scores.argmax()] += 1
-    kept = (logits[0, :3] / 2).softmax(-1)  # the last token is outside of the 85%
-    torch.testing.assert_close(counts / 2000, torch.cat([kept, torch.zeros(1)]), rtol=0, atol=0.04)
+        counts[TokenSampler(Sampling(seed=seed, **settings)).choose([], [], torch.tensor(logits))] += 1
+    return counts / 2000
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({"temperature": 2.0, "top_p": 0.85}, 3),  # the last token is outside of the 85%
+        ({"temperature": 2.0, "top_k": 2}, 2),
+        ({"temperature": 2.0, "min_p": 0.5}, 2),  # the third is at exp(-1) of the first
+        ({"temperature": 2.0}, 4),
+    ],
+)
+def test_tokens_are_drawn_with_the_probabilities_of_the_settings(settings: dict[str, Any], kept: int) -> None:
+    logits = [2.0, 1.0, 0.0, -1.0]
+    probs = (torch.tensor(logits[:kept]) / 2).softmax(-1)
+    torch.testing.assert_close(drawn(logits, **settings), torch.cat([probs, torch.zeros(4 - kept)]), rtol=0, atol=0.04)
 
 
 @pytest.mark.parametrize("values", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.1}, {"max_new_tokens": 0}])
