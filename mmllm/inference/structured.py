@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import re
 import threading
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import normalizers
 from torch import Tensor
 
 from mmllm.errors import MmllmError
 from mmllm.inference.sampling import Sampling
+
+_BARE_SLASH = re.compile(r"(^|[^\\])((?:\\\\)*)/")  # one that no backslash escapes; it would end the pattern
 
 
 class Grammar:
@@ -60,21 +65,43 @@ class Grammars:
             if self._read_tokenizer is None:
                 try:
                     self._read_tokenizer = from_tokenizer(
-                        self._tokenizer, n_vocab=self._num_logits, eos_token=self._end_token_ids
+                        _without_normalizer(self._tokenizer), n_vocab=self._num_logits, eos_token=self._end_token_ids
                     )
                 except ValueError as error:
                     raise MmllmError(f"json_schema and regex cannot be used with this tokenizer: {error}") from error
         name = "json_schema" if sampling.regex is None else "regex"
-        try:
-            if sampling.regex is not None:
-                grammar = LLMatcher.grammar_from_regex(sampling.regex)
-            else:
-                grammar = LLMatcher.grammar_from_json_schema(json.dumps(json.loads(sampling.json_schema or "")))
-        except ValueError as error:
-            raise MmllmError(f"{name} cannot be used: {error}") from error
+        grammar = LLMatcher.grammar_from_lark(_lark(sampling))
         matcher = LLMatcher(self._read_tokenizer, grammar)
         if matcher.is_error():
             raise MmllmError(f"{name} cannot be used: {matcher.get_error()}")
         if forced_ids and not matcher.consume_tokens(list(forced_ids)):
             raise MmllmError(f"the prefix {sampling.prefix!r} does not begin an answer that {name} allows")
         return Grammar(matcher, self._num_logits)
+
+
+def _without_normalizer(tokenizer: Any) -> Any:
+    """A byte-level tokenizer that takes texts as they are: llguidance has it encode pieces of answers, such as a space.
+
+    Others keep theirs, which is how SentencePiece's write spaces.
+    """
+    if (json.loads(tokenizer.backend_tokenizer.to_str())["decoder"] or {}).get("type") != "ByteLevel":
+        return tokenizer
+    plain = copy.deepcopy(tokenizer)
+    plain.backend_tokenizer.normalizer = normalizers.Sequence([])
+    return plain
+
+
+def _lark(sampling: Sampling) -> str:
+    """The grammar in llguidance's form of Lark. Many tokenizers put a space before the first word."""
+    if sampling.regex is not None:
+        pattern = _BARE_SLASH.sub(r"\1\2\/", sampling.regex).replace("\n", r"\n")
+        return f"start: /[ ]?({pattern})/"
+    try:
+        schema = json.loads(sampling.json_schema or "")
+    except ValueError as error:
+        raise MmllmError(f"json_schema cannot be used: it is no JSON: {error}") from error
+    if not isinstance(schema, dict):
+        raise MmllmError(f"json_schema cannot be used: it must be a JSON object, got {sampling.json_schema}")
+    # a model that may write any number of spaces may never write anything else
+    schema = {**schema, "x-guidance": {"whitespace_flexible": False}}
+    return f'start: " "? answer\nanswer: %json {json.dumps(schema)}'
