@@ -109,9 +109,9 @@ class Scheduler:
         self.max_rows, self.max_cells = max_rows, max_cells
         self.waiting = WaitingRequests(max_waiting)
         self.step_seconds: list[float] | None = None  # set to a list to record how long each step takes
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []  # the one that runs the loop, once there was a request
         self._starting = threading.Lock()
-        weakref.finalize(self, self.waiting.close)
+        weakref.finalize(self, _close, self.waiting, self._threads)  # at the latest when Python ends
 
     def submit(self, request: Request, *, wait: bool = True) -> None:
         """Queues a request. Raises MmllmError for one that never fits, EngineBusyError as `WaitingRequests.put`."""
@@ -122,12 +122,13 @@ class Scheduler:
                 "or give the engine more cache_bytes"
             )
         with self._starting:
-            if self._thread is None or not self._thread.is_alive():  # a forked process has no threads
+            if not any(thread.is_alive() for thread in self._threads):  # a forked process has no threads
                 # it must not keep a model alive that nobody uses, so it knows the scheduler weakly while it waits
-                self._thread = threading.Thread(
+                thread = threading.Thread(
                     target=_serve, args=(weakref.ref(self), self.waiting), name="engine", daemon=True
                 )
-                self._thread.start()
+                self._threads[:] = [thread]
+                thread.start()
         self.waiting.put(request, wait=wait)
 
     def run(self, requests: Sequence[Request]) -> None:
@@ -146,7 +147,7 @@ class Scheduler:
     def run_until_idle(self) -> None:
         """Steps until no request runs or waits."""
         with torch.inference_mode():
-            while self.decoder.requests or len(self.waiting):
+            while (self.decoder.requests or len(self.waiting)) and not self.waiting.is_closed:
                 begun = time.perf_counter()
                 self.step()
                 if self.step_seconds is not None:
@@ -213,12 +214,22 @@ class Scheduler:
                     self._prefill([request])
 
 
+def _close(waiting: WaitingRequests, threads: Sequence[threading.Thread]) -> None:
+    """Ends the loop after its current step. Python must not end while its thread is inside torch."""
+    waiting.close()
+    for thread in threads:
+        if thread is not threading.current_thread():
+            thread.join()
+
+
 def _serve(scheduler: weakref.ref[Scheduler], waiting: WaitingRequests) -> None:
     while waiting.wait():
         if (awake := scheduler()) is None:
             return
         try:
             awake.run_until_idle()
+            if waiting.is_closed:
+                awake.fail_all(MmllmError("the engine was closed"))
         except Exception as error:  # noqa: BLE001 - nobody may wait forever for a loop that has ended
             awake.fail_all(error)
         del awake
@@ -247,4 +258,4 @@ class CallerScheduler:
             except Exception as error:  # noqa: BLE001 - its caller raises it again
                 request.fail(error)
 
-        threading.Thread(target=work, name="engine", daemon=True).start()
+        threading.Thread(target=work, name="engine").start()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -28,6 +30,7 @@ from tests.builders.page_driver import wait_until
 from tests.builders.pairwise import Choices, covering_combinations
 from tests.builders.tiny_backbones import BACKBONES, STATE_SPACE, make_backbone_parts
 
+ROOT = Path(__file__).parents[2]
 EXAMPLES = [
     asked("hello"),
     asked("<image>\nwhat is in the picture?", A),
@@ -235,13 +238,33 @@ def test_a_request_that_fails_takes_no_other_with_it(unstarted: Engine, monkeypa
 def test_an_engine_that_nobody_uses_frees_its_model_and_its_thread(tiny_checkpoint: Path) -> None:
     one = Engine.load(tiny_checkpoint, device="cpu")
     one.reply(EXAMPLES[0], Sampling(max_new_tokens=1))
-    model, thread = weakref.ref(one.model), one.scheduler._thread
+    model, thread = weakref.ref(one.model), one.scheduler._threads[0]
     del one
     gc.collect()
     thread.join(5)
     assert not thread.is_alive()
     gc.collect()
     assert model() is None
+
+
+PROGRAM = """
+import sys
+from mmllm.inference.engine import Engine
+from mmllm.inference.sampling import Sampling
+from mmllm.batch import Example, message
+stream = Engine.load(sys.argv[1], device="cpu").stream(
+    Example("x", "", (message("user", "hello"),)), Sampling(max_new_tokens=2000)
+)
+next(stream)
+print("leaving")
+"""
+
+
+def test_a_program_that_ends_in_the_middle_of_an_answer_ends_well(tiny_checkpoint: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(tiny_checkpoint)], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "leaving\n", "")
 
 
 def test_batching_that_does_not_exist_is_refused(engine: Engine) -> None:
