@@ -167,6 +167,11 @@ class Engine:
             inputs |= {name: value.to(device) for name, value in self.processor.load_pixels(images).items()}
         return inputs
 
+    def seen(self, image: ImageSource | Path) -> SeenPicture:
+        """What the model gets of a picture: size after the transform, tokens, what is lost. Raises ImageError."""
+        prepared, layout = self.prepare(image), self.model.layout
+        return seen_picture(layout, self.processor.image_processor, prepared, count_tokens(layout, prepared))
+
     @functools.cached_property
     def _joining(self) -> Joining:
         return probe_joining(self.model)
@@ -282,10 +287,6 @@ class Engine:
             for number in range(sampling.n)
         ]
 
-    def _seen(self, pictures: Sequence[Picture]) -> tuple[SeenPicture, ...]:
-        transform = self.processor.image_processor
-        return tuple(seen_picture(self.model.layout, transform, one.prepared, one.num_tokens) for one in pictures)
-
     def stream(
         self,
         example: Example,
@@ -306,7 +307,7 @@ class Engine:
         pictures = self.read_pictures([example])[0]
         deadline = None if timeout_seconds is None else begun + timeout_seconds
         (request,) = self.make_requests(example, pictures, sampling, stop=stop, deadline=deadline, priority=priority)
-        seen, num_seen = self._seen(pictures), 0
+        seen, num_seen = tuple(self.seen(one.prepared) for one in pictures), 0
         self.start()
         try:
             self.scheduler.submit(request)
@@ -347,13 +348,14 @@ class Engine:
         deadline = None if timeout_seconds is None else begun + timeout_seconds
         pictures = self.read_pictures(examples)
         groups = [
-            self.make_requests(example, seen, sampling, deadline=deadline, priority=priority)
-            for example, seen in zip(examples, pictures, strict=True)
+            self.make_requests(example, taken, sampling, deadline=deadline, priority=priority)
+            for example, taken in zip(examples, pictures, strict=True)
         ]
         self.start()
         self.scheduler.run([request for group in groups for request in group])
         replies = []
         for group, taken in zip(groups, pictures, strict=True):
-            first, *others = (make_reply(request, self._seen(taken), begun) for request in group)
+            seen = tuple(self.seen(one.prepared) for one in taken)
+            first, *others = (make_reply(request, seen, begun) for request in group)
             replies.append(replace(first, others=tuple(others)))
         return replies
