@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from mmllm.model.vlm import VisionLanguageModel
 
-_SPARE_COLUMNS = 64  # allocated beyond the last column, so that most steps write without copying the rectangle
+SPARE_COLUMNS = 32  # allocated beyond the last column, so that most steps write without copying the rectangle
 
 Columns = tuple[Tensor, Tensor]  # keys and values of one layer
 
@@ -56,7 +56,7 @@ class RectangleLayer(DynamicLayer):  # type: ignore[misc]
 def _with_spare(columns: Tensor, width: int) -> Tensor:
     """A copy of columns [B, H, W, d] with room for `width` and some more."""
     batch, heads, held, size = columns.shape
-    buffer = columns.new_zeros(batch, heads, width + _SPARE_COLUMNS, size)
+    buffer = columns.new_zeros(batch, heads, width + SPARE_COLUMNS, size)
     buffer[..., :held, :] = columns
     return buffer
 

@@ -24,11 +24,14 @@ import torch
 
 from mmllm.errors import MmllmError
 from mmllm.inference.decoders import Decoder
+from mmllm.inference.kv_cache import SPARE_COLUMNS
 from mmllm.inference.requests import Request
 
 Batching = Literal["continuous", "dynamic", "static"]
 BATCHINGS: tuple[str, ...] = get_args(Batching)
-MAX_PREFILL_TOKENS = 4096  # padding included; more requests are prefilled at the next step, between decoding steps
+# Prompt tokens of one step, padding included. The next requests follow at the next step, so that running ones go on.
+MAX_PREFILL_TOKENS = 4096
+MAX_PREFILL_TOKENS_BESIDE_RUNNING = 1024
 SECONDS_BETWEEN_CHECKS = 0.05  # of `stop` and deadlines, by a caller that waits for a place in the queue
 
 
@@ -115,7 +118,7 @@ class Scheduler:
 
     def submit(self, request: Request, *, wait: bool = True) -> None:
         """Queues a request. Raises MmllmError for one that never fits, EngineBusyError as `WaitingRequests.put`."""
-        if self.max_cells is not None and request.max_length_tokens > self.max_cells:
+        if self.max_cells is not None and _num_columns([request]) > self.max_cells:
             raise MmllmError(
                 f"the prompt of {len(request.prompt_ids)} tokens and an answer of up to {request.max_new_tokens} need "
                 f"more than the {self.max_cells} tokens for which the KV cache has memory; ask for a shorter answer, "
@@ -184,13 +187,11 @@ class Scheduler:
 
         def is_admitted(request: Request) -> bool:
             together = [*running, *admitted, request]
-            columns = max(one.max_length_tokens for one in together)
-            prefill = max(len(one.prompt_ids) for one in [*admitted, request]) * (len(admitted) + 1)
-            fits = len(together) <= self.max_rows and (
-                self.max_cells is None or columns * len(together) <= self.max_cells
-            )
-            if self.batching == "continuous":
-                fits = fits and (prefill <= MAX_PREFILL_TOKENS or not admitted)
+            num_cells = _num_columns(together) * len(together)
+            fits = len(together) <= self.max_rows and (self.max_cells is None or num_cells <= self.max_cells)
+            if self.batching == "continuous" and admitted:
+                prefill = max(len(one.prompt_ids) for one in [*admitted, request]) * (len(admitted) + 1)
+                fits = fits and prefill <= (MAX_PREFILL_TOKENS_BESIDE_RUNNING if running else MAX_PREFILL_TOKENS)
             if fits:
                 admitted.append(request)
             return fits
@@ -212,6 +213,11 @@ class Scheduler:
                     request.fail(error)
                 else:
                     self._prefill([request])
+
+
+def _num_columns(requests: Sequence[Request]) -> int:
+    """The most columns that a KV cache of these requests allocates."""
+    return max(request.max_length_tokens for request in requests) + SPARE_COLUMNS
 
 
 def _close(waiting: WaitingRequests, threads: Sequence[threading.Thread]) -> None:

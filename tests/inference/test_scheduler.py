@@ -128,6 +128,7 @@ def test_requests_that_arrive_one_after_the_other_are_answered_as_alone(
     scheduler = engine.scheduler
     assert isinstance(scheduler, Scheduler)
     assert scheduler.batching == ("dynamic" if kind in STATE_SPACE else "continuous"), engine.describe_batching()
+    assert ("its state is not a KV cache" in engine.describe_batching()) == (kind in STATE_SPACE)
     run_staggered(scheduler, requests)
     assert [request.new_ids for request in requests] == expected
 
@@ -166,14 +167,14 @@ def test_a_sampled_reply_depends_on_its_own_seed_alone(unstarted: Engine) -> Non
 def test_rows_and_memory_limit_what_runs_at_once_and_all_is_answered(tiny_checkpoint: Path, engine: Engine) -> None:
     expected = [reply.text for reply in engine.reply_batch(EXAMPLES, Sampling(max_new_tokens=6))]
     size = engine._joining.bytes_per_token
-    for options, most in (({"max_rows": 2}, 2), ({"cache_bytes": 100 * size}, 3)):
+    for options, most in (({"max_rows": 2}, 2), ({"cache_bytes": 150 * size}, 3)):
         small = Engine.load(tiny_checkpoint, device="cpu", **options)
         running: list[int] = []
         small.model.register_forward_hook(lambda *_, small=small, running=running: running.append(small.num_running))
         assert [reply.text for reply in small.reply_batch(EXAMPLES, Sampling(max_new_tokens=6))] == expected
         assert 1 <= max(running) <= most
-    assert "hold 100 tokens" in small.describe_batching()
-    with pytest.raises(MmllmError, match="100 tokens for which the KV cache has memory"):
+    assert "hold 150 tokens" in small.describe_batching()
+    with pytest.raises(MmllmError, match="150 tokens for which the KV cache has memory"):
         small.reply(EXAMPLES[0], Sampling(max_new_tokens=200))
 
 
