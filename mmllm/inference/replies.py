@@ -82,10 +82,9 @@ def seen_picture(layout: Layout, transform: Any, prepared: PreparedImage, num_to
     seen_size, scale = _seen(layout, transform, prepared)
     warning = ""
     if SMALL_TEXT_PX / scale < LEGIBLE_PX:
-        height, width = prepared.size
         warning = (
-            f"{width} x {height} pixels were shrunk to {seen_size[1]} x {seen_size[0]}: letters lower than "
-            f"{math.ceil(LEGIBLE_PX * scale)} pixels cannot be read; crop to what matters"
+            f"shrunk to {seen_size[1]} x {seen_size[0]} pixels: letters lower than {math.ceil(LEGIBLE_PX * scale)} pixels "
+            "of the original cannot be read; crop to what matters"
         )
     return SeenPicture(prepared.size, seen_size, num_tokens, warning)
 

@@ -105,8 +105,8 @@ class Sampling:
             if isinstance(texts, str) or not all(isinstance(text, str) and text for text in texts):
                 raise MmllmError(f"{name} must be a sequence of texts that are not empty, got {texts!r}")
 
-        if self.has_banned(self.prefix):
-            raise MmllmError(f"the prefix {self.prefix!r} contains a banned text; change one of them")
+        if self.has_banned(self.prefix) or self.has_stop(self.prefix):
+            raise MmllmError(f"the prefix {self.prefix!r} contains a banned or stop text; change one of them")
 
     def cut(self, text: str, *, is_finished: bool) -> str:
         """The text before the first stop text. Of an unfinished answer, what may become a stop text is held back."""

@@ -254,6 +254,8 @@ class CallerScheduler:
             waiting = [request for request in requests if not request.end_if_stopped()]
             if waiting:
                 self.decoder.prefill(waiting)
+        for request in requests:
+            request.raise_error()
 
     def submit(self, request: Request, *, wait: bool = True) -> None:
         """Answers a request in a thread of its own."""

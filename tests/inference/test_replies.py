@@ -39,7 +39,7 @@ def test_a_reply_says_how_much_of_a_picture_was_seen(
     large, unchanged = reply.pictures
     assert (large.original_size, large.seen_size) == ((160, 320), seen)
     assert large.num_tokens + unchanged.num_tokens == reply.num_image_tokens
-    assert f"320 x 160 pixels were shrunk to {seen[1]} x {seen[0]}" in large.warning
+    assert f"shrunk to {seen[1]} x {seen[0]} pixels" in large.warning
     assert f"letters lower than {readable_px} pixels" in large.warning
     assert unchanged.warning == ""
     assert [*engine.stream(asked("<image>?", small), ONE)][-1].pictures == (unchanged,)

@@ -112,6 +112,13 @@ def next_logits(engine: Engine, ids: Tensor) -> Tensor:
         return logits
 
 
+def test_settings_that_leave_no_token_fail_with_the_reason(either: Engine) -> None:
+    pytest.importorskip("llguidance")
+    sampling = Sampling(max_new_tokens=9, regex="yes|yellow", banned=("ye",))
+    with pytest.raises(MmllmError, match="the banned texts leave no token that the grammar allows"):
+        either.reply(MIXED[0], sampling)
+
+
 def test_the_answer_goes_on_from_its_prefix(either: Engine) -> None:
     prefix = "a small red"
     reply = either.reply(MIXED[1], Sampling(max_new_tokens=4, prefix=prefix))
@@ -205,8 +212,8 @@ def test_without_the_package_the_extra_is_named(engine: Engine, monkeypatch: pyt
     [
         {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.1}, {"max_new_tokens": 0}, {"top_k": -1}, {"min_p": 1.5},
         {"repetition_penalty": 0.0}, {"presence_penalty": float("nan")}, {"stop": "word"}, {"stop": ("",)},
-        {"banned": (1,)}, {"prefix": "a Cat", "banned": ("cat",)}, {"n": 0}, {"n": 2},
-        {"json_schema": "{}", "regex": "a"}, {"temperature": float("nan")},
+        {"banned": (1,)}, {"prefix": "a Cat", "banned": ("cat",)}, {"prefix": "a cat", "stop": ("a ",)}, {"n": 0},
+        {"n": 2}, {"json_schema": "{}", "regex": "a"}, {"temperature": float("nan")},
     ],
 )  # fmt: skip
 def test_values_out_of_range_are_refused(values: dict[str, float]) -> None:
