@@ -83,8 +83,8 @@ def seen_picture(layout: Layout, transform: Any, prepared: PreparedImage, num_to
     warning = ""
     if SMALL_TEXT_PX / scale < LEGIBLE_PX:
         warning = (
-            f"shrunk to {seen_size[1]} x {seen_size[0]} pixels: letters lower than {math.ceil(LEGIBLE_PX * scale)} pixels "
-            "of the original cannot be read; crop to what matters"
+            f"shrunk to {seen_size[1]} x {seen_size[0]} pixels: letters lower than {math.ceil(LEGIBLE_PX * scale)} "
+            "pixels of the original cannot be read; crop to what matters"
         )
     return SeenPicture(prepared.size, seen_size, num_tokens, warning)
 
