@@ -51,6 +51,7 @@ class Request:
     num_cached_tokens: int = 0  # of the prompt, whose keys and values came from the prefix cache
     submitted: float = field(default_factory=time.monotonic)
     first_token: float | None = None  # when it was written
+    owner: threading.Thread = field(default_factory=threading.current_thread)
     _is_cancelled: bool = False
     _changed: threading.Condition = field(default_factory=threading.Condition)
 
@@ -80,7 +81,9 @@ class Request:
     def end_if_stopped(self) -> bool:
         """Ends the answer where the caller or its deadline says so. Returns whether it is finished."""
         if not self.is_finished:
-            if self._is_cancelled or (self.stop is not None and self.stop.is_set()):
+            # an answer that the main thread began ends with it, or a program could not end before its answer
+            has_left = self.owner is threading.main_thread() and not self.owner.is_alive()
+            if self._is_cancelled or has_left or (self.stop is not None and self.stop.is_set()):
                 self._end("stopped")
             elif self.deadline is not None and time.monotonic() >= self.deadline:
                 self._end("timeout")

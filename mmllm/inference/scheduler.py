@@ -6,9 +6,9 @@ The kinds of batching differ in who may enter, and when:
 - `dynamic`: whoever waits, when the batch before has been answered;
 - `static`: the requests of one call, when the call before has been answered.
 
-With the first two, one thread runs the model. Requests wait in a bounded queue, by priority and then in order of
-arrival. With `static`, the model runs in the thread of its caller, which may be one of several training processes that
-hold its weights together.
+With the first two, one thread runs the model, as long as there are requests. They wait in a bounded queue, by priority
+and then in order of arrival. With `static`, the model runs in the thread of its caller, which may be one of several
+training processes that hold its weights together.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from __future__ import annotations
 import bisect
 import threading
 import time
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
@@ -31,7 +30,7 @@ Batching = Literal["continuous", "dynamic", "static"]
 BATCHINGS: tuple[str, ...] = get_args(Batching)
 # Prompt tokens of one step, padding included. The next requests follow at the next step, so that running ones go on.
 MAX_PREFILL_TOKENS = 4096
-MAX_PREFILL_TOKENS_BESIDE_RUNNING = 1024
+MAX_PREFILL_TOKENS_BESIDE_RUNNING = 512
 SECONDS_BETWEEN_CHECKS = 0.05  # of `stop` and deadlines, by a caller that waits for a place in the queue
 
 
@@ -45,7 +44,6 @@ class WaitingRequests:
     def __init__(self, max_requests: int):
         self.max_requests = max_requests
         self.changed = threading.Condition()
-        self.is_closed = False
         self._requests: list[Request] = []  # the next one first
 
     def __len__(self) -> int:
@@ -54,26 +52,13 @@ class WaitingRequests:
     def put(self, request: Request, *, wait: bool = True) -> None:
         """Queues a request, once there is a place. Raises EngineBusyError where there is none and `wait` is False."""
         with self.changed:
-            while len(self._requests) >= self.max_requests and not self.is_closed:
+            while len(self._requests) >= self.max_requests:
                 if not wait:
                     raise EngineBusyError(f"{self.max_requests} requests are waiting already; ask again later")
                 self.changed.wait(SECONDS_BETWEEN_CHECKS)
                 if request.end_if_stopped():
                     return
-            if self.is_closed:
-                raise MmllmError("the engine is closed; load the model again")
             bisect.insort(self._requests, request, key=lambda one: -one.priority)  # after equals: in order of arrival
-            self.changed.notify_all()
-
-    def wait(self) -> bool:
-        """Waits for a request. False once the queue is closed."""
-        with self.changed:
-            self.changed.wait_for(lambda: self._requests or self.is_closed)
-            return not self.is_closed
-
-    def close(self) -> None:
-        with self.changed:
-            self.is_closed = True
             self.changed.notify_all()
 
     def drop_stopped(self) -> None:
@@ -112,9 +97,8 @@ class Scheduler:
         self.max_rows, self.max_cells = max_rows, max_cells
         self.waiting = WaitingRequests(max_waiting)
         self.step_seconds: list[float] | None = None  # set to a list to record how long each step takes
-        self._threads: list[threading.Thread] = []  # the one that runs the loop, once there was a request
+        self._thread: threading.Thread | None = None  # lives while there are requests
         self._starting = threading.Lock()
-        weakref.finalize(self, _close, self.waiting, self._threads)  # at the latest when Python ends
 
     def submit(self, request: Request, *, wait: bool = True) -> None:
         """Queues a request. Raises MmllmError for one that never fits, EngineBusyError as `WaitingRequests.put`."""
@@ -124,15 +108,23 @@ class Scheduler:
                 f"more than the {self.max_cells} tokens for which the KV cache has memory; ask for a shorter answer, "
                 "or give the engine more cache_bytes"
             )
-        with self._starting:
-            if not any(thread.is_alive() for thread in self._threads):  # a forked process has no threads
-                # it must not keep a model alive that nobody uses, so it knows the scheduler weakly while it waits
-                thread = threading.Thread(
-                    target=_serve, args=(weakref.ref(self), self.waiting), name="engine", daemon=True
-                )
-                self._threads[:] = [thread]
-                thread.start()
         self.waiting.put(request, wait=wait)
+        with self._starting:
+            if self._thread is None or not self._thread.is_alive():  # a forked process has no threads
+                # no daemon: Python must not end while a thread is inside torch
+                self._thread = threading.Thread(target=self._serve, name="engine")
+                self._thread.start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                self.run_until_idle()
+            except Exception as error:  # noqa: BLE001 - nobody may wait forever for a loop that has ended
+                self.fail_all(error)
+            with self._starting:
+                if not len(self.waiting):
+                    self._thread = None
+                    return
 
     def run(self, requests: Sequence[Request]) -> None:
         """Answers these requests. Raises the first error of one of them, when all have ended."""
@@ -150,7 +142,7 @@ class Scheduler:
     def run_until_idle(self) -> None:
         """Steps until no request runs or waits."""
         with torch.inference_mode():
-            while (self.decoder.requests or len(self.waiting)) and not self.waiting.is_closed:
+            while self.decoder.requests or len(self.waiting):
                 begun = time.perf_counter()
                 self.step()
                 if self.step_seconds is not None:
@@ -218,27 +210,6 @@ class Scheduler:
 def _num_columns(requests: Sequence[Request]) -> int:
     """The most columns that a KV cache of these requests allocates."""
     return max(request.max_length_tokens for request in requests) + SPARE_COLUMNS
-
-
-def _close(waiting: WaitingRequests, threads: Sequence[threading.Thread]) -> None:
-    """Ends the loop after its current step. Python must not end while its thread is inside torch."""
-    waiting.close()
-    for thread in threads:
-        if thread is not threading.current_thread():
-            thread.join()
-
-
-def _serve(scheduler: weakref.ref[Scheduler], waiting: WaitingRequests) -> None:
-    while waiting.wait():
-        if (awake := scheduler()) is None:
-            return
-        try:
-            awake.run_until_idle()
-            if waiting.is_closed:
-                awake.fail_all(MmllmError("the engine was closed"))
-        except Exception as error:  # noqa: BLE001 - nobody may wait forever for a loop that has ended
-            awake.fail_all(error)
-        del awake
 
 
 class CallerScheduler:
