@@ -17,7 +17,7 @@ import bisect
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 
@@ -27,7 +27,6 @@ from mmllm.inference.kv_cache import SPARE_COLUMNS
 from mmllm.inference.requests import Request
 
 Batching = Literal["continuous", "dynamic", "static"]
-BATCHINGS: tuple[str, ...] = get_args(Batching)
 # Prompt tokens of one step, padding included. The next requests follow at the next step, so that running ones go on.
 MAX_PREFILL_TOKENS = 4096
 MAX_PREFILL_TOKENS_BESIDE_RUNNING = 512
@@ -35,7 +34,7 @@ SECONDS_BETWEEN_CHECKS = 0.05  # of `stop` and deadlines, by a caller that waits
 
 
 class EngineBusyError(MmllmError):
-    """The queue is full, or no place came free before the deadline."""
+    """The queue is full, and the caller does not wait."""
 
 
 class WaitingRequests:
