@@ -23,6 +23,7 @@ from bench import gpu
 from bench.growth import growth
 from bench.million_rows import million_rows
 from bench.packing import packing
+from bench.serving import batching, second_question
 from bench.training import training
 from bench.workload import SIZES, STAGES
 
@@ -132,6 +133,8 @@ BENCHES: dict[str, Callable[[], dict[str, float]]] = {
     "feature_cache": feature_cache,
     "attention": attention,
     "batched_replies": batched_replies,
+    "batching": batching,
+    "second_question": second_question,
     "golden_answers": golden_answers,
     "million_rows": million_rows,
     "packing": packing,

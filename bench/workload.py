@@ -110,14 +110,14 @@ def write_parts(folder: Path, size: Size, *, num_rows: int) -> None:
     """Writes the tower, the pictures, and `num_rows` conversations of each mix; no LLM, and no model that has one."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "size.json").write_text(json.dumps({"image_tokens": (size.side_px // size.patch_px) ** 2}))
-    _write_clip(folder / "vision", size)
+    write_clip(folder / "vision", size)
     _write_pictures(folder)
     for mix in {mix for mix, _, _ in STAGES.values()}:
         rows = list(write_rows(mix, num_rows, scale=size.length_scale))
         (folder / f"{mix}.json").write_text(json.dumps(rows))
 
 
-def _write_clip(folder: Path, size: Size) -> None:
+def write_clip(folder: Path, size: Size) -> None:
     """Writes a folder that open_clip's `local-dir:` reads."""
     from open_clip import model
     from safetensors.torch import save_file

@@ -23,7 +23,7 @@ MAX_PICTURES = 4  # of one turn; a whole conversation is limited by the model's 
 MAX_FILE_SIZE = "64mb"  # enough for a photo of 108 megapixels; `load_image` limits the number of pixels
 SHOWN_PX = 1280  # longer side of a picture in the chat
 # page.css shows it after a second: most turns do not have to wait
-QUEUED = '<div class="thinking queued">waiting for another tab’s answer to end</div>'
+QUEUED = '<div class="thinking queued">waiting for other tabs’ answers to end</div>'
 # A line that begins or ends a block of code: (indent, list or quote marks), (fence), (rest of the line)
 FENCE = re.compile(r"([ \t>]*(?:(?:[-*+]|\d+[.)])[ \t]+)*)(`{3,}|~{3,})(.*)")
 TYPED = '<div class="typed">{}</div>'  # page.js uses this class too

@@ -22,6 +22,7 @@ WELCOME = (
 )
 SECONDS_IN_DAY = 86_400
 MODEL_QUEUE = "model"
+MAX_TABS_AT_ONCE = 32  # answered at once; Gradio has 40 threads for them and for everything else
 
 
 def logo_html() -> str:
@@ -141,7 +142,7 @@ def _connect(
             settings,
             [composer, chat, preview, counts],
             concurrency_id=MODEL_QUEUE,
-            concurrency_limit=1,
+            concurrency_limit=MAX_TABS_AT_ONCE,  # the engine batches them
             show_progress="hidden",
             api_visibility="private",
             trigger_mode="multiple",

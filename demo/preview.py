@@ -14,10 +14,12 @@ EMPTY_PREVIEW = '<p class="quiet">Ask about a picture, and this shows how the mo
 def _picture_html(engine: Engine, source: ImageSource, number: int) -> str:
     image = engine.prepare(source)
     pixels = engine.preview(image)
+    text = engine.seen(image).warning
+    warning = f'<span class="warning">{html.escape(text)}</span>' if text else ""
     return (
         f'<figure><img src="{png_data_uri(pixels, optimize=False)}" alt="Picture {number} as the vision tower sees it">'
         f"<figcaption><b>Picture {number}</b> {image.size[1]}×{image.size[0]} → {pixels.width}×{pixels.height} px"
-        "</figcaption></figure>"
+        f"{warning}</figcaption></figure>"
     )
 
 

@@ -28,6 +28,24 @@ def chat(
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total probability.")] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 128,
     seed: Annotated[Optional[int], typer.Option(help="Makes a sampled answer repeatable.")] = None,  # noqa: UP045
+    top_k: Annotated[int, typer.Option(help="Sample from this many likeliest tokens; 0: from all.")] = 0,
+    min_p: Annotated[float, typer.Option(help="Drop tokens below this share of the likeliest one's probability.")] = 0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: what was said is less likely again.")] = 1.0,
+    presence_penalty: Annotated[float, typer.Option(help="Subtracted from the logits of what was answered.")] = 0.0,
+    stop: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="End the answer before this text; may be repeated."),
+    ] = None,
+    ban: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="The answer must not contain this text; may be repeated."),
+    ] = None,
+    prefix: Annotated[str, typer.Option(help="The answer begins with this text.")] = "",
+    json_schema: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(parser=path, help="A file with the JSON schema that the answer follows."),
+    ] = None,
+    regex: Annotated[Optional[str], typer.Option(help="The answer matches this regular expression.")] = None,  # noqa: UP045
     as_json: Annotated[bool, typer.Option("--json", help='Print {"text", ...}; needs --prompt.')] = False,
     device: Device = None,
     dtype: Dtype = None,
@@ -39,7 +57,11 @@ def chat(
         from mmllm.inference.sampling import Sampling
         from mmllm.inference.terminal_chat import ask_once, talk
 
-        sampling = Sampling(temperature, top_p, max_new_tokens, seed)
+        sampling = Sampling(
+            temperature, top_p, max_new_tokens, seed, top_k, min_p, repetition_penalty, presence_penalty,
+            stop=tuple(stop or ()), banned=tuple(ban or ()), prefix=prefix, regex=regex,
+            json_schema=None if json_schema is None else json_schema.read_text(encoding="utf-8"),
+        )  # fmt: skip
         if as_json and prompt is None:
             usage_error("--json prints one answer: give the question with --prompt")
         images = list(image or [])

@@ -82,7 +82,8 @@ def _capabilities(engine: Any) -> str:
     from mmllm.model.capabilities import find_capabilities
 
     language_model = engine.model.language_model
-    return f"{language_model.config.model_type}: {find_capabilities(language_model).describe()}"
+    found = find_capabilities(language_model).describe()
+    return f"{language_model.config.model_type}: {found}; {engine.describe_batching()}"
 
 
 def _golden(folder: Path, engine: Any) -> Iterator[Finding]:

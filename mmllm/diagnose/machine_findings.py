@@ -54,6 +54,7 @@ EXTRAS = {
     "scale": {"deepspeed": "ZeRO", "ninja": "DeepSpeed's kernels"},
     "bench": {"trl": "side-by-side measurements"},
     "docs": {"mkdocs-material": "the documentation site"},
+    "structured": {"llguidance": "answers by a JSON schema or regular expression"},
     "tars": {"webdataset": "tar files of examples"},
     "track": {"tensorboard": "curves in TensorBoard"},
     "trackio": {"trackio": "curves in trackio"},

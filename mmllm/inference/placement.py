@@ -53,6 +53,15 @@ def find_device(name: str | None) -> torch.device:
     return device
 
 
+def free_bytes(device: torch.device) -> int:
+    """Memory that caches may take: half of what is free on a GPU, a quarter of what is free on the machine."""
+    from accelerate.utils import get_max_memory
+
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 2
+    return int(get_max_memory()["cpu"]) // 4
+
+
 def spread_model(
     model: VisionLanguageModel, *, max_memory: dict[int | str, int | str] | None = None
 ) -> VisionLanguageModel:

@@ -48,9 +48,15 @@ def ask_once(engine: Engine, prompt: str, images: list[Path], sampling: Sampling
     if as_json:
         values = dataclasses.asdict(reply)
         values = {"text": values.pop("text"), "finish": values.pop("finish_reason"), **values}
+        for name in ("logprobs", "others"):  # only where they are asked for
+            if not values[name]:
+                del values[name]
         print(json.dumps({**values, "model": engine.name}))
         return
     print(printable(reply.text))
+    for number, picture in enumerate(reply.pictures, 1):
+        if picture.warning:
+            print(f"(picture {number}: {picture.warning})", file=sys.stderr)
     if reply.finish_reason == "length":
         print(f"({_speed(reply)})", file=sys.stderr)
 

@@ -117,17 +117,25 @@ class VisionLanguageModel(PreTrainedModel, ImageGenerationMixin):  # type: ignor
 
         Raises ValueError where the numbers of slots and image tokens differ.
         """
-        embeds: Tensor = self.get_input_embeddings()(input_ids)
-        slots = (input_ids == self.config.image_token_id).to(embeds.device)  # [B, T]
         if image_features is None:
-            if (num_slots := int(slots.sum())) > 0:
+            if (num_slots := int((input_ids == self.config.image_token_id).sum())) > 0:
                 raise ValueError(f"{num_slots} image slots in the text but no image was given")
+            embeds: Tensor = self.get_input_embeddings()(input_ids)
             return embeds
         image_embeds = self.project_images(image_features, image_sizes)
+        images = f"{len(image_features)} images of {self.config.num_image_tokens}"
+        if image_sizes is not None:
+            images = f"{len(image_sizes)} images, {self.layout.kind}"
+        return self.fill_slots(input_ids, image_embeds, images)
+
+    def fill_slots(self, input_ids: Tensor, image_embeds: Tensor, images: str = "projected before") -> Tensor:
+        """Token embeddings with these image tokens in the image slots: [B, T], [slots, D] -> [B, T, D].
+
+        Raises ValueError, which says what the `images` are, where the numbers of slots and image tokens differ.
+        """
+        embeds: Tensor = self.get_input_embeddings()(input_ids)
+        slots = (input_ids == self.config.image_token_id).to(embeds.device)  # [B, T]
         if (num_slots := int(slots.sum())) != len(image_embeds):
-            images = f"{len(image_features)} images of {self.config.num_image_tokens}"
-            if image_sizes is not None:
-                images = f"{len(image_sizes)} images, {self.layout.kind}"
             raise ValueError(
                 f"{num_slots} image slots in the text but {len(image_embeds)} image tokens ({images}); each image "
                 "needs one slot per token"

@@ -64,7 +64,8 @@ class Validation:
         collate: Callable[[Sequence[Example]], Batch],
         module: nn.Module,
     ):
-        self.config, self.engine = config, Engine(model, processor, name=Path(config.out).name)
+        # static: in this thread, in its autocast, and at the same steps on all ranks, which may share the weights
+        self.config, self.engine = config, Engine(model, processor, name=Path(config.out).name, batching="static")
         self.max_positions = position_limit(model.language_model)
         self.examples, self.text = examples, text
         self.collate, self.module = collate, module

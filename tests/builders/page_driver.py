@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import socket
-import threading
 import time
 from pathlib import Path
 
@@ -143,10 +142,6 @@ def slowly(served):
     brake = served.engine.model.register_forward_hook(lambda *_: time.sleep(0.03))
     yield
     brake.remove()
-
-
-def generating():
-    return [thread for thread in threading.enumerate() if thread.name.startswith("generate")]
 
 
 def wait_until(is_true, seconds=30):

@@ -40,11 +40,11 @@ def fail_in_backward(kind: str) -> None:
     torch.Tensor.backward = functools.partialmethod(fail_instance, kind)  # type: ignore[method-assign]
 
 
-def fail_in_generate(kind: str) -> None:
-    """transformers raises this error when a question is answered."""
-    import transformers
+def fail_in_cache(kind: str) -> None:
+    """transformers raises this error when a question is answered, in the thread that runs the model."""
+    from transformers.cache_utils import Cache
 
-    transformers.GenerationMixin.generate = functools.partialmethod(fail_instance, kind)
+    Cache.update = functools.partialmethod(fail_instance, kind)
 
 
 def fail_in_worker(kind: str) -> None:
@@ -80,7 +80,7 @@ def run(command: str, kind: str, runs: Path, model: Path, folder: Path) -> subpr
     if command == "the page":
         with Forked(run_page, [model], name="demo", before=functools.partial(fail_in_launch, kind)) as process:
             return process.completed()
-    answers = functools.partial(fail_in_generate, kind)
+    answers = functools.partial(fail_in_cache, kind)
     if command == "caption":
         picture = red_picture(folder / "red.png", 40, 30)
         return commanded("caption", model, picture, "--out", folder / "captions.jsonl", before=answers)

@@ -8,7 +8,6 @@ import html
 import io
 import os
 import socket
-import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,6 +31,7 @@ from mmllm.chat.templates import OWN_TEMPLATE
 from mmllm.images import load_image
 from mmllm.inference.engine import Engine
 from tests.builders.launches import Forked, run_page
+from tests.builders.page_driver import wait_until
 from tests.builders.tiny import red_picture
 
 ROOT = Path(__file__).parents[2]
@@ -66,10 +66,6 @@ def drawing(size=(20, 20)):
     buffer = io.BytesIO()
     Image.new("RGB", size, "blue").save(buffer, "PNG")
     return DRAWING_PREFIX + base64.b64encode(buffer.getvalue()).decode()
-
-
-def generating():
-    return [thread for thread in threading.enumerate() if thread.name.startswith("generate")]
 
 
 # What is refused
@@ -229,11 +225,11 @@ def test_stop_ends_the_computation(events):
     writing = events.answer(0, 1, 2000, ANY_SEED, tab())
     while not events.sessions.of("a tab").turns[0].answer:
         next(writing)
-    assert generating()
+    assert events.engine.num_running == 1
     events.stop(tab())
     updates = list(writing)
     assert "stopped" in updates[-1][1][-1]["content"]
-    assert not generating()
+    wait_until(lambda: not events.engine.num_running)
 
 
 def test_a_page_that_is_no_longer_there_ends_the_computation(events):
@@ -245,7 +241,7 @@ def test_a_page_that_is_no_longer_there_ends_the_computation(events):
     events.leave(tab())
     assert turn.finish_reason == "stopped"
     assert len(list(writing)) < 5
-    assert not generating()
+    wait_until(lambda: not events.engine.num_running)
 
 
 def test_a_new_question_ends_the_answer_before_it(events):

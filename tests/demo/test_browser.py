@@ -17,7 +17,7 @@ from mmllm.scenes.draw import draw
 from mmllm.scenes.questions import QUESTION_TYPES
 from mmllm.scenes.world import sample_scene
 from tests.builders.launches import Forked, run_page
-from tests.builders.page_driver import NARROW, WIDE, free_port, generating, wait_until
+from tests.builders.page_driver import NARROW, WIDE, free_port, wait_until
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
 
@@ -112,14 +112,14 @@ def test_enter_sends_and_shift_enter_begins_a_line(page):
 # Stopping
 
 
-def test_stop_stops_the_computation_and_the_page_goes_on(page, slowly):
+def test_stop_stops_the_computation_and_the_page_goes_on(page, served, slowly):
     page.set(longest_answer=2048)
     page.ask("what is it?")
     page.wait_for_words()
-    assert generating()
+    assert served.engine.num_running
     page.button("Stop").click()
     page.expect(page.answers).to_contain_text("stopped")
-    wait_until(lambda: not generating(), seconds=5)
+    wait_until(lambda: not served.engine.num_running, seconds=5)
     page.tab.wait_for_timeout(500)  # the last words may still be on their way
     said = page.answers.inner_text()
     page.tab.wait_for_timeout(1000)
@@ -138,32 +138,37 @@ def test_closing_the_tab_ends_the_computation_and_deletes_the_pictures(open_page
     kept = list(served.folder.rglob("red.png"))  # as it was uploaded, and as the chat shows it
     assert kept
     page.tab.close()
-    wait_until(lambda: not generating())
+    wait_until(lambda: not served.engine.num_running)
     wait_until(lambda: not any(path.exists() for path in kept))
 
 
-def test_a_new_question_ends_the_answer_that_is_being_written(page, slowly):
+def test_a_new_question_ends_the_answer_that_is_being_written(page, served, slowly):
     page.set(longest_answer=2048)
     page.ask("one?")
     page.wait_for_words()
     page.ask("two?")
     page.expect(page.answers.first).to_contain_text("stopped")
     page.wait_for_words(2)
-    assert len(generating()) == 1
+    wait_until(lambda: served.engine.num_running == 1)
     page.button("Stop").click()
     page.wait_for_end(2)
 
 
-def test_a_tab_that_must_wait_says_so_and_gets_its_answer_then(open_page, served, slowly):
-    one, other = open_page(served.address), open_page(served.address)
-    one.set(longest_answer=2048)
-    other.set(longest_answer=2)
-    one.ask("one?")
-    one.wait_for_words()
-    other.ask("two?")
-    other.expect(other.chat).to_contain_text("waiting for another tab")
-    one.button("Stop").click()
-    other.wait_for_end()
+def test_tabs_are_answered_at_once_and_one_that_leaves_stops_only_its_own(open_page, served, slowly):
+    one, other, third = (open_page(served.address) for _ in range(3))
+    for tab in (one, other, third):
+        tab.set(longest_answer=2048)
+        tab.ask("what is it?")
+        tab.wait_for_words()
+    assert served.engine.num_running == 3
+    one.tab.close()
+    other.button("Stop").click()
+    other.expect(other.answers).to_contain_text("stopped")
+    wait_until(lambda: served.engine.num_running == 1)
+    before = third.answers.inner_text()
+    wait_until(lambda: len(third.answers.inner_text()) > len(before))
+    third.button("Stop").click()
+    third.wait_for_end()
 
 
 # Changing

@@ -109,6 +109,7 @@ def test_a_good_checkpoint_passes_every_step(checkpoint: Path) -> None:
     assert states(findings, "model") == dict.fromkeys(("manifest", "files", "loading", "LLM", *GOLDEN, "answer"), "ok")
     assert "4 image tokens" in findings["model", "loading"]["text"]
     assert "red circle" in findings["model", "answer"]["text"]
+    assert "continuous batching of up to" in findings["model", "LLM"]["text"]
     assert findings["model", "LLM"]["text"].startswith("llama: takes embeddings, padding on either side and a KV cache")
     text = CliRunner().invoke(app, ["doctor", str(checkpoint)]).stdout
     assert "all that is needed works" in text

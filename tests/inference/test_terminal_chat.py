@@ -83,8 +83,10 @@ def test_one_question_gives_one_json_object(tiny_checkpoint: Path, picture: Path
     assert (done.returncode, done.stderr) == (0, "")
     (line,) = done.stdout.splitlines()
     answer = json.loads(line)
-    figures = {"text", "finish", "num_prompt_tokens", "num_image_tokens", "num_new_tokens", "seconds", "model"}
-    assert answer.keys() == figures
+    counts = {"num_prompt_tokens", "num_image_tokens", "num_new_tokens", "num_cached_tokens"}
+    times = {"seconds", "seconds_to_first_token"}
+    assert answer.keys() == {"text", "finish", "pictures", "model"} | counts | times
+    assert [seen["num_tokens"] for seen in answer["pictures"]] == [answer["num_image_tokens"] // 2] * 2
     assert (answer["finish"], answer["num_new_tokens"], answer["model"]) == ("length", 3, "checkpoint")
     assert answer["num_image_tokens"] == 8 < answer["num_prompt_tokens"]
 

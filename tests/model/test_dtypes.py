@@ -26,6 +26,7 @@ from mmllm.interop.hf_llava import export_hf
 from mmllm.model.build import build_model
 from mmllm.model.vlm import PARTS
 from mmllm.stages.conversation import ConversationStage
+from tests.builders.conversations import generate
 from tests.builders.sharp import make_sharp_language
 from tests.builders.tiny import make_checkpoint, model_config
 from tests.builders.tiny_runs import losses_of, settings_of, train_in_process, weights_of
@@ -168,6 +169,7 @@ def test_an_export_keeps_dtypes_and_is_compared_without_their_rounding(mixed: Pa
 
 def test_the_head_of_a_long_prompt_runs_on_its_last_token_alone(tiny_checkpoint: Path) -> None:
     engine = Engine.load(tiny_checkpoint, device="cpu")
+    engine.start()  # which runs the head to probe the LLM
     model, rows = engine.model, []
     model.get_output_embeddings().register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[1]))
     expected = engine.reply(ASKED, Sampling(max_new_tokens=6))
@@ -187,7 +189,7 @@ def test_any_of_an_llm_s_end_tokens_ends_an_answer(tiny_checkpoint: Path, tmp_pa
     model, processor, _ = load_checkpoint(tiny_checkpoint)
     engine = Engine(model, processor, name="x")
     first = engine.reply(ASKED, Sampling(max_new_tokens=6))
-    said = engine._generate(engine.inputs([engine.renderer.render_example(ASKED)], []), Sampling(max_new_tokens=3))
+    said = generate(engine, ASKED, max_new_tokens=3)
     other = int(said[0, 1])
     for ends in ([engine.renderer.end_token_id, other], [other]):
         model.language_model.generation_config.eos_token_id = ends
