@@ -1,0 +1,71 @@
+"""Captioning jobs: caption MODEL INPUT ..., and the commands that look at their ledgers."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from typer.core import TyperGroup
+
+from mmllm.cli.options import Device, Dtype, Model, path, source, user_errors
+from mmllm.errors import EXIT_FAILED
+
+
+class RunByDefault(TyperGroup):
+    """`mmllm caption MODEL INPUT ...` is `mmllm caption run MODEL INPUT ...`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] != "--help":
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+commands = typer.Typer(
+    cls=RunByDefault,
+    no_args_is_help=True,
+    help="Caption pictures: mmllm caption MODEL INPUT ... --out FILE. Then look at the job, and export its captions.",
+)
+LedgerPath = Annotated[Path, typer.Argument(parser=path, help="The ledger of a job: OUT.ledger beside its output.")]
+FORMATS_HELP = "jsonl, parquet, txt, json, llava, kohya or webdataset."
+
+
+@commands.command()
+def run(
+    model: Model,
+    inputs: Annotated[
+        list[str],
+        typer.Argument(parser=source, help="Pictures, folders, patterns, lists (.jsonl .csv .parquet), .tar, or URLs."),
+    ],
+    out: Annotated[Path, typer.Option(parser=path, help="The file or folder to write; a second run continues it.")],
+    prompt: Annotated[
+        str, typer.Option(help="What the model is asked; {name}, {folder}, {tags} and columns of a list are filled in.")
+    ] = "Describe the picture.",
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures captioned at once.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest caption.")] = 128,
+    num_captions: Annotated[int, typer.Option(min=1, help="Captions of each picture, all but the first sampled.")] = 1,
+    output_format: Annotated[str, typer.Option("--format", help=FORMATS_HELP)] = "jsonl",
+    redo: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="Make anew what is cut, flagged, failed, or of other settings or models; may be repeated."),
+    ] = None,
+    image_column: Annotated[Optional[str], typer.Option(help="The column of a list that holds the picture.")] = None,  # noqa: UP045
+    script: Annotated[
+        str, typer.Option(help="Letters wanted: latin, cyrillic, han, japanese ..., any; auto: those of the prompt.")
+    ] = "auto",
+    retry: Annotated[bool, typer.Option("--retry/--no-retry", help="Try flagged captions once more.")] = True,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Caption pictures in batches. A job that was killed continues; what cannot be read is reported and skipped."""
+    with user_errors():
+        from mmllm.captioning.command import CaptionOptions, caption_pictures
+
+        options = CaptionOptions(
+            prompt=prompt, batch_size=batch_size, max_new_tokens=max_new_tokens, num_captions=num_captions,
+            output_format=output_format, redo=redo or (), image_column=image_column, script=script, retry=retry,
+            device=device, dtype=dtype,
+        )  # fmt: skip
+        if caption_pictures(model, inputs, out, options):
+            sys.exit(EXIT_FAILED)

@@ -1,0 +1,348 @@
+"""The ledger of a captioning job: one result a picture, whoever is killed, and whoever works on it beside."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import tracemalloc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mmllm.captioning import workers
+from mmllm.captioning.inputs import FoundPicture
+from mmllm.captioning.ledger import JobSettings, Ledger, Outcome, TakenPicture, ledger_path
+from mmllm.captioning.ledger_file import is_network_disk
+from mmllm.errors import MmllmError
+from mmllm.fault_points import KILL_AT
+from tests.builders.launches import command, commanded
+
+SETTINGS = JobSettings("model", "hash", "what?")
+OPTIONS = ("--max-new-tokens", 3, "--batch-size", 2)
+MOMENTS = (
+    "caption batch 1: taken",
+    "caption batch 2: taken",
+    "caption batch 1: before commit",
+    "caption batch 2: before commit",
+    "caption batch 3: committed",
+    "captions written: before rename",
+)
+
+
+def found(names: str | list[str], **values: str) -> list[FoundPicture]:
+    return [FoundPicture(name, name, **values) for name in names]
+
+
+def record(picture: TakenPicture, text: str = "a caption") -> dict[str, object]:
+    return {"image": picture.place, "caption": text, "prompt": "what?", "finish": "end", "max_new_tokens": 9}
+
+
+def outcomes(taken: list[TakenPicture], text: str = "a caption") -> list[Outcome]:
+    return [Outcome(picture, f"bytes of {picture.id}", None, record(picture, text)) for picture in taken]
+
+
+def states(ledger: Ledger) -> dict[str, str]:
+    return {row["place"]: row["state"] for row in ledger.database.execute("SELECT place, state FROM pictures")}
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    with Ledger(tmp_path / "a.ledger", may_create=True) as opened:
+        yield opened
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Six pictures of different colours."""
+    (tmp_path / "in").mkdir()
+    for number in range(6):
+        Image.new("RGB", (20, 20), (40 * number, 0, 0)).save(tmp_path / "in" / f"{number}.png")
+    return tmp_path / "in"
+
+
+def lines(out: Path) -> list[dict]:
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], bytes]:
+    """What a job that nothing disturbs writes for a folder."""
+
+    def write(folder: Path) -> bytes:
+        out = tmp_path_factory.mktemp("whole") / "captions.jsonl"
+        assert commanded("caption", tiny_checkpoint, folder, "--out", out, *OPTIONS).returncode == 0
+        return out.read_bytes()
+
+    return write
+
+
+def test_a_job_killed_at_each_moment_in_turn_ends_as_one_never_disturbed(
+    tiny_checkpoint: Path, folder: Path, tmp_path: Path, undisturbed: Callable[[Path], bytes]
+) -> None:
+    out = tmp_path / "captions.jsonl"
+    for moment in (MOMENTS[0], MOMENTS[2], MOMENTS[-1]):
+        killed = commanded("caption", tiny_checkpoint, folder, "--out", out, *OPTIONS, environment={KILL_AT: moment})
+        assert killed.returncode == -signal.SIGKILL, moment
+    assert commanded("caption", tiny_checkpoint, folder, "--out", out, *OPTIONS).returncode == 0
+    assert out.read_bytes() == undisturbed(folder)
+
+
+@pytest.mark.parametrize("moment", MOMENTS[3:5])
+def test_a_job_killed_at_any_one_moment_loses_and_doubles_nothing(
+    tiny_checkpoint: Path, folder: Path, tmp_path: Path, undisturbed: Callable[[Path], bytes], moment: str
+) -> None:
+    out = tmp_path / "captions.jsonl"
+    arguments = ("caption", tiny_checkpoint, folder, "--out", out, *OPTIONS)
+    assert commanded(*arguments, environment={KILL_AT: moment}).returncode == -signal.SIGKILL
+    done = commanded(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert out.read_bytes() == undisturbed(folder)
+
+
+def test_two_jobs_at_once_share_the_work(
+    tiny_checkpoint: Path, tiny_scenes: Path, tmp_path: Path, undisturbed: Callable[[Path], bytes]
+) -> None:
+    folder, out = tiny_scenes / "train" / "images", tmp_path / "captions.jsonl"
+    arguments = ("caption", tiny_checkpoint, folder, "--out", out, *OPTIONS)
+    with command(*arguments) as first, command(*arguments) as second:
+        assert (first.wait(), second.wait()) == (0, 0), first.read("err") + second.read("err")
+        said = first.read() + second.read()
+    assert out.read_bytes() == undisturbed(folder)
+    counts = [int(line.split()[0]) for line in said.splitlines() if "pictures captioned" in line]
+    assert sum(counts) == 24  # and none twice
+    with Ledger(ledger_path(out)) as ledger:
+        attempts = [row["attempts"] for row in ledger.database.execute("SELECT attempts FROM pictures")]
+    assert attempts == [1] * 24
+
+
+def test_what_a_killed_job_had_taken_the_one_beside_it_takes_over(ledger: Ledger) -> None:
+    ledger.add(found("abcd"), SETTINGS, max_new_tokens=9)
+    with Ledger(ledger.path) as dying:
+        dying.add(found("abcd"), SETTINGS, max_new_tokens=9)
+        taken = dying.take(SETTINGS, 2)
+        assert [picture.place for picture in ledger.take(SETTINGS, 9)] == ["c", "d"]
+        assert ledger.take(SETTINGS, 9) == []
+        assert ledger.num_taken_by_others() == 2
+        ledger.database.execute("UPDATE workers SET seen_at = 0 WHERE name = ?", (dying.worker.name,))
+        again = ledger.take(SETTINGS, 9)
+        assert [picture.place for picture in again] == ["a", "b"]
+        ledger.finish(outcomes(again, "ours"), SETTINGS)
+        dying.finish(outcomes(taken, "theirs"), SETTINGS)  # it had only slept
+    assert {json.loads(row["record"])["caption"] for row in ledger.records(with_flagged=True)} == {"ours"}
+
+
+def test_a_process_that_is_gone_is_dead_at_once_and_one_that_signs_lives(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger.add(found("ab"), SETTINGS, max_new_tokens=9)
+    child = os.fork()
+    if not child:  # another process takes one, and ends without a word
+        with Ledger(ledger.path) as other:
+            other.add(found("ab"), SETTINGS, max_new_tokens=9)
+            other.take(SETTINGS, 1)
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert states(ledger) == {"a": "taken", "b": "waiting"}
+    assert [picture.place for picture in ledger.take(SETTINGS, 2)] == ["b"]
+    assert [picture.place for picture in ledger.take(SETTINGS, 2)] == ["a"]
+    monkeypatch.setattr(workers, "SECONDS_BETWEEN_SIGNS", 0.01)
+    with Ledger(ledger.path) as living:
+        living.add(found("ef"), SETTINGS, max_new_tokens=9)
+        living.take(SETTINGS, 1)
+        living.database.execute("UPDATE workers SET seen_at = 0 WHERE name = ?", (living.worker.name,))
+        living.worker._signs.join(0.3)
+        query = "SELECT seen_at FROM workers WHERE name = ?"
+        assert living.database.execute(query, (living.worker.name,)).fetchone()[0] > 0
+
+
+def test_a_job_that_ends_gives_back_what_it_had_taken(ledger: Ledger) -> None:
+    with Ledger(ledger.path) as other:
+        other.add(found("ab"), SETTINGS, max_new_tokens=9)
+        other.take(SETTINGS, 1)
+        assert states(ledger) == {"a": "taken", "b": "waiting"}
+    assert states(ledger) == {"a": "waiting", "b": "waiting"}
+
+
+def test_a_changed_file_is_redone_a_touched_and_a_renamed_one_are_not(
+    tiny_checkpoint: Path, folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "captions.jsonl"
+    arguments = ("caption", tiny_checkpoint, folder, "--out", out, *OPTIONS)
+    commanded(*arguments)
+    before = {row["image"]: row for row in lines(out)}
+    shutil.copy(folder / "5.png", folder / "0.png")  # other content, the same name
+    os.utime(folder / "1.png", (0, 0))
+    (folder / "sub").mkdir()
+    (folder / "2.png").rename(folder / "sub" / "renamed.png")
+    done = commanded(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert "1 pictures captioned" in done.stdout
+    assert "1 renamed files keep the caption" in done.stdout
+    assert "1 files have a new date and the same content" in done.stdout
+    assert "2 pictures have the same bytes as another (1 groups" in done.stdout
+    after = {row["image"]: row for row in lines(out)}
+    assert after[f"{folder}/0.png"]["caption"] == before[f"{folder}/5.png"]["caption"]
+    moved = {**before[f"{folder}/2.png"], "image": f"{folder}/sub/renamed.png"}
+    assert after[f"{folder}/sub/renamed.png"] == moved
+    assert f"{folder}/2.png" not in after
+    assert len(after) == 6
+
+
+def test_classes_of_pictures_are_redone_where_asked_for(ledger: Ledger) -> None:
+    ledger.add(found("abcd"), SETTINGS, max_new_tokens=9)
+    cut, flagged, failed, fine = ledger.take(SETTINGS, 4)
+    ledger.finish(
+        [
+            Outcome(cut, "1", None, {**record(cut), "finish": "length", "flags": ["cut"]}),
+            Outcome(flagged, "2", None, {**record(flagged), "flags": ["refusal"]}),
+            Outcome(failed, "3", reason="it is broken"),
+            *outcomes([fine]),
+        ],
+        SETTINGS,
+    )
+    assert states(ledger) == {"a": "flagged", "b": "flagged", "c": "failed", "d": "done"}
+
+    def waiting(settings: JobSettings = SETTINGS, limit: int = 9, redo: tuple[str, ...] = ()) -> str:
+        ledger.database.execute("BEGIN")  # undone below
+        ledger.database.execute("SAVEPOINT before")
+        ledger.database.execute("COMMIT")
+        kept = ledger.database.execute("SELECT id, state, waits_for, job FROM pictures").fetchall()
+        ledger.add(found("abcd"), settings, max_new_tokens=limit, redo=redo)
+        names = "".join(name for name, state in states(ledger).items() if state == "waiting")
+        ledger.database.executemany(
+            "UPDATE pictures SET state = ?2, waits_for = ?3, job = ?4 WHERE id = ?1", map(tuple, kept)
+        )
+        return names
+
+    assert waiting() == "c"  # what failed is tried again by every job
+    assert waiting(limit=10) == "ac"
+    assert waiting(redo=("cut",)) == "ac"
+    assert waiting(redo=("flagged",)) == "abc"
+    assert waiting(redo=("failed",)) == "c"
+    other = JobSettings("model", "hash", "another prompt")
+    assert waiting(other) == "c"
+    assert waiting(other, redo=("other",)) == "abcd"
+
+
+def test_a_line_that_a_person_edited_stays_and_one_that_is_removed_comes_back(
+    tiny_checkpoint: Path, folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "captions.jsonl"
+    arguments = ("caption", tiny_checkpoint, folder, "--out", out, *OPTIONS)
+    commanded(*arguments)
+    rows = lines(out)
+    rows[0]["caption"] = "what I see in it"
+    out.write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
+    done = commanded(*arguments, "--redo", "cut")
+    assert "1 lines of" in done.stdout
+    assert lines(out)[0]["caption"] == "what I see in it"
+    assert len(lines(out)) == 6
+    (folder / "0.png").write_bytes((folder / "3.png").read_bytes())  # then the edit is of another picture
+    commanded(*arguments)
+    assert lines(out)[0]["caption"] == lines(out)[3]["caption"]
+
+
+def test_old_lines_go_on_without_their_pictures_being_captioned(
+    tiny_checkpoint: Path, folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "captions.jsonl"
+    old = [{"image": f"{folder}/{number}.png", "caption": f"old {number}", "finish": "end"} for number in range(4)]
+    out.write_text("".join(json.dumps(row) + "\n" for row in [*old, {**old[0], "caption": "newer"}]))
+    done = commanded("caption", tiny_checkpoint, folder, "--out", out, *OPTIONS)
+    assert "4 of 6 pictures have a caption" in done.stdout
+    assert "2 pictures captioned" in done.stdout
+    assert [row["caption"] for row in lines(out)][:4] == ["newer", "old 1", "old 2", "old 3"]
+
+
+def test_names_that_are_no_utf8_are_kept(ledger: Ledger) -> None:
+    name = os.fsdecode(b"caf\xe9.png")
+    ledger.add(found([name, "b.png"]), SETTINGS, max_new_tokens=9)
+    taken = ledger.take(SETTINGS, 2)
+    assert {picture.place for picture in taken} == {name, "b.png"}
+    ledger.finish([Outcome(picture, reason=f"{picture.place} is broken") for picture in taken], SETTINGS)
+    assert [row["reason"] for row in ledger.failures()] == ["b.png is broken", "caf\\udce9.png is broken"]
+    ledger.add(found([name, "b.png"]), SETTINGS, max_new_tokens=9)
+    ledger.finish(outcomes(ledger.take(SETTINGS, 2)), SETTINGS)
+    assert {json.loads(row["record"])["image"] for row in ledger.records(with_flagged=True)} == {name, "b.png"}
+
+
+def test_a_full_disk_keeps_what_was_written(ledger: Ledger) -> None:
+    ledger.add(found("ab"), SETTINGS, max_new_tokens=9)
+    ledger.finish(outcomes(ledger.take(SETTINGS, 1)), SETTINGS)
+    pages = ledger.database.execute("PRAGMA page_count").fetchone()[0]
+    ledger.database.execute(f"PRAGMA max_page_count = {pages}")
+    taken = ledger.take(SETTINGS, 1)
+    with pytest.raises(OSError, match="No space left") as caught:
+        ledger.finish(outcomes(taken, "long " * 100_000), SETTINGS)
+    assert caught.value.errno == errno.ENOSPC  # which mmllm.errors explains
+    assert states(ledger) == {"a": "done", "b": "taken"}
+
+
+def test_what_is_no_ledger_is_said_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("a shopping list, longer than a header of a database needs to be " * 99)
+    with pytest.raises(MmllmError, match="is no ledger"):
+        Ledger(tmp_path / "text", may_create=True)
+    assert (tmp_path / "text").read_text().startswith("a shopping list")
+    with sqlite3.connect(tmp_path / "other") as other:
+        other.execute("CREATE TABLE birds (name)")
+    with pytest.raises(MmllmError, match="a database of another program"):
+        Ledger(tmp_path / "other", may_create=True)
+    with pytest.raises(MmllmError, match="there is no ledger at"):
+        Ledger(tmp_path / "gone")
+    with pytest.raises(MmllmError, match="is a folder"):
+        Ledger(tmp_path)
+    with Ledger(tmp_path / "new", may_create=True) as ledger:
+        ledger.database.execute("PRAGMA user_version = 99")
+    with pytest.raises(MmllmError, match="has format 99, written by a newer mmllm"):
+        Ledger(tmp_path / "new")
+
+
+def test_a_disk_without_locks_has_a_journal_and_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")  # what NFS without its lock service answers
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with Ledger(tmp_path / "a.ledger", may_create=True) as ledger:
+        assert "on a file system without locks" in capsys.readouterr().out
+        assert ledger.database.execute("PRAGMA journal_mode").fetchone()[0] == "truncate"
+        ledger.add(found("a"), SETTINGS, max_new_tokens=9)
+        ledger.finish(outcomes(ledger.take(SETTINGS, 1)), SETTINGS)
+    with Ledger(tmp_path / "a.ledger") as ledger:
+        assert states(ledger) == {"a": "done"}
+
+
+def test_a_network_disk_is_known_by_its_mount(tmp_path: Path) -> None:
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text(
+        "22 1 0:21 / / rw - ext4 /dev/sda rw\n"
+        "36 22 0:30 / /net/my\\040data rw,nosuid shared:1 - nfs4 server:/data rw\n"
+        "37 22 0:31 / /home rw - ext4 /dev/sdb rw\n"
+    )
+    assert is_network_disk(Path("/net/my data/folder/a.ledger"), str(mounts))
+    assert not is_network_disk(Path("/home/me/a.ledger"), str(mounts))
+    assert not is_network_disk(Path("/a.ledger"), str(mounts))
+    assert not is_network_disk(Path("/a.ledger"), str(tmp_path / "gone"))
+
+
+def test_the_memory_of_a_ledger_does_not_grow_with_its_pictures(tmp_path: Path) -> None:
+    peaks = []
+    for count in (1_000, 8_000):
+        tracemalloc.start()
+        with Ledger(tmp_path / f"{count}.ledger", may_create=True) as ledger:
+            ledger.add((FoundPicture(f"folder/{n:08d}.png", "a") for n in range(count)), SETTINGS, max_new_tokens=9)
+            num_done = 0
+            while taken := ledger.take(SETTINGS, 250):
+                ledger.finish(outcomes(taken), SETTINGS)
+                num_done += len(taken)
+            assert num_done == sum(1 for _ in ledger.records(with_flagged=True)) == count
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.5 * peaks[0]
