@@ -17,7 +17,7 @@ from mmllm.captioning.inputs import PictureInputs
 from mmllm.captioning.job import CaptionJob
 from mmllm.captioning.ledger import REDO, JobSettings, Ledger, from_sql, ledger_path
 from mmllm.captioning.lookalikes import describe_repeats
-from mmllm.captioning.outputs import check_output, write_output
+from mmllm.captioning.outputs import check_output, require_free, write_output
 from mmllm.captioning.progress import JobProgress
 from mmllm.captioning.prompts import PromptTemplate
 from mmllm.captioning.quality import FLAGS, check_script
@@ -75,23 +75,20 @@ def caption_pictures(model: Path, inputs: Sequence[str], out: Path, options: Cap
         model.resolve().name, file_hash(model / MANIFEST)[:16], options.prompt, options.num_captions, options.script,
         options.retry,
     )  # fmt: skip
-    is_new = not ledger_path(out).exists()
+    if next(iter(pictures), None) is None:
+        passed_over = describe_passed_over(pictures.passed_over)
+        searched = ", ".join(pictures.inputs) + (f" ({passed_over})" if passed_over else "")
+        raise MmllmError(f"no pictures in {searched}; searched for files that end in {' '.join(PICTURE_ENDINGS)}")
     with Ledger(ledger_path(out), may_create=True) as ledger:
         output = JobOutput(ledger, out, options.output_format)
+        require_free(ledger, out, options.output_format)
         output.take_in()
         ledger.add(pictures, settings, max_new_tokens=options.max_new_tokens, redo=options.redo)
-        passed_over = describe_passed_over(pictures.passed_over)
-        num_pictures = ledger.count()
-        if not num_pictures:
-            if is_new and not ledger.has_rows():
-                ledger.remove()
-            searched = ", ".join(pictures.inputs) + (f" ({passed_over})" if passed_over else "")
-            raise MmllmError(f"no pictures in {searched}; searched for files that end in {' '.join(PICTURE_ENDINGS)}")
-        num_left = _say_what_is_done(ledger, settings, num_pictures)
+        num_left = _say_what_is_done(ledger, settings)
         _run(model, ledger, output, settings, options, num_left)
         for line in describe_repeats(ledger.database):
             print(line)
-        if passed_over:
+        if passed_over := describe_passed_over(pictures.passed_over):
             print(passed_over)
         num_failed = ledger.count("state = 'failed'")
     if num_failed:
@@ -172,7 +169,7 @@ class JobOutput:
             self.failures_path.unlink(missing_ok=True)
 
 
-def _say_what_is_done(ledger: Ledger, settings: JobSettings, num_pictures: int) -> int:
+def _say_what_is_done(ledger: Ledger, settings: JobSettings) -> int:
     """Says how much of the job an earlier one did; returns how many pictures are left."""
     num_done = ledger.count("record IS NOT NULL")
     num_left = ledger.count("state = 'waiting'")
@@ -184,7 +181,7 @@ def _say_what_is_done(ledger: Ledger, settings: JobSettings, num_pictures: int) 
         num_cut = ledger.count("state = 'waiting' AND waits_for = 'redo' AND finish = 'length'")
         cut = f", {num_cut} of them cut off before and written again now" if num_cut else ""
         print(
-            f"{num_done} of {num_pictures} pictures have a caption in {ledger.path} already{by_others}; "
+            f"{num_done} of {ledger.count()} pictures have a caption in {ledger.path} already{by_others}; "
             f"{num_left} left{cut}"
         )
     return num_left

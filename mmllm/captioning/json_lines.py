@@ -28,7 +28,7 @@ def take_in(ledger: Ledger, out: Path) -> int:
         return 0
     if not out.is_file():
         raise MmllmError(f"--out {out} is a folder or a device; give the path of a file")
-    written = ledger.database.execute("SELECT * FROM outputs WHERE path = ?", (_key_of(out),)).fetchone()
+    written = ledger.written_file(out)
     stat = _stat_of(out)
     if written is not None and stat in (written["last_stat"], written["next_stat"]):
         return 0
@@ -43,7 +43,7 @@ def take_in(ledger: Ledger, out: Path) -> int:
             values = {"place": place, "edited": written is not None, **columns_of_record(record)}
             values |= {"name": to_sql(Path(record["image"]).name), "job": _job_of(record)}
             ledger.database.execute(_TAKE_IN, values)
-        ledger.database.execute("INSERT OR REPLACE INTO outputs VALUES (?, ?, NULL)", (_key_of(out), stat))
+        ledger.note_written(out, stat)
         fault_point("captions taken in: before commit")
     return num_taken
 
@@ -71,19 +71,12 @@ def write(ledger: Ledger, out: Path) -> None:
     with partial.open("wb") as file:
         for row in ledger.records(with_flagged=True):
             file.write(row["record"].encode() + b"\n")
-    now = _stat_of(out) if out.exists() else None  # known already, or taken in
-    values = {"path": _key_of(out), "now": now, "stat": _stat_of(partial)}
+    now = _stat_of(out) if out.exists() else ""  # known already, or taken in
     # said before it is so: whenever the process ends, this file is one that the ledger knows
     with ledger.changes():
-        ledger.database.execute(
-            "INSERT OR REPLACE INTO outputs (path, last_stat, next_stat) VALUES (:path, :now, :stat)", values
-        )
+        ledger.note_written(out, now, _stat_of(partial))
     fault_point("captions written: before rename")
     partial.replace(out)
-
-
-def _key_of(out: Path) -> str | bytes:
-    return to_sql(str(out.absolute()))
 
 
 def _stat_of(path: Path) -> str:

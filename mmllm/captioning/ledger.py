@@ -117,7 +117,7 @@ class Ledger:
         try:
             self.worker.leave()
         except sqlite3.DatabaseError:
-            pass  # such as on a full disk, or closed already: others take over what was taken
+            pass  # such as on a full disk: others take over what was taken
         finally:
             self.database.close()
 
@@ -128,12 +128,6 @@ class Ledger:
 
     def _reads(self) -> AbstractContextManager[None]:
         return explained_errors(self.path)
-
-    def remove(self) -> None:
-        """Closes and deletes the ledger, which holds nothing."""
-        self.close()
-        for ending in ("", "-wal", "-shm", "-journal", ".lock"):
-            self.path.with_name(self.path.name + ending).unlink(missing_ok=True)
 
     def has_rows(self) -> bool:
         with self._reads():
@@ -272,6 +266,17 @@ class Ledger:
 
     def failures(self, *, only_mine: bool = False) -> Iterator[sqlite3.Row]:
         return self._rows("state = 'failed'", only_mine)
+
+    def written_file(self, path: Path) -> sqlite3.Row | None:
+        """What is known of a file that was written from this ledger; None for any other file."""
+        query = "SELECT * FROM outputs WHERE path = ?"
+        row: sqlite3.Row | None = self.database.execute(query, (to_sql(str(path.absolute())),)).fetchone()
+        return row
+
+    def note_written(self, path: Path, last_stat: str = "", next_stat: str = "") -> None:
+        """Remembers a file that is written from this ledger, and which states of it are no person's edit."""
+        values = (to_sql(str(path.absolute())), last_stat, next_stat)
+        self.database.execute("INSERT OR REPLACE INTO outputs VALUES (?, ?, ?)", values)
 
     def _rows(self, condition: str, only_mine: bool) -> Iterator[sqlite3.Row]:
         joined = "mine CROSS JOIN pictures USING (place)" if only_mine else "pictures"

@@ -9,18 +9,18 @@ webdataset             tars with the pictures and their captions
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from mmllm.captioning import json_lines
 from mmllm.captioning.inputs import read_picture
 from mmllm.captioning.ledger import Ledger, from_sql
+from mmllm.disk import replaced_file
 from mmllm.errors import MmllmError
 from mmllm.readers.folders import PICTURE_ENDINGS, ending_of
 
@@ -31,7 +31,28 @@ PICTURES_A_TAR = 10_000
 def write_output(ledger: Ledger, out: Path, output_format: str) -> list[str]:
     """Writes the captions of a ledger; returns what is to be said about it. Raises MmllmError."""
     check_output(out, output_format)
-    return FORMATS[output_format](ledger, out) or []
+    if output_format in FOLDER_FORMATS:
+        return FORMATS[output_format](ledger, out) or []
+    require_ours(ledger, out)
+    remarks = FORMATS[output_format](ledger, out) or []
+    if output_format != "jsonl":
+        ledger.note_written(out)
+    return remarks
+
+
+def require_free(ledger: Ledger, out: Path, output_format: str) -> None:
+    """Raises MmllmError where writing this output, at the end of a job, would overwrite what is not of this ledger."""
+    if output_format == "webdataset":
+        for path in out.glob("*.tar"):
+            require_ours(ledger, path)
+    elif output_format not in ("jsonl", *FOLDER_FORMATS):  # lines are taken in, sidecars are looked at one by one
+        require_ours(ledger, out)
+
+
+def require_ours(ledger: Ledger, path: Path) -> None:
+    """Raises MmllmError for a file that exists and was not written from this ledger: it is never overwritten."""
+    if path.exists() and ledger.written_file(path) is None:
+        raise MmllmError(f"{path} exists, and was not written from {ledger.path}; name another --out")
 
 
 def check_output(out: Path, output_format: str) -> None:
@@ -45,17 +66,19 @@ def check_output(out: Path, output_format: str) -> None:
         raise MmllmError(f"--out {out} is a folder or a device; give the path of a file")
 
 
-@contextlib.contextmanager
-def _replaced(path: Path) -> Iterator[IO[bytes]]:
-    """A file that is written aside and then takes its place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with partial.open("wb") as file:
-            yield file
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+def export_captions(ledger: Ledger, out: Path, output_format: str) -> list[str]:
+    """As `write_output`, for a command: it also says how many captions there are. Raises MmllmError."""
+    num_all = ledger.database.execute("SELECT count(*) FROM pictures WHERE record IS NOT NULL").fetchone()[0]
+    if not num_all:
+        raise MmllmError(f"{ledger.path} holds no captions yet")
+    num_flagged = ledger.database.execute("SELECT count(*) FROM pictures WHERE flags IS NOT NULL").fetchone()[0]
+    if output_format == "jsonl" and out.exists():
+        raise MmllmError(
+            f"{out} exists; name a new file, or run `mmllm caption` to bring a job's own output up to date"
+        )
+    remarks = write_output(ledger, out, output_format)
+    left_out = f", without {num_flagged:,} flagged" if num_flagged and output_format in TRAINING_FORMATS else ""
+    return [f"{num_all:,} captions of {ledger.path}{left_out} in {out}", *remarks]
 
 
 def _records(ledger: Ledger, *, with_flagged: bool) -> Iterator[dict[str, Any]]:
@@ -78,7 +101,7 @@ def _write_parquet(ledger: Ledger, out: Path) -> None:
             *((name, pa.list_(pa.string())) for name in lists),
         ]
     )
-    with _replaced(out) as file, pa.parquet.ParquetWriter(file, schema) as writer:
+    with replaced_file(out) as file, pa.parquet.ParquetWriter(file, schema) as writer:
         for chunk in _chunks(_records(ledger, with_flagged=True), ROWS_AT_ONCE):
             writer.write_table(pa.Table.from_pylist(chunk, schema))
 
@@ -98,36 +121,49 @@ def _write_sidecars(ledger: Ledger, out: Path, ending: str) -> list[str]:
     """A file for each picture. Two pictures that would have the same file get one that their whole name is in."""
     ledger.database.execute("CREATE TEMP TABLE IF NOT EXISTS sidecars (name PRIMARY KEY) WITHOUT ROWID")
     ledger.database.execute("DELETE FROM sidecars")
-    num_longer = 0
+    num_longer = num_kept = 0
     for row in ledger.records(with_flagged=ending == ".json"):
-        name, place = from_sql(row["name"]), from_sql(row["place"])
+        name, whole = (_inside(from_sql(row[column])) for column in ("name", "place"))
         stem = name[: -len(ending_of(name))] if ending_of(name) else name
-        whole = place.replace("://", "/").lstrip("/").replace("../", "")
         for number, candidate in enumerate((stem, name, whole)):
             values = (os.fsencode(candidate),)
             if ledger.database.execute("INSERT OR IGNORE INTO sidecars VALUES (?)", values).rowcount:
                 num_longer += number > 0
-                _write_sidecar(out / f"{candidate}{ending}", json.loads(row["record"]), ending)
+                num_kept += not _write_sidecar(ledger, out / f"{candidate}{ending}", json.loads(row["record"]), ending)
                 break
+    remarks = []
     if num_longer:
-        return [
-            f"{num_longer} files in {out} have longer names, since pictures with several endings share the short one"
-        ]
-    return []
+        remarks.append(f"{num_longer} files in {out} have longer names, since several pictures share the short one")
+    if num_kept:
+        remarks.append(
+            f"{num_kept} files in {out} are not of this job, and stay as they are; their captions are missing"
+        )
+    return remarks
 
 
-def _write_sidecar(path: Path, record: dict[str, Any], ending: str) -> None:
+def _inside(name: str) -> str:
+    """A relative path that does not leave its folder, as names in a tar may."""
+    parts = name.replace("://", "/").split("/")
+    return "/".join(part for part in parts if part not in ("", ".", ".."))
+
+
+def _write_sidecar(ledger: Ledger, path: Path, record: dict[str, Any], ending: str) -> bool:
+    """False where there is another file of that name, which is not overwritten."""
     texts = [record["caption"], *record.get("other_captions", [])]
     text = json.dumps(record) if ending == ".json" else "\n".join(" ".join(one.split()) for one in texts)
     data = f"{text}\n".encode()
     if path.is_file() and path.read_bytes() == data:
-        return
-    with _replaced(path) as file:
+        return True
+    if path.exists() and ledger.written_file(path) is None:
+        return False
+    ledger.note_written(path)
+    with replaced_file(path) as file:
         file.write(data)
+    return True
 
 
 def _write_array(out: Path, entries: Iterable[str], brackets: str) -> None:
-    with _replaced(out) as file:
+    with replaced_file(out) as file:
         file.write(brackets[0].encode())
         for number, entry in enumerate(entries):
             file.write((",\n" if number else "\n").encode() + entry.encode())
@@ -189,7 +225,10 @@ def _write_webdataset(ledger: Ledger, out: Path) -> list[str]:
     is_over = False
     while not is_over:
         number += 1
-        with _replaced(out / f"{number:06d}.tar") as file, tarfile.open(fileobj=file, mode="w") as tar:
+        path = out / f"{number:06d}.tar"
+        require_ours(ledger, path)
+        ledger.note_written(path)
+        with replaced_file(path) as file, tarfile.open(fileobj=file, mode="w") as tar:
             for _ in range(PICTURES_A_TAR):
                 row = next(rows, None)
                 if row is None:
@@ -197,7 +236,7 @@ def _write_webdataset(ledger: Ledger, out: Path) -> list[str]:
                     break
                 missing += not _add_sample(tar, row)
     for old in out.glob("[0-9]" * 6 + ".tar"):  # of an earlier export with more captions
-        if int(old.stem) > number:
+        if int(old.stem) > number and ledger.written_file(old) is not None:
             old.unlink()
     return [f"{missing} pictures can no longer be read, and are not in {out}"] if missing else []
 
@@ -229,3 +268,4 @@ FORMATS: dict[str, Callable[[Ledger, Path], list[str] | None]] = {
     "webdataset": _write_webdataset,
 }
 FOLDER_FORMATS = ("txt", "json", "webdataset")
+TRAINING_FORMATS = ("txt", "llava", "kohya", "webdataset")  # without flagged captions

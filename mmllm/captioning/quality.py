@@ -32,7 +32,7 @@ MAX_OTHER_LETTERS = 1 / 3  # of a caption: names and loan words may have letters
 MAX_REPEATED_WORDS = 30  # of a sentence that is looked for again right after itself
 MIN_REPEATS = 3  # a phrase that follows itself this often is a loop
 MIN_LOOP_WORDS = 8  # "very, very, very old" is none
-_LETTER_LOOP = re.compile(r"(\S{1,12}?)\1{9,}")  # ten times the same letters, as in `ahahahah...`
+_LETTER_LOOP = re.compile(r"([^\W\d_]\S{0,11}?)\1{9,}")  # ten times the same letters, as in `ahahahah...`
 _REFUSAL = re.compile(
     r"^\W*(i'?m sorry|i am sorry|sorry,|i apologi[sz]e|i can ?not|i can'?t|i('?m| am) (unable|not able)"
     r"|i do not have the ability|i don'?t have the ability|unfortunately, i)|\bas an ai\b|\bas a language model\b"
@@ -51,7 +51,7 @@ def flags_of(caption: str, prompt: str, *, is_cut: bool, script: str = "auto") -
     """The flags of a caption in the order of FLAGS. `script` `auto` is that of the prompt, `any` is not checked."""
     words = _words(caption)
     rules = {
-        "empty": not caption.strip(),
+        "empty": not words,
         "cut": is_cut,
         "repetition": _has_loop(words) or _LETTER_LOOP.search(caption) is not None,
         "refusal": _REFUSAL.search(caption.lower().replace("’", "'")) is not None,

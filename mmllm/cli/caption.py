@@ -9,7 +9,7 @@ from typing import Annotated, Any, Optional
 import typer
 from typer.core import TyperGroup
 
-from mmllm.cli.options import Device, Dtype, Model, path, source, user_errors
+from mmllm.cli.options import Device, Dtype, Model, path, source, usage_error, user_errors
 from mmllm.errors import EXIT_FAILED
 
 
@@ -69,3 +69,73 @@ def run(
         )  # fmt: skip
         if caption_pictures(model, inputs, out, options):
             sys.exit(EXIT_FAILED)
+
+
+@commands.command()
+def status(ledger: LedgerPath) -> None:
+    """How far a job is: pictures by state, flags, failures, duplicates, and who works on it now."""
+    with user_errors():
+        from mmllm.captioning.ledger import Ledger
+        from mmllm.captioning.status import describe_status
+
+        with Ledger(ledger) as opened:
+            print(describe_status(opened))
+
+
+@commands.command()
+def export(
+    ledger: LedgerPath,
+    out: Annotated[Path, typer.Option(parser=path, help="The file or folder to write.")],
+    output_format: Annotated[str, typer.Option("--format", help=FORMATS_HELP)],
+) -> None:
+    """Write the captions of a job in another format; flagged ones are left out of llava, kohya, txt and webdataset."""
+    with user_errors():
+        from mmllm.captioning.ledger import Ledger
+        from mmllm.captioning.outputs import export_captions
+
+        with Ledger(ledger) as opened:
+            print("\n".join(export_captions(opened, out, output_format)))
+
+
+@commands.command()
+def report(
+    ledger: LedgerPath,
+    out: Annotated[Path, typer.Option(parser=path, help="The HTML file to write; it holds small copies of pictures.")],
+    pictures: Annotated[int, typer.Option(min=1, help="Pictures for each flag, and at random.")] = 24,
+    seed: Annotated[int, typer.Option(help="Draws the same pictures again.")] = 0,
+) -> None:
+    """Write a page with counts, flagged pictures by flag, and pictures at random."""
+    with user_errors():
+        from mmllm.captioning.contact_sheet import write_report
+        from mmllm.captioning.ledger import Ledger
+
+        with Ledger(ledger) as opened:
+            write_report(opened, out, num_pictures=pictures, seed=seed)
+        print(f"{out} is written")
+
+
+@commands.command()
+def audit(
+    ledger: LedgerPath,
+    labels: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(parser=path, help="The table of --out with yes or no in its column `good`."),
+    ] = None,
+    out: Annotated[Optional[Path], typer.Option(parser=path, help="Write captions to label, as CSV.")] = None,  # noqa: UP045
+    sample: Annotated[int, typer.Option(min=1, help="How many to write.")] = 100,
+    seed: Annotated[int, typer.Option(help="Draws the same captions again.")] = 0,
+    confidence: Annotated[float, typer.Option(help="Of the intervals.")] = 0.95,
+) -> None:
+    """The rate of good captions of a whole job, from a person's labels for some: first --out, then --labels."""
+    if (labels is None) == (out is None):
+        usage_error("give --out FILE.csv to draw captions to label, or --labels FILE.csv when they are labelled")
+    with user_errors():
+        from mmllm.captioning import audit as audits
+        from mmllm.captioning.ledger import Ledger
+
+        with Ledger(ledger) as opened:
+            if out is not None:
+                count = audits.write_sample(opened, out, num_pictures=sample, seed=seed)
+                print(f"{count} captions in {out}: write yes or no into the column `good`, then give it as --labels")
+            elif labels is not None:
+                print(audits.describe_audit(audits.audit(opened, labels, confidence=confidence), confidence))

@@ -334,7 +334,7 @@ def test_a_network_disk_is_known_by_its_mount(tmp_path: Path) -> None:
 
 def test_the_memory_of_a_ledger_does_not_grow_with_its_pictures(tmp_path: Path) -> None:
     peaks = []
-    for count in (1_000, 8_000):
+    for count in (3_000, 12_000):
         tracemalloc.start()
         with Ledger(tmp_path / f"{count}.ledger", may_create=True) as ledger:
             ledger.add((FoundPicture(f"folder/{n:08d}.png", "a") for n in range(count)), SETTINGS, max_new_tokens=9)
@@ -345,4 +345,4 @@ def test_the_memory_of_a_ledger_does_not_grow_with_its_pictures(tmp_path: Path) 
             assert num_done == sum(1 for _ in ledger.records(with_flagged=True)) == count
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[1] < 1.5 * peaks[0]
+    assert peaks[1] < 1.2 * peaks[0], peaks
