@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import sqlite3
 
+import numpy as np
 from PIL import Image
 
 HASHED_SIDE_PX = 128  # a picture is shrunk to this before it is hashed, which is quick
+MIN_CONTRAST = 16  # of 255: pictures of one colour all have the same hash
 
 
 def perceptual_hash(picture: Image.Image) -> str | None:
-    """The hash in hexadecimal; None where imagehash is not installed."""
+    """The hash in hexadecimal; None for a picture of one colour, and where imagehash is not installed."""
     try:
         import imagehash
     except ImportError:
         return None
     small = picture.resize((HASHED_SIDE_PX, HASHED_SIDE_PX), Image.Resampling.BILINEAR, reducing_gap=2.0)
-    return str(imagehash.phash(small))
+    contrast = np.ptp(np.asarray(small.convert("L")))
+    return str(imagehash.phash(small)) if contrast >= MIN_CONTRAST else None
 
 
 def describe_repeats(database: sqlite3.Connection) -> list[str]:

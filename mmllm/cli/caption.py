@@ -16,16 +16,19 @@ from mmllm.errors import EXIT_FAILED
 class RunByDefault(TyperGroup):
     """`mmllm caption MODEL INPUT ...` is `mmllm caption run MODEL INPUT ...`."""
 
+    def with_default(self, words: list[str]) -> list[str]:
+        is_named = not words or words[0] in (*self.commands, "--help")
+        return words if is_named else ["run", *words]
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if args and args[0] not in self.commands and args[0] != "--help":
-            args = ["run", *args]
-        return super().parse_args(ctx, args)
+        return super().parse_args(ctx, self.with_default(args))
 
 
 commands = typer.Typer(
     cls=RunByDefault,
     no_args_is_help=True,
-    help="Caption pictures: mmllm caption MODEL INPUT ... --out FILE. Then look at the job, and export its captions.",
+    help="Caption pictures: mmllm caption MODEL INPUT ... --out FILE; all options: mmllm caption run --help. Then look at "
+    "the job, and export its captions.",
 )
 LedgerPath = Annotated[Path, typer.Argument(parser=path, help="The ledger of a job: OUT.ledger beside its output.")]
 FORMATS_HELP = "jsonl, parquet, txt, json, llava, kohya or webdataset."
