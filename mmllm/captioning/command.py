@@ -68,7 +68,12 @@ def caption_pictures(model: Path, inputs: Sequence[str], out: Path, options: Cap
     options.check()
     template = PromptTemplate(options.prompt)
     pictures = PictureInputs(inputs, image_column=options.image_column, columns=template.columns)
-    template.check(has_list=any(inner_suffix(text) in READERS for text in pictures.inputs))
+    has_list = any(inner_suffix(text) in READERS and inner_suffix(text) != ".tar" for text in pictures.inputs)
+    template.check(has_list=has_list)
+    if options.image_column is not None and not has_list:
+        raise MmllmError(
+            f"--image-column {options.image_column} is of a list (.jsonl .csv .parquet), but none is given"
+        )
     read_manifest(model)  # a wrong path is reported before anything is searched or written
     check_output(out, options.output_format)
     settings = JobSettings(

@@ -129,13 +129,17 @@ class CaptionJob:
     def _work_on(self, batch: Sequence[ReadPicture]) -> None:
         outcomes = []
         to_caption = []
+        earlier = self.ledger.captions_of([str(read.content) for read in batch if read.prepared is not None])
         for read in batch:
             if read.reason is not None:
                 outcomes.append(read.outcome(reason=read.reason))
             elif read.prepared is None:
                 outcomes.append(read.outcome(is_unchanged=True))
                 self.num_unchanged += 1
-            elif self.ledger.take_over_renamed(read.taken, str(read.content), read.prompt, self.max_new_tokens):
+            elif any(
+                self.ledger.move_caption(row, read.taken, read.prompt, self.max_new_tokens)
+                for row in earlier.get(str(read.content), [])
+            ):
                 self.num_moved += 1
             else:
                 to_caption.append(read)

@@ -145,6 +145,7 @@ class Ledger:
         """
         values = {"job": settings.key, "max_new_tokens": max_new_tokens, **{name: name in redo for name in REDO}}
         with self.changes():
+            self.worker.free_those_of_the_dead()
             self.database.execute(
                 "INSERT OR REPLACE INTO jobs VALUES (?, ?)", (settings.key, json.dumps(vars(settings)))
             )
@@ -234,28 +235,33 @@ class Ledger:
         else:
             self.database.execute(_FAILED, values)
 
-    def take_over_renamed(self, picture: TakenPicture, content: str, prompt: str, max_new_tokens: int) -> bool:
-        """Moves the caption of a file that is gone to this picture, where its bytes are the same and no more is wanted.
+    def captions_of(self, contents: Sequence[str]) -> dict[str, list[sqlite3.Row]]:
+        """The rows with a caption of pictures with these hashes that are not of this job's inputs, by hash."""
+        query = _SAME_CONTENT.format(marks=", ".join("?" * len(contents)))
+        rows: dict[str, list[sqlite3.Row]] = {}
+        with self._reads():
+            for row in self.database.execute(query, contents):
+                rows.setdefault(row["content"], []).append(row)
+        return rows
+
+    def move_caption(self, row: sqlite3.Row, picture: TakenPicture, prompt: str, max_new_tokens: int) -> bool:
+        """Moves the caption of a file that is gone to a picture with the same content; False where it is not wanted.
 
         Args:
             prompt: what is asked about this picture; a prompt that names the file may differ.
         """
-        with self._reads():
-            rows = self.database.execute(_SAME_CONTENT, {"content": content, "id": picture.id}).fetchall()
-        for row in rows:
-            record = json.loads(row["record"])
-            is_short = row["finish"] == "length" and (row["max_new_tokens"] or 0) < max_new_tokens
-            if is_short or record.get("prompt") != prompt or _is_there(row):
-                continue
-            with self.changes():
-                record["image"] = picture.place
-                values = {"id": picture.id, "old": row["id"], "worker": self.worker.name, "record": json.dumps(record)}
-                moved = self.database.execute(_MOVE, values).rowcount
-                if moved:
-                    self.database.execute("DELETE FROM pictures WHERE id = ?", (row["id"],))
-                fault_point("caption moved: before commit")
-            return bool(moved)
-        return False
+        record = json.loads(row["record"])
+        is_short = row["finish"] == "length" and (row["max_new_tokens"] or 0) < max_new_tokens
+        if is_short or record.get("prompt") != prompt or _is_there(row):
+            return False
+        with self.changes():
+            record["image"] = picture.place
+            values = {"id": picture.id, "old": row["id"], "worker": self.worker.name, "record": json.dumps(record)}
+            moved = self.database.execute(_MOVE, values).rowcount
+            if moved:
+                self.database.execute("DELETE FROM pictures WHERE id = ?", (row["id"],))
+            fault_point("caption moved: before commit")
+        return bool(moved)
 
     # What it holds
 
@@ -337,11 +343,11 @@ UPDATE pictures SET state = 'failed', reason = :reason, worker = NULL,
     content = coalesce(:content, content)
 {_IS_OURS}"""
 _SAME_CONTENT = """
-SELECT * FROM pictures WHERE content = :content AND id <> :id AND state IN ('done', 'flagged') AND record IS NOT NULL
+SELECT * FROM pictures WHERE content IN ({marks}) AND state IN ('done', 'flagged') AND record IS NOT NULL
     AND NOT EXISTS (SELECT 1 FROM mine WHERE mine.place = pictures.place)
-ORDER BY id LIMIT 20"""
+ORDER BY id LIMIT 1000"""
 _MOVE = f"""
 UPDATE pictures SET (state, made_by, content, look, finish, max_new_tokens, flags, edited) =
     (SELECT state, made_by, content, look, finish, max_new_tokens, flags, edited FROM pictures WHERE id = :old),
     record = :record, reason = NULL, waits_for = NULL, worker = NULL
-{_IS_OURS} AND record IS NULL"""
+{_IS_OURS} AND record IS NULL AND EXISTS (SELECT 1 FROM pictures WHERE id = :old)"""

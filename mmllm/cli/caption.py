@@ -27,8 +27,8 @@ class RunByDefault(TyperGroup):
 commands = typer.Typer(
     cls=RunByDefault,
     no_args_is_help=True,
-    help="Caption pictures: mmllm caption MODEL INPUT ... --out FILE; all options: mmllm caption run --help. Then look at "
-    "the job, and export its captions.",
+    help="Caption pictures: mmllm caption MODEL INPUT ... --out FILE. All its options: mmllm caption run --help. Then "
+    "look at the job, and export its captions.",
 )
 LedgerPath = Annotated[Path, typer.Argument(parser=path, help="The ledger of a job: OUT.ledger beside its output.")]
 FORMATS_HELP = "jsonl, parquet, txt, json, llava, kohya or webdataset."

@@ -194,6 +194,25 @@ def test_a_changed_file_is_redone_a_touched_and_a_renamed_one_are_not(
     assert len(after) == 6
 
 
+def test_one_caption_moves_to_one_of_two_copies_and_a_kill_on_the_way_moves_nothing(
+    tiny_checkpoint: Path, folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "captions.jsonl"
+    arguments = ("caption", tiny_checkpoint, folder, "--out", out, *OPTIONS)
+    commanded(*arguments)
+    before = {row["image"]: row for row in lines(out)}
+    shutil.copy(folder / "2.png", folder / "copy 1.png")
+    (folder / "2.png").rename(folder / "copy 2.png")
+    killed = commanded(*arguments, environment={KILL_AT: "caption moved: before commit"})
+    assert killed.returncode == -signal.SIGKILL
+    done = commanded(*arguments)
+    assert "1 pictures captioned" in done.stdout
+    assert "1 renamed files keep the caption" in done.stdout
+    texts = [row["caption"] for row in lines(out) if "copy" in row["image"]]
+    assert texts == [before[f"{folder}/2.png"]["caption"]] * 2
+    assert len(lines(out)) == 7
+
+
 def test_classes_of_pictures_are_redone_where_asked_for(ledger: Ledger) -> None:
     ledger.add(found("abcd"), SETTINGS, max_new_tokens=9)
     cut, flagged, failed, fine = ledger.take(SETTINGS, 4)
