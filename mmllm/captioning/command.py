@@ -88,11 +88,13 @@ def caption_pictures(model: Path, inputs: Sequence[str], out: Path, options: Cap
         output = JobOutput(ledger, out, options.output_format)
         require_free(ledger, out, options.output_format)
         output.take_in()
-        ledger.add(pictures, settings, max_new_tokens=options.max_new_tokens, redo=options.redo)
+        num_repeated = ledger.add(pictures, settings, max_new_tokens=options.max_new_tokens, redo=options.redo)
         num_left = _say_what_is_done(ledger, settings)
         _run(model, ledger, output, settings, options, num_left)
         for line in describe_repeats(ledger.database):
             print(line)
+        if num_repeated:
+            print(f"{num_repeated} pictures were named more than once, and captioned once")
         if passed_over := describe_passed_over(pictures.passed_over):
             print(passed_over)
         num_failed = ledger.count("state = 'failed'")

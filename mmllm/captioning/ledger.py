@@ -137,11 +137,12 @@ class Ledger:
 
     def add(
         self, found: Iterable[FoundPicture], settings: JobSettings, *, max_new_tokens: int, redo: Sequence[str] = ()
-    ) -> None:
+    ) -> int:
         """Adds the pictures of this job's inputs, and decides which of those with a caption get a new one.
 
         A picture waits where it is new, failed before, has changed, was cut off below `max_new_tokens` by the same job,
-        or is of a class in `redo`: `other` are captions of another model or other settings.
+        or is of a class in `redo`: `other` are captions of another model or other settings. Returns how many are named
+        more than once.
         """
         values = {"job": settings.key, "max_new_tokens": max_new_tokens, **{name: name in redo for name in REDO}}
         with self.changes():
@@ -149,7 +150,7 @@ class Ledger:
             self.database.execute(
                 "INSERT OR REPLACE INTO jobs VALUES (?, ?)", (settings.key, json.dumps(vars(settings)))
             )
-        rows = iter(found)
+        rows, num_repeated = iter(found), 0
         while chunk := list(itertools.islice(rows, ROWS_AT_ONCE)):
             with self.changes():
                 self.database.executemany(
@@ -163,9 +164,11 @@ class Ledger:
                         for one in chunk
                     ),
                 )  # fmt: skip
-                self.database.executemany(
+                num_new = self.database.executemany(
                     "INSERT OR IGNORE INTO mine VALUES (?)", ((to_sql(one.place),) for one in chunk)
-                )
+                ).rowcount
+                num_repeated += len(chunk) - num_new
+        return num_repeated
 
     def count(self, condition: str = "1") -> int:
         """How many pictures of this job's inputs fulfil a condition of SQL."""

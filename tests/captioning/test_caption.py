@@ -60,7 +60,14 @@ def test_every_picture_gets_one_line_and_a_broken_one_stops_nothing(
 ) -> None:
     out = tmp_path / "new" / "captions.jsonl"
     status, said, err = caption(
-        tiny_checkpoint, pictures, pictures / "by_name", "--out", out, "--prompt", "write a caption."
+        tiny_checkpoint,
+        pictures,
+        pictures / "by_name",
+        pictures / "b.png",
+        "--out",
+        out,
+        "--prompt",
+        "write a caption.",
     )
     assert status == 1
     assert names(out) == ["a.JPG", "b.png", "by_name", "c.webp", "d.gif"]
@@ -73,6 +80,7 @@ def test_every_picture_gets_one_line_and_a_broken_one_stops_nothing(
     assert "broken.png is" in failed["error"]
     assert failed["error"] in err
     assert "5 pictures captioned" in said
+    assert "1 pictures were named more than once" in said
     assert '"finish": "length"' in said
 
 
