@@ -84,6 +84,10 @@ def caption_pictures(model: Path, inputs: Sequence[str], out: Path, options: Cap
         passed_over = describe_passed_over(pictures.passed_over)
         searched = ", ".join(pictures.inputs) + (f" ({passed_over})" if passed_over else "")
         raise MmllmError(f"no pictures in {searched}; searched for files that end in {' '.join(PICTURE_ENDINGS)}")
+    if options.output_format != "jsonl" and out.is_file() and not ledger_path(out).exists():
+        raise MmllmError(
+            f"{out} exists, and no captioning job wrote it: {ledger_path(out)} is not there; name another --out"
+        )
     with Ledger(ledger_path(out), may_create=True) as ledger:
         output = JobOutput(ledger, out, options.output_format)
         require_free(ledger, out, options.output_format)

@@ -12,6 +12,7 @@ import errno
 import os
 import sqlite3
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
@@ -20,6 +21,7 @@ from mmllm.errors import MmllmError
 from mmllm.locks import lock_file, no_locks_warning
 
 FORMAT = 1
+SECONDS_BETWEEN_TRIES = 0.02
 WAIT_SECONDS = 60.0  # for another job's transaction, which takes milliseconds
 NETWORK_DISKS = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "lustre", "beegfs", "gpfs", "ceph", "fuse", "afs")
 
@@ -109,7 +111,7 @@ def _prepare(database: sqlite3.Connection, path: Path, *, uses_wal: bool) -> Non
     version = database.execute("PRAGMA user_version").fetchone()[0]
     if version not in (0, FORMAT):
         raise MmllmError(f"{path} has format {version}, written by a newer mmllm; this one reads {FORMAT}")
-    database.execute(f"PRAGMA journal_mode = {'WAL' if uses_wal else 'TRUNCATE'}")
+    _set_journal(database, "wal" if uses_wal else "truncate")
     database.execute("PRAGMA synchronous = NORMAL")
     if version == 0:
         with transaction(database):
@@ -119,6 +121,18 @@ def _prepare(database: sqlite3.Connection, path: Path, *, uses_wal: bool) -> Non
                 for statement in SCHEMA.split(";\n"):
                     database.execute(statement)
                 database.execute(f"PRAGMA user_version = {FORMAT}")
+
+
+def _set_journal(database: sqlite3.Connection, mode: str) -> None:
+    """Sets how changes are kept until they are whole. SQLite itself does not wait here for another job that does it."""
+    end = time.monotonic() + WAIT_SECONDS
+    while database.execute("PRAGMA journal_mode").fetchone()[0] != mode:
+        try:
+            database.execute(f"PRAGMA journal_mode = {mode}")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 255 != sqlite3.SQLITE_BUSY or time.monotonic() > end:
+                raise
+            time.sleep(SECONDS_BETWEEN_TRIES)
 
 
 @contextlib.contextmanager

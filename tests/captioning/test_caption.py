@@ -138,6 +138,15 @@ def test_a_file_of_something_else_is_left_alone(
         (["{picture}", "--out", "{empty}"], "is a folder or a device"),
         (["{picture}", "--out", "/dev/full"], "is a folder or a device"),
         (["{picture}", "--out", "{out}", "--prompt", " "], "the prompt is empty"),
+        (["{picture}", "--out", "{out}", "--prompt", "{{kind}}?"], "the prompt has the field {{kind}}"),
+        (["{picture}", "--out", "{out}", "--redo", "all"], "--redo all is not known; allowed: cut, flagged"),
+        (["{picture}", "--out", "{out}", "--format", "yaml"], "--format yaml is not known; allowed: jsonl"),
+        (["{picture}", "--out", "{out}", "--script", "runes"], "--script runes is not known; allowed: auto"),
+        (["{picture}", "--out", "{out}", "--image-column", "x"], "--image-column x is of a list"),
+        (["{picture}", "--out", "{picture}", "--format", "parquet"], "b.png exists, and no captioning job wrote it"),
+        (["{picture}", "--out", "{picture}", "--format", "txt"], "b.png is a file; --format txt writes a folder"),
+        (["{empty}/*.png", "--out", "{out}"], "no file matches"),
+        (["nosuch://x", "--out", "{out}"], "nosuch://x"),
     ],
 )
 def test_wrong_use_is_one_message_and_writes_no_caption(
@@ -149,7 +158,8 @@ def test_wrong_use_is_one_message_and_writes_no_caption(
     assert status == 1
     assert message.format(**places) in err
     assert "Traceback" not in err
-    assert not places["out"].exists() or places["out"].read_bytes() == b""
+    assert not places["out"].exists()
+    assert not list(tmp_path.rglob("*.ledger"))
 
 
 def test_an_unknown_device_is_wrong_usage(tiny_checkpoint: Path, pictures: Path, tmp_path: Path) -> None:

@@ -137,6 +137,33 @@ def test_what_a_killed_job_had_taken_the_one_beside_it_takes_over(ledger: Ledger
     assert {json.loads(row["record"])["caption"] for row in ledger.records(with_flagged=True)} == {"ours"}
 
 
+def _work_through(path: Path, names: list[str]) -> None:
+    """What a process does that shares a ledger, to its end."""
+    with Ledger(path, may_create=True) as ledger:
+        ledger.add(found(names), SETTINGS, max_new_tokens=9)
+        while taken := ledger.take(SETTINGS, 3):
+            ledger.finish(outcomes(taken), SETTINGS)
+
+
+def test_processes_that_make_a_new_ledger_at_once_share_it(tmp_path: Path) -> None:
+    names = [f"{number:02d}" for number in range(30)]
+    for round_number in range(8):
+        path = tmp_path / f"{round_number}.ledger"
+        children = []
+        for _ in range(4):
+            children.append(os.fork())
+            if not children[-1]:
+                try:
+                    _work_through(path, names)
+                    os._exit(0)
+                finally:
+                    os._exit(1)
+        assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
+        with Ledger(path) as ledger:
+            query = "SELECT state, attempts, count(*) FROM pictures GROUP BY state, attempts"
+            assert [tuple(row) for row in ledger.database.execute(query)] == [("done", 1, 30)]
+
+
 def test_a_process_that_is_gone_is_dead_at_once_and_one_that_signs_lives(
     ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
