@@ -340,9 +340,10 @@ _UNCHANGED = f"""
 UPDATE pictures SET state = CASE WHEN flags IS NULL THEN 'done' ELSE 'flagged' END, waits_for = NULL, worker = NULL
 {_IS_OURS}"""
 # The caption of a picture that failed stays, unless it is of another picture.
+_IS_SAME = ":content IS NULL OR content IS NULL OR :content = content"
 _FAILED = f"""
-UPDATE pictures SET state = 'failed', reason = :reason, worker = NULL,
-    record = CASE WHEN :content IS NULL OR content IS NULL OR :content = content THEN record END,
+UPDATE pictures SET state = 'failed', reason = :reason, worker = NULL, waits_for = NULL,
+    record = CASE WHEN {_IS_SAME} THEN record END, flags = CASE WHEN {_IS_SAME} THEN flags END,
     content = coalesce(:content, content)
 {_IS_OURS}"""
 _SAME_CONTENT = """

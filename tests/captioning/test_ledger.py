@@ -221,6 +221,22 @@ def test_a_changed_file_is_redone_a_touched_and_a_renamed_one_are_not(
     assert len(after) == 6
 
 
+def test_a_file_that_is_broken_later_fails_until_it_is_whole_again(
+    tiny_checkpoint: Path, folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "captions.jsonl"
+    arguments = ("caption", tiny_checkpoint, folder, "--out", out, *OPTIONS)
+    commanded(*arguments)
+    before, whole = lines(out), (folder / "0.png").read_bytes()
+    (folder / "0.png").write_bytes(whole[:42])
+    for _ in range(2):
+        assert commanded(*arguments).returncode == 1
+        assert lines(out) == before[1:]  # the caption was of another content
+    (folder / "0.png").write_bytes(whole)
+    assert commanded(*arguments).returncode == 0
+    assert lines(out) == before
+
+
 def test_one_caption_moves_to_one_of_two_copies_and_a_kill_on_the_way_moves_nothing(
     tiny_checkpoint: Path, folder: Path, tmp_path: Path
 ) -> None:
