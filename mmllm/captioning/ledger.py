@@ -240,10 +240,9 @@ class Ledger:
 
     def captions_of(self, contents: Sequence[str]) -> dict[str, list[sqlite3.Row]]:
         """The rows with a caption of pictures with these hashes that are not of this job's inputs, by hash."""
-        query = _SAME_CONTENT.format(marks=", ".join("?" * len(contents)))
         rows: dict[str, list[sqlite3.Row]] = {}
         with self._reads():
-            for row in self.database.execute(query, contents):
+            for row in self.database.execute(_SAME_CONTENT, (json.dumps(contents),)):
                 rows.setdefault(row["content"], []).append(row)
         return rows
 
@@ -347,7 +346,7 @@ UPDATE pictures SET state = 'failed', reason = :reason, worker = NULL, waits_for
     content = coalesce(:content, content)
 {_IS_OURS}"""
 _SAME_CONTENT = """
-SELECT * FROM pictures WHERE content IN ({marks}) AND state IN ('done', 'flagged') AND record IS NOT NULL
+SELECT * FROM pictures WHERE content IN (SELECT value FROM json_each(?)) AND state IN ('done', 'flagged') AND record IS NOT NULL
     AND NOT EXISTS (SELECT 1 FROM mine WHERE mine.place = pictures.place)
 ORDER BY id LIMIT 1000"""
 _MOVE = f"""
