@@ -345,8 +345,10 @@ UPDATE pictures SET state = 'failed', reason = :reason, worker = NULL, waits_for
     record = CASE WHEN {_IS_SAME} THEN record END, flags = CASE WHEN {_IS_SAME} THEN flags END,
     content = coalesce(:content, content)
 {_IS_OURS}"""
+# `+state`: else SQLite may go through all that is done instead of the index of contents.
 _SAME_CONTENT = """
-SELECT * FROM pictures WHERE content IN (SELECT value FROM json_each(?)) AND state IN ('done', 'flagged') AND record IS NOT NULL
+SELECT * FROM pictures WHERE content IN (SELECT value FROM json_each(?)) AND +state IN ('done', 'flagged')
+    AND record IS NOT NULL
     AND NOT EXISTS (SELECT 1 FROM mine WHERE mine.place = pictures.place)
 ORDER BY id LIMIT 1000"""
 _MOVE = f"""

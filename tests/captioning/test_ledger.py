@@ -402,6 +402,24 @@ def test_a_network_disk_is_known_by_its_mount(tmp_path: Path) -> None:
     assert not is_network_disk(Path("/a.ledger"), str(tmp_path / "gone"))
 
 
+def test_what_a_batch_asks_the_ledger_is_answered_by_its_indexes(ledger: Ledger) -> None:
+    ledger.add(found("ab"), SETTINGS, max_new_tokens=9)
+    queries: list[str] = []
+    ledger.database.set_trace_callback(queries.append)
+    taken = ledger.take(SETTINGS, 1)
+    ledger.captions_of(["x", "y"])
+    ledger.num_taken_by_others()
+    ledger.finish(outcomes(taken), SETTINGS)
+    ledger.database.set_trace_callback(None)
+    asked = [query for query in queries if "pictures" in query]
+    assert len(asked) >= 5
+    for query in asked:
+        plan = " ".join(row["detail"] for row in ledger.database.execute(f"EXPLAIN QUERY PLAN {query}"))
+        assert "SCAN pictures" not in plan, query
+        if "json_each" in query:
+            assert "pictures_by_content" in plan
+
+
 def test_the_memory_of_a_ledger_does_not_grow_with_its_pictures(tmp_path: Path) -> None:
     peaks = []
     for count in (2_000, 8_000):
