@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import gpu
+from bench.captioning import captioning
 from bench.growth import growth
 from bench.million_rows import million_rows
 from bench.packing import packing
@@ -140,6 +141,7 @@ BENCHES: dict[str, Callable[[], dict[str, float]]] = {
     "packing": packing,
     "training": training,
     "growth": growth,
+    "captioning": captioning,
 }
 
 

@@ -71,19 +71,20 @@ def caption(
         for path, text in captions.items():
             print(path, text)
     """
-    from mmllm.captioning.command import caption_pictures
-    from mmllm.captioning.inputs import find_pictures
-    from mmllm.captioning.ledger import read_captions
+    from mmllm.captioning.command import CaptionOptions, caption_pictures
+    from mmllm.captioning.inputs import PictureInputs
+    from mmllm.captioning.json_lines import read_captions
     from mmllm.paths import expand_path
 
     given = [inputs] if isinstance(inputs, str | Path) else inputs
-    paths, ledger = [Path(expand_path(str(one))) for one in given], Path(expand_path(str(out)))
-    caption_pictures(
-        Path(expand_path(str(model))), paths, ledger, prompt=prompt, batch_size=batch_size,
-        max_new_tokens=max_new_tokens, device=device, dtype=dtype,
-    )  # fmt: skip
-    captions = read_captions(ledger)
-    return {path: captions[path] for path in find_pictures(paths).paths if path in captions}
+    paths, output = [expand_path(str(one)) for one in given], Path(expand_path(str(out)))
+    options = CaptionOptions(
+        prompt=prompt, batch_size=batch_size, max_new_tokens=max_new_tokens, device=device, dtype=dtype
+    )
+    caption_pictures(Path(expand_path(str(model))), paths, output, options)
+    captions = read_captions(output)
+    places = sorted({picture.place for picture in PictureInputs(paths)})
+    return {place: captions[place] for place in places if place in captions}
 
 
 def train(config: str | Path, overrides: Sequence[str] = ()) -> Path:

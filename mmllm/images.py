@@ -25,6 +25,7 @@ from mmllm.errors import MmllmError
 
 # Pillow warns from this many pixels on, see Image.MAX_IMAGE_PIXELS: a quarter of a gigabyte as RGB.
 MAX_PIXELS = 89_478_485
+MAX_FILE_BYTES = 1 << 30  # of a file that is read into memory before it is decoded
 
 # A JPEG with more pixels may be decoded directly at a half, a quarter or an eighth of its size. A photo of up to 33
 # megapixels is then read at full size, and one of 50 takes 50 MB instead of 200.
@@ -93,13 +94,18 @@ class ImageError(MmllmError):
 
 
 def load_image(
-    source: str | Path | bytes | Image.Image, *, max_pixels: int = MAX_PIXELS, may_shrink: bool = False
+    source: str | Path | bytes | Image.Image,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    may_shrink: bool = False,
+    name: str | None = None,
 ) -> Image.Image:
     """The upright RGB picture of a path, a file's bytes or a picture in memory, which is not changed.
 
     The result shares no memory with the source and has no metadata. `max_pixels` (width x height) is checked before
     anything is decoded; Pillow's own limit, twice the default, holds too. With `may_shrink`, a JPEG of more than
-    MAX_WHOLE_PIXELS may be smaller than `image_size` says, and `max_pixels` limits its decoded size. Raises ImageError.
+    MAX_WHOLE_PIXELS may be smaller than `image_size` says, and `max_pixels` limits its decoded size. `name` is what
+    errors call a picture that is given as bytes. Raises ImageError.
     """
     if max_pixels < 1:
         raise ValueError(f"max_pixels must be at least 1, got {max_pixels}")
@@ -107,11 +113,21 @@ def load_image(
         if isinstance(source, Image.Image):
             return _decode(source, "the image in memory", max_pixels, is_ours=False)
         if isinstance(source, bytes):
-            return _load_file(io.BytesIO(source), f"the image given as {len(source):,} bytes", max_pixels, may_shrink)
+            name = _short_name(name) if name else f"the image given as {len(source):,} bytes"
+            return _load_file(io.BytesIO(source), name, max_pixels, may_shrink)
         if not isinstance(source, str | Path):
             raise ImageError(f"an image must be a path, bytes or a PIL image, got {type(source).__name__}")
         with _open_file(source) as file:
             return _load_file(file, _short_name(source), max_pixels, may_shrink)
+
+
+def read_image_file(source: str | Path) -> bytes:
+    """The bytes of an image file, not decoded. Raises ImageError where there is none or it is too large for one."""
+    with _open_file(source) as file:
+        data = file.read(MAX_FILE_BYTES + 1)
+    if len(data) > MAX_FILE_BYTES:
+        raise ImageError(f"{_short_name(source)} has more than {MAX_FILE_BYTES:,} bytes; make the picture smaller")
+    return data
 
 
 @contextlib.contextmanager

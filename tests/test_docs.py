@@ -46,6 +46,7 @@ def parse(words: list[str]) -> dict[str, Any]:
     """The parameters of a call of `mmllm`, as the command itself takes them, without running it."""
     command: Any = get_command(app)
     while hasattr(command, "commands") and (words or not command.invoke_without_command):
+        words = command.with_default(words) if hasattr(command, "with_default") else words
         assert words[0] in command.commands, f"no command {words[0]!r}"
         command, words = command.commands[words[0]], words[1:]
     context = command.make_context(command.name, list(words))

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from mmllm.cli import answers, configs, doctor, evaluation, models, runs, scenes
+from mmllm.cli import answers, caption, configs, doctor, evaluation, models, runs, scenes
 from mmllm.cli.options import show_tracebacks
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ def _options(debug: Annotated[bool, typer.Option("--debug", help="Show the trace
 
 for group in (runs, answers, evaluation, models, scenes, doctor):
     app.add_typer(group.commands)
+app.add_typer(caption.commands, name="caption")
 app.add_typer(configs.commands, name="configs")
 
 

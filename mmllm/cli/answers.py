@@ -1,4 +1,4 @@
-"""Commands that ask a model: chat, caption, and demo for the page."""
+"""Commands that ask a model: chat, and demo for the page."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Annotated, Optional
 import typer
 
 from mmllm.cli.options import Device, Dtype, Model, path, usage_error, user_errors
-from mmllm.errors import EXIT_FAILED
 
 commands = typer.Typer()
 
@@ -72,33 +71,6 @@ def chat(
             ask_once(engine, prompt, images, sampling, as_json=as_json)
         else:
             talk(engine, images, sampling)
-
-
-@commands.command()
-def caption(
-    model: Model,
-    inputs: Annotated[
-        list[Path], typer.Argument(parser=path, help="Pictures, or folders that are searched for pictures.")
-    ],
-    out: Annotated[
-        Path, typer.Option(parser=path, help="The JSON-lines file to write; a second run goes on behind its last line.")
-    ],
-    prompt: Annotated[str, typer.Option(help="What the model is asked for each picture.")] = "Describe the picture.",
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures captioned at once.")] = 16,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest caption.")] = 128,
-    device: Device = None,
-    dtype: Dtype = None,
-) -> None:
-    """Caption pictures in batches, one JSON line each; what cannot be read is reported and skipped."""
-    with user_errors():
-        from mmllm.captioning.command import caption_pictures
-
-        num_failed = caption_pictures(
-            model, inputs, out, prompt=prompt, batch_size=batch_size, max_new_tokens=max_new_tokens, device=device,
-            dtype=dtype,
-        )  # fmt: skip
-        if num_failed:
-            sys.exit(EXIT_FAILED)
 
 
 @commands.command()

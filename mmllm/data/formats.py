@@ -206,7 +206,11 @@ def _why_unfinished(fields: Mapping[str, Any]) -> str | None:
             f"the caption was cut off after {fields['num_new_tokens']} tokens; run the same `mmllm caption` with a "
             "larger --max-new-tokens, which writes it again"
         )
-    return "the caption has no words" if fields.get("finish") == "empty" else None
+    if fields.get("finish") == "empty":
+        return "the caption has no words"
+    if flags := fields.get("flags"):
+        return f"the caption was flagged ({flags}); approve it by removing its flags, or run `mmllm caption` with --redo"
+    return None
 
 
 # A row has exactly one of these keys.

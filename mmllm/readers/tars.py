@@ -194,6 +194,16 @@ def _headers(path: str, name: str) -> Iterator[tuple[str, tuple[int, int]]]:
         raise DataError(f"{name} is not a tar that can be read to its end: {error}") from error
 
 
+def member_places(path: str) -> Iterator[tuple[str, int, int]]:
+    """(name, offset, size) of each file of a tar that is not compressed, in their order; nothing of it stays in memory.
+
+    Raises DataError where the tar is damaged.
+    """
+    for name, (offset, size) in _headers(path, path):
+        if not _is_system_file(name):
+            yield _relative_name(name), offset, size
+
+
 def read_members(path: str) -> Iterator[tuple[str, bytes]]:
     """The names and contents of a tar's files from front to back. Raises DataError where it is damaged."""
     try:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image, features
 
-from mmllm.captioning.inputs import find_pictures
+from mmllm.captioning.inputs import PictureInputs
 from mmllm.config import SourceConfig
 from mmllm.data.sources import DataFile, read_source
 from mmllm.images import ImageError, load_image
@@ -58,15 +58,16 @@ def test_training_and_captioning_find_the_same_pictures_and_all_can_be_read(fold
     assert not source.bad
     names = {f"p{number}{ending}" for number, ending in enumerate(WRITERS)}
     assert {Path(str(example.images[0])).name for example in source.examples} == names
-    found = find_pictures([folder])
-    assert {Path(path).name for path in found.paths} == names
-    for path in found.paths:
+    found = [picture.place for picture in PictureInputs([str(folder)]) if not picture.unread]
+    assert {Path(path).name for path in found} == names
+    for path in found:
         assert load_image(path).size == (40, 30)
     assert {f".{suffix}" for suffix in PICTURE_SUFFIXES} == set(PICTURE_ENDINGS)  # of tars too
 
 
 def test_what_is_passed_over_is_counted_by_reason_for_both(folder: Path) -> None:
-    found, rows = find_pictures([folder]), DataFile(SourceConfig(path=str(folder)))
+    inputs, rows = PictureInputs([str(folder)]), DataFile(SourceConfig(path=str(folder)))
+    unread = {picture.name: picture.unread for picture in inputs if picture.unread}
     told = describe_passed_over(rows.passed_over)
     kinds = (
         "without an ending",
@@ -78,9 +79,9 @@ def test_what_is_passed_over_is_counted_by_reason_for_both(folder: Path) -> None
     )
     for what in (f"{2 * len(WRITERS)} `._` files", "1 in __MACOSX", "1 hidden", "5 of the operating system", *kinds):
         assert what in told
-    assert sum(found.passed_over.values()) + len(found.failed) == sum(rows.passed_over.values())
-    assert sorted(Path(path).name for path in found.failed) == ["e.jxl", "f.cr2", "g.svg"]
-    assert all("convert it to PNG or JPEG" in reason for reason in found.failed.values())
+    assert sum(inputs.passed_over.values()) + len(unread) == sum(rows.passed_over.values())
+    assert sorted(unread) == ["e.jxl", "f.cr2", "g.svg"]
+    assert all("convert it to PNG or JPEG" in reason for reason in unread.values())
 
 
 def test_an_ending_that_needs_a_package_names_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
