@@ -62,7 +62,7 @@ def caption(
         the reason, in `OUT.failed.jsonl`.
 
     Raises:
-        MmllmError: There are no pictures, `model` is no checkpoint, or another process writes to `out`.
+        MmllmError: There are no pictures, `model` is no checkpoint, or `out` is something else than such a job's.
 
     Example:
         import mmllm

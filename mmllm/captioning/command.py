@@ -25,6 +25,7 @@ from mmllm.checkpoint.folder import MANIFEST, read_manifest
 from mmllm.disk import file_hash
 from mmllm.errors import MmllmError
 from mmllm.inference.engine import Engine
+from mmllm.inference.sampling import Sampling
 from mmllm.locks import exclusive_path
 from mmllm.readers.compression import inner_suffix
 from mmllm.readers.folders import PICTURE_ENDINGS, describe_passed_over
@@ -47,6 +48,10 @@ class CaptionOptions:
     image_column: str | None = None
     script: str = "auto"
     retry: bool = True
+    prefix: str = ""
+    banned: Sequence[str] = ()
+    json_schema: str | None = None
+    regex: str | None = None
     device: str | None = None
     dtype: str | None = None
 
@@ -58,6 +63,7 @@ class CaptionOptions:
         for name in ("batch_size", "num_captions", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise MmllmError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        Sampling(prefix=self.prefix, banned=tuple(self.banned), json_schema=self.json_schema, regex=self.regex)
 
 
 def caption_pictures(model: Path, inputs: Sequence[str], out: Path, options: CaptionOptions) -> int:
@@ -78,7 +84,7 @@ def caption_pictures(model: Path, inputs: Sequence[str], out: Path, options: Cap
     check_output(out, options.output_format)
     settings = JobSettings(
         model.resolve().name, file_hash(model / MANIFEST)[:16], options.prompt, options.num_captions, options.script,
-        options.retry,
+        options.retry, options.prefix, tuple(options.banned), options.json_schema, options.regex,
     )  # fmt: skip
     if next(iter(pictures), None) is None:
         passed_over = describe_passed_over(pictures.passed_over)

@@ -26,8 +26,8 @@ from mmllm.inference.sampling import Sampling
 NUM_READERS = 4  # threads that decode the next batch
 SECONDS_BETWEEN_LOOKS = 0.5  # at pictures that other jobs have taken
 # A caption that was flagged is tried again with these, and further captions of a picture are made with them.
-RETRY = {"temperature": 0.7, "top_p": 0.9, "seed": 1}
-VARIATION = {"temperature": 0.8, "top_p": 0.95}
+RETRY: dict[str, Any] = {"temperature": 0.7, "top_p": 0.9, "seed": 1}
+VARIATION: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95}
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class CaptionJob:
                 self.num_moved += 1
             else:
                 to_caption.append(read)
-        drafts = self._drafts(to_caption, Sampling(max_new_tokens=self.max_new_tokens))
+        drafts = self._drafts(to_caption, self._sampling())
         self._retry_flagged(to_caption, drafts)
         others = self._other_captions(to_caption, drafts)
         for number, (read, draft) in enumerate(zip(to_caption, drafts, strict=True)):
@@ -159,6 +159,14 @@ class CaptionJob:
                 self.progress.say(f"failed: {outcome.reason}")
         num_flagged = sum(isinstance(draft, Draft) and bool(draft.flags) for draft in drafts)
         self.progress.advance(len(batch), num_flagged=num_flagged)
+
+    def _sampling(self, **values: Any) -> Sampling:
+        """What the job's captions must be like, and how they are sampled; greedy without `values`."""
+        wanted = self.settings
+        return Sampling(
+            max_new_tokens=self.max_new_tokens, prefix=wanted.prefix, banned=wanted.banned, regex=wanted.regex,
+            json_schema=wanted.json_schema, **values,
+        )  # fmt: skip
 
     def _drafts(self, reads: Sequence[ReadPicture], sampling: Sampling) -> list[Draft | Exception]:
         examples = [
@@ -180,7 +188,7 @@ class CaptionJob:
         if not self.settings.retry:
             return
         numbers = [n for n, one in enumerate(drafts) if isinstance(one, Draft) and set(one.flags) & set(RETRIED)]
-        sampling = Sampling(max_new_tokens=self.max_new_tokens, **RETRY)  # type: ignore[arg-type]
+        sampling = self._sampling(**RETRY)
         for number, draft in zip(numbers, self._drafts([reads[n] for n in numbers], sampling), strict=True):
             if isinstance(draft, Draft) and not draft.flags:
                 drafts[number] = draft
@@ -192,7 +200,7 @@ class CaptionJob:
         """Further captions of each picture that has a first one, without those that are flagged or said twice."""
         texts = {n: [one.reply.text] for n, one in enumerate(drafts) if isinstance(one, Draft)}
         for seed in range(1, self.settings.num_captions):
-            sampling = Sampling(max_new_tokens=self.max_new_tokens, seed=seed, **VARIATION)
+            sampling = self._sampling(seed=seed, **VARIATION)
             for number, draft in zip(texts, self._drafts([reads[n] for n in texts], sampling), strict=True):
                 if isinstance(draft, Draft) and not draft.flags and draft.reply.text not in texts[number]:
                     texts[number].append(draft.reply.text)

@@ -38,6 +38,10 @@ class JobSettings:
     num_captions: int = 1
     script: str = "auto"
     retry: bool = True
+    prefix: str = ""
+    banned: tuple[str, ...] = ()
+    json_schema: str | None = None
+    regex: str | None = None
 
     @property
     def key(self) -> str:

@@ -89,9 +89,7 @@ class GoldenAnswer:
     name: str
     question: str
     pictures: tuple[int, ...]
-    prompt: (
-        str | None
-    )  # as the saved chat template renders it for other programs; None where the template takes no pictures
+    prompt: str | None  # as the saved chat template renders it elsewhere; None where it takes no pictures
     prompt_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
     text: str
@@ -146,8 +144,7 @@ def _chat_text(processor: VisionLanguageProcessor, example: Example) -> str | No
 
 
 def _values(pixels: Tensor) -> Tensor:
-    flat = pixels.flatten().double()
-    return flat[torch.linspace(0, len(flat) - 1, NUM_VALUES).long()]
+    return pixels.flatten().double()[torch.linspace(0, pixels.numel() - 1, NUM_VALUES).long()]
 
 
 @torch.inference_mode()
@@ -169,11 +166,10 @@ def _greedy(
     model: VisionLanguageModel, prompt_ids: Sequence[int], pictures: Mapping[str, Tensor], end: int
 ) -> list[int]:
     """Greedy decoding without a KV cache: each token as the checks compute it, on any LLM."""
-    seen = dict(pictures)
+    seen, ids = dict(pictures), list[int]()
     if pictures:  # the tower runs once, not for each token
-        pixels, device = seen.pop("pixel_values"), model.get_input_embeddings().weight.device
-        seen["image_features"] = model.encode_images(pixels.to(device), pictures.get("image_sizes"))
-    ids: list[int] = []
+        pixels = seen.pop("pixel_values").to(model.get_input_embeddings().weight.device)
+        seen["image_features"] = model.encode_images(pixels, pictures.get("image_sizes"))
     while len(ids) < NUM_TOKENS and end not in ids:
         ids.append(int(answer_logits(model, prompt_ids, [*ids, end], seen)[-1].argmax()))
     return ids
@@ -209,8 +205,7 @@ def make_golden(model: VisionLanguageModel, processor: VisionLanguageProcessor) 
         files[name := f"golden/picture_{index + 1}.png"] = file.getvalue()
         pixels = processor.load_pixels([picture])["pixel_values"]
         pictures.append(GoldenPicture(name, tuple(pixels.shape), tuple(round(float(v), 4) for v in _values(pixels))))
-    vocabulary, precision = _vocabulary_hash(processor.tokenizer), precision_of(model)
-    golden = Golden(vocabulary, precision, tuple(pictures), tuple(answers))
+    golden = Golden(_vocabulary_hash(processor.tokenizer), precision_of(model), tuple(pictures), tuple(answers))
     golden = replace(golden, rounding=_rounding(model, processor, golden, drawn))
     return with_logits(golden, files, all_logits(model, processor, golden, drawn))
 

@@ -58,6 +58,16 @@ def run(
         str, typer.Option(help="Letters wanted: latin, cyrillic, han, japanese ..., any; auto: those of the prompt.")
     ] = "auto",
     retry: Annotated[bool, typer.Option("--retry/--no-retry", help="Try flagged captions once more.")] = True,
+    prefix: Annotated[str, typer.Option(help="Each caption begins with this text.")] = "",
+    ban: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="No caption may contain this text; may be repeated."),
+    ] = None,
+    json_schema: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(parser=path, help="A file with the JSON schema that each caption follows."),
+    ] = None,
+    regex: Annotated[Optional[str], typer.Option(help="Each caption matches this regular expression.")] = None,  # noqa: UP045
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
@@ -68,6 +78,8 @@ def run(
         options = CaptionOptions(
             prompt=prompt, batch_size=batch_size, max_new_tokens=max_new_tokens, num_captions=num_captions,
             output_format=output_format, redo=redo or (), image_column=image_column, script=script, retry=retry,
+            prefix=prefix, banned=ban or (), regex=regex,
+            json_schema=None if json_schema is None else json_schema.read_text(encoding="utf-8"),
             device=device, dtype=dtype,
         )  # fmt: skip
         if caption_pictures(model, inputs, out, options):

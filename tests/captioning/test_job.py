@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from mmllm.captioning.job import CaptionJob
 from mmllm.captioning.ledger import JobSettings, Ledger
 from mmllm.captioning.progress import JobProgress
 from mmllm.checkpoint.folder import load_checkpoint
-from mmllm.inference.engine import Engine, Reply
+from mmllm.inference.engine import Engine
 from mmllm.inference.sampling import Sampling
 
 
@@ -43,7 +44,9 @@ def rows_of(ledger: Ledger) -> dict[str, dict]:
 
 
 class ScriptedEngine(Engine):
-    """An engine whose errors and texts a test gives; all else is the model's."""
+    """An engine whose errors, texts and finish reason a test gives; all else is the model's."""
+
+    finish: str | None = None
 
     def fail(self, examples: Sequence[object]) -> None: ...
 
@@ -53,7 +56,10 @@ class ScriptedEngine(Engine):
     def reply_batch(self, examples, sampling):
         self.fail(examples)
         replies = super().reply_batch(examples, sampling)
-        return [Reply(**{**vars(reply), "text": self.say(reply.text, sampling)}) for reply in replies]
+        return [
+            replace(reply, text=self.say(reply.text, sampling), finish_reason=self.finish or reply.finish_reason)
+            for reply in replies
+        ]
 
 
 def engine_of(tiny_checkpoint: Path, **methods: object) -> Engine:
@@ -109,8 +115,7 @@ def test_a_flagged_caption_is_tried_once_more_and_kept_where_it_is_right_then(
         asked.append(sampling)
         return "I'm sorry, I cannot help with that." if sampling.temperature == 0 else "a red square"
 
-    engine = engine_of(tiny_checkpoint, say=say)
-    engine._finish = lambda ids, stop: "end"
+    engine = engine_of(tiny_checkpoint, say=say, finish="end")
     with Ledger(tmp_path / "a.ledger", may_create=True) as ledger:
         assert run_job(engine, ledger, folder).num_retried == 6
         assert {row["state"] for row in rows_of(ledger).values()} == {"done"}
@@ -125,8 +130,7 @@ def test_several_captions_of_a_picture_differ_and_do_not_depend_on_the_batch(
 ) -> None:
     found = []
     for batch_size in (1, 4):
-        engine = engine_of(tiny_checkpoint)
-        engine._finish = lambda ids, stop: "end"
+        engine = engine_of(tiny_checkpoint, finish="end")
         with Ledger(tmp_path / f"{batch_size}.ledger", may_create=True) as ledger:
             run_job(engine, ledger, folder, batch_size=batch_size, num_captions=3, max_new_tokens=4, script="any")
             found.append([json.loads(row["record"]) for row in ledger.records(with_flagged=True)])
@@ -150,3 +154,24 @@ def test_a_prompt_with_fields_is_filled_in_for_each_picture(
         rows = rows_of(ledger)
         assert json.loads(rows["2.png"]["record"])["prompt"] == 'Of in, 2: tag 2? {"json": 1}'
         assert "untagged.txt, whose text the prompt names as {tags}" in rows["untagged.png"]["reason"]
+
+
+def test_captions_begin_as_wanted_hold_nothing_banned_and_follow_a_pattern(
+    tiny_checkpoint: Path, folder: Path, tmp_path: Path
+) -> None:
+    engine = Engine.load(tiny_checkpoint, device="cpu")
+    with Ledger(tmp_path / "plain.ledger", may_create=True) as ledger:
+        run_job(engine, ledger, folder, max_new_tokens=8)
+        plain = {json.loads(row["record"])["caption"] for row in rows_of(ledger).values()}
+    letter = next(letter for text in plain for letter in text if letter.isalpha())
+    with Ledger(tmp_path / "wanted.ledger", may_create=True) as ledger:
+        job = run_job(engine, ledger, folder, max_new_tokens=8, prefix="is", banned=(letter,) * (letter not in "is"))
+        captions = [json.loads(row["record"])["caption"] for row in rows_of(ledger).values()]
+        assert job.num_captioned == 6
+        assert all(text.startswith("is") for text in captions)
+        assert letter in "is" or not any(letter.lower() in text.lower() for text in captions)
+    with Ledger(tmp_path / "pattern.ledger", may_create=True) as ledger:
+        run_job(engine, ledger, folder, max_new_tokens=8, regex="(one|two)")
+        assert {json.loads(row["record"])["caption"].strip() for row in rows_of(ledger).values()} <= {"one", "two"}
+    keys = {JobSettings("m", "h", "p", **one).key for one in ({}, {"prefix": "a"}, {"regex": "a"}, {"banned": ("a",)})}  # type: ignore[arg-type]
+    assert len(keys) == 4

@@ -124,7 +124,9 @@ def test_an_open_clip_tower_is_exported_too(tiny_parts: Path, parts: Path, tmp_p
 def test_an_answer_that_the_model_would_not_give_is_told(tiny_checkpoint: Path) -> None:
     engine, asked = Engine.load(tiny_checkpoint, device="cpu"), [probes()[1]]
     prompts = engine.inputs([engine.renderer.render_example(one) for one in asked], list(asked[0].images))
-    answers = engine._generate(prompts, Sampling(max_new_tokens=6))
+    pad = engine.processor.tokenizer.pad_token_id
+    written = engine.model.generate(**prompts, do_sample=False, max_new_tokens=6, pad_token_id=pad)
+    answers = written[:, prompts["input_ids"].shape[1] :]
     with torch.inference_mode():
         check_answers(engine, prompts, answers, "one picture")
         others = engine.model(**prompts).logits[0, -1].topk(2).indices
