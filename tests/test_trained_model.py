@@ -23,15 +23,15 @@ from tests.builders.own_words import ask_in_own_words
 NUM_PICTURES = {"val": 300, "compositions": 100, "wordings": 150}  # in val the rarest type is asked sixty times
 SEED = 100  # not that of the data which the model was trained with
 TARGETS = {
-    "val": 0.95,  # exact match over all question types
+    "val": 0.955,  # exact match over all question types
     "val, worst type": 0.80,
     "val, caption F1": 0.95,
-    "compositions": 0.89,
+    "compositions": 0.91,
     "drawn by other code": 0.80,
-    "other wordings": 0.88,  # that training never shows
+    "other wordings": 0.90,  # that training never shows
     "strangers' own words": 0.78,
     "the unknown named as such": 0.88,
-    "the absent said not to be there": 0.80,
+    "the absent said not to be there": 0.85,
     "known things refused": 0.02,  # at most so many
     "words in other fonts": 0.82,
     "shuffled above guessing": 0.05,  # at most so much
