@@ -209,7 +209,9 @@ def _why_unfinished(fields: Mapping[str, Any]) -> str | None:
     if fields.get("finish") == "empty":
         return "the caption has no words"
     if flags := fields.get("flags"):
-        return f"the caption was flagged ({flags}); approve it by removing its flags, or run `mmllm caption` with --redo"
+        return (
+            f"the caption was flagged ({flags}); approve it by removing its flags, or run `mmllm caption` with --redo"
+        )
     return None
 
 
