@@ -78,7 +78,7 @@ def test_a_format_holds_the_captions_and_is_written_again_the_same(
     assert not list(out.parent.rglob("*.part"))
 
 
-@pytest.mark.parametrize("output_format", set(FORMATS) - set(FOLDER_FORMATS))
+@pytest.mark.parametrize("output_format", sorted(set(FORMATS) - set(FOLDER_FORMATS)))
 def test_a_file_of_something_else_is_never_overwritten(ledger: Ledger, tmp_path: Path, output_format: str) -> None:
     (tmp_path / "list").write_text("mine")
     with pytest.raises(MmllmError, match="was not written from"):
