@@ -47,6 +47,7 @@ CORE = {
 }
 EXTRAS = {
     "demo": {"gradio": "the chat page"},
+    "captions": {"imagehash": "pictures that look the same, in captioning jobs"},
     "gguf": {"gguf": "LLMs in GGUF files"},
     "heif": {"pillow-heif": "photos of phones (HEIC)"},
     "lora": {"peft": "LoRA in stage 2"},

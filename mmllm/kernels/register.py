@@ -49,6 +49,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName("transformers:ProcessorMixin._process_images", "the layout gives the inputs", ("images",)),
     PrivateName("transformers:ProcessorMixin.replace_image_token", "one `<image>` becomes as many as the layout needs",
                 ("image_inputs", "image_idx")),
+    PrivateName("torch:Tensor._version", "what the engine keeps is void once a weight is changed in place"),
     # attention in blocks
     PrivateName("transformers.integrations.sdpa_attention:sdpa_attention_forward", "attention where blocks do not pay",
                 ("module", "query", "key", "value", "attention_mask", "dropout", "scaling", "is_causal")),

@@ -37,12 +37,19 @@ def test_what_is_missing_is_named_with_its_use(entry: PrivateName, why: str) -> 
 
 
 def own_names(tree: ast.Module) -> set[str]:
-    """Names that the file defines itself: functions, classes, and attributes that it assigns."""
+    """Names that the file defines itself: functions, classes, fields of classes, and attributes that it assigns."""
     defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     stored = {
         node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
     }
-    return defined | stored
+    fields = {
+        line.target.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+        for line in node.body
+        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)
+    }
+    return defined | stored | fields
 
 
 def foreign_names(tree: ast.Module) -> set[str]:
