@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
 from typing import Generic, TypeVar
 
 Key = TypeVar("Key")
@@ -48,8 +47,3 @@ class ByteCache(Generic[Key, Value]):
     def clear(self) -> None:
         self._values.clear()
         self.num_bytes = 0
-
-    def items(self) -> Iterator[tuple[Key, Value]]:
-        """The most recently used first."""
-        for key in reversed(self._values):
-            yield key, self._values[key][0]

@@ -16,8 +16,9 @@ from PIL import Image
 from mmllm.batch import Example, message
 from mmllm.inference.byte_cache import ByteCache
 from mmllm.inference.engine import Engine
+from mmllm.inference.kv_cache import StoredRow
 from mmllm.inference.picture_features import picture_key, transform_key
-from mmllm.inference.prefix_cache import Prefix
+from mmllm.inference.prefix_cache import MAX_ROWS_A_GROUP, Prefix, PrefixCache
 from mmllm.inference.sampling import Sampling
 from tests.builders.conversations import A, B, asked, generate, picture
 from tests.builders.tiny import SIDE_PX, make_checkpoint
@@ -165,12 +166,41 @@ def test_caches_hold_no_more_than_their_bytes_and_can_be_off(engine: Engine) -> 
         cache.put(key, str(key), size)
     assert (cache.get(3), cache.get(1)) == (None, "1"), "what is larger than the cache is not kept"
     cache.put(4, "4", 4)
-    assert [key for key, _ in cache.items()] == [4, 1], "2 was used least recently"
     assert cache.num_bytes == 8
+    assert [cache.get(key) for key in (1, 2, 4)] == ["1", None, "4"], "2 was used least recently"
     off = Engine(engine.model, engine.processor, name="x", feature_cache_bytes=0, prefix_cache_bytes=0)
     question = asked("<image>\nwhat is in the picture?", A)
     assert replies_of(off, question, question) == expected_of(engine, question) * 2
     assert off.reply(question, NEW).num_cached_tokens == 0
+
+
+def test_a_prompt_is_compared_with_few_rows_however_many_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stored(num_tokens: int) -> StoredRow:
+        return StoredRow(((torch.zeros(1, 1, num_tokens, 2), torch.zeros(1, 1, num_tokens, 2)),))
+
+    def prefix(number: int, picture: bytes) -> Prefix:
+        return Prefix(np.array([1, 9, 2, 3, number]), (1,) if picture else (), (picture,) if picture else ())
+
+    compared = []
+    num_shared = Prefix.num_shared
+    monkeypatch.setattr(Prefix, "num_shared", lambda one, other: compared.append(other) or num_shared(one, other))
+    cache = PrefixCache(max_bytes=2**20)
+    for number in range(300):
+        cache.put(prefix(number, b"%d" % number), stored(5))
+    assert not compared
+    assert cache.find(prefix(7, b"5"))[1] == 4
+    assert len(compared) == 1, "the one row of that picture"
+    for number in range(300):
+        cache.put(prefix(number, b""), stored(5))
+    compared.clear()
+    assert cache.find(prefix(299, b""))[1] == 4, "the last token is left to compute"
+    assert len(compared) == MAX_ROWS_A_GROUP
+    small = PrefixCache(max_bytes=3 * stored(5).num_bytes)
+    for number in range(5):
+        small.put(prefix(number, b""), stored(5))
+    compared.clear()
+    small.find(prefix(4, b""))
+    assert len(compared) == 3, "as many as there is memory for"
 
 
 def test_shared_tokens_end_where_pictures_differ() -> None:
