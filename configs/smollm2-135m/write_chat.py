@@ -2,7 +2,7 @@
 
 python configs/smollm2-135m/write_chat.py MODEL.gguf OUT_FOLDER
 
-Every tenth conversation is kept apart, in chat_val.json: what the LLM forgets is measured on it.
+Every sixth conversation is kept apart, in chat_val.json: what the LLM forgets is measured on it.
 """
 
 from __future__ import annotations
@@ -14,31 +14,16 @@ from pathlib import Path
 
 import torch
 
-BATCH_SIZE = 64
+BATCH_SIZE = 16
 MAX_NEW_TOKENS = 80
-COUNTRIES = """
-    Italy Spain Japan Germany Egypt Canada Brazil India Kenya Norway Mexico Poland Greece Peru Chile China Turkey Sweden
-    Portugal Vietnam Ireland Cuba Iran Ghana Austria Finland Denmark Thailand Morocco Argentina
-""".split()  # noqa: SIM905
-ABOUT_COUNTRIES = ("What is the capital of {}?", "What do people eat in {}?", "What should I see in {}?")
-TOPICS = """
-    gravity, photosynthesis, democracy, a computer, the internet, evolution, inflation, a volcano, the water cycle,
-    electricity, a black hole, the heart, an atom, climate change, a neural network, the moon, friendship, a poem,
-    bread, a bicycle, music, a vaccine, an earthquake, recycling, the Roman Empire, the sun, a rainbow, a bank, a
-    library, football, chess, tea, coffee, chocolate, cheese, rice, an apple, a dog, a cat, a horse, an elephant, a
-    whale, bees, birds, fish, trees, flowers, gardening, cooking, swimming, running, yoga, sleep, dreams, memory,
-    learning, a teacher, a doctor, a lawyer, a farmer, a king, a city, a village, a river, a mountain, a desert, the
-    ocean, an island, snow, rain, wind, the weather, spring, winter, a train, an airplane, a ship, a car, a bridge, a
-    house, a clock, a camera, a telephone, a robot, a satellite, paper, glass, iron, gold, salt, sugar, money, taxes,
-    a market, advertising, a newspaper, a film, a painting, a song, a guitar, a piano, dancing, theater, a museum, a
-    school, an exam, homework, a job interview, a meeting, a holiday, a birthday, a wedding, a family, love, courage,
-    honesty, patience, happiness, stress, health, a diet, vitamins, bacteria, a virus, the brain, blood, bones, DNA,
-    energy, light, sound, magnetism, heat, time, space, mathematics, geometry, statistics, philosophy, history, law,
-    war, peace, freedom, religion, language, grammar, writing, a letter, a story, humor
-"""
-ABOUT_TOPICS = (
-    "Explain {}.", "Write two sentences about {}.", "Why do people care about {}?", "Tell me something about {}.",
-    "How would you describe {} to a child?", "Give me three words that go with {}.", "Ask me a question about {}.",
+COUNTRIES = (
+    "Italy", "Spain", "Japan", "Germany", "Egypt", "Canada", "Brazil", "India", "Kenya", "Norway", "Mexico", "Poland",
+    "Greece", "Peru", "Chile",
+)  # fmt: skip
+TOPICS = (
+    "gravity", "photosynthesis", "democracy", "a computer", "the internet", "evolution", "inflation", "a volcano",
+    "the water cycle", "electricity", "a black hole", "the heart", "an atom", "climate change", "a neural network",
+    "the moon", "friendship", "a poem", "bread", "a bicycle", "music", "a vaccine", "an earthquake", "recycling",
 )  # fmt: skip
 QUESTIONS = (
     "Hello!", "Hi, how are you?", "Who are you?", "What can you do?", "Good morning!", "Thank you.", "Goodbye.",
@@ -64,9 +49,8 @@ def main(model_file: Path, out: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(model_file.parent, gguf_file=model_file.name, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(model_file.parent, gguf_file=model_file.name, dtype=torch.float32)
-    topics = [" ".join(topic.split()) for topic in TOPICS.split(",")]
-    questions = [*QUESTIONS, *(form.format(country) for country in COUNTRIES for form in ABOUT_COUNTRIES)]
-    questions += [form.format(topic) for topic in topics for form in ABOUT_TOPICS]
+    questions = [*QUESTIONS, *(f"What is the capital of {country}?" for country in COUNTRIES)]
+    questions += [f"{start} {topic}." for topic in TOPICS for start in ("Explain", "Write two sentences about")]
     rows = []
     for start in range(0, len(questions), BATCH_SIZE):
         asked = questions[start : start + BATCH_SIZE]
@@ -78,9 +62,9 @@ def main(model_file: Path, out: Path) -> None:
         for question, answer in zip(asked, answers, strict=True):
             if whole := re.match(r"""(?s).*[.!?](?=\s|$|["'*)])""", answer):  # without a sentence that is cut off
                 turns = [{"from": "human", "value": question}, {"from": "gpt", "value": whole[0].strip()}]
-                rows.append({"id": f"chat-{len(rows):04d}", "conversations": turns})
+                rows.append({"id": f"chat-{len(rows):03d}", "conversations": turns})
         print(f"{start + len(asked)} of {len(questions)}", flush=True)
-    kept_apart = rows[5::10]
+    kept_apart = rows[5::6]
     for name, chosen in (("chat", [row for row in rows if row not in kept_apart]), ("chat_val", kept_apart)):
         lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in chosen)
         (out / f"{name}.json").write_text(f"[\n{lines}\n]\n")
