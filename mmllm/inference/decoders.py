@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mmllm.inference.kv_cache import KVCache, StoredRow, mask_of, next_logits
+from mmllm.inference.kv_cache import KVCache, StoredRow, next_logits, pad_prompts
 from mmllm.inference.picture_features import PictureFeatures
 from mmllm.inference.prefix_cache import Prefix, PrefixCache
 from mmllm.inference.requests import Request, choose_tokens
@@ -83,25 +83,23 @@ class RowDecoder:
         cache = KVCache.of_rows([row for _, row, _ in group], used) if any(used) else KVCache([0] * len(group))
         for (request, _, _), num_used in zip(group, used, strict=True):
             request.num_cached_tokens = num_used
-        embeds = self._embed([request for request, _, _ in group], used, num_new)
+        embeds = self._embed([request for request, _, _ in group], used)
         logits = self._logits(cache, totals, inputs_embeds=embeds)
         return cache, logits
 
-    def _embed(self, requests: Sequence[Request], used: Sequence[int], num_new: int) -> Tensor:
+    def _embed(self, requests: Sequence[Request], used: Sequence[int]) -> Tensor:
         """Embeddings [B, S, D] of each prompt without its first `used` tokens, padded on the left."""
         image_token_id = self.model.config.image_token_id
-        ids = torch.full((len(requests), num_new), self.pad_token_id)
+        new = [request.prompt_ids[num_used:] for request, num_used in zip(requests, used, strict=True)]
+        ids = pad_prompts(new, self.pad_token_id)[0].to(self.model.device)
         pictures, cuts = [], []  # those with a slot here, and how many of their first tokens are used already
-        for row, (request, num_used) in enumerate(zip(requests, used, strict=True)):
-            new = request.prompt_ids[num_used:]
-            ids[row, num_new - len(new) :] = torch.tensor(new)
+        for request, num_used in zip(requests, used, strict=True):
             num_skipped = request.prompt_ids[:num_used].count(image_token_id)
             starts = accumulate((picture.num_tokens for picture in request.pictures), initial=0)
             for picture, start in zip(request.pictures, starts, strict=False):
                 if start + picture.num_tokens > num_skipped:
                     pictures.append(picture)
                     cuts.append(max(0, num_skipped - start))
-        ids = ids.to(self.model.device)
         if not pictures:
             return self.model.embed(ids, None)
         tokens = [tokens[cut:] for tokens, cut in zip(self.features.of(pictures), cuts, strict=True)]
@@ -155,9 +153,7 @@ class GenerateDecoder:
         device, lengths = self.model.device, [len(request.prompt_ids) for request in requests]
         for request in requests:  # padding takes positions too
             request.max_new_tokens = min(request.max_new_tokens, self.max_length_tokens - max(lengths))
-        mask = mask_of(lengths, max(lengths))
-        ids = torch.full_like(mask, self.pad_token_id)
-        ids[mask.bool()] = torch.tensor([number for request in requests for number in request.prompt_ids])
+        ids, mask = pad_prompts([request.prompt_ids for request in requests], self.pad_token_id)
         inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
         prepared = [picture.prepared.inputs for request in requests for picture in request.pictures]
         if prepared:

@@ -30,6 +30,7 @@ from mmllm.errors import MmllmError
 from mmllm.images import image_size, load_image
 from mmllm.inference.decoders import GenerateDecoder, RowDecoder
 from mmllm.inference.joining import Joining, probe_joining
+from mmllm.inference.kv_cache import pad_prompts
 from mmllm.inference.picture_features import Picture, PictureFeatures, count_tokens, picture_key, transform_key
 from mmllm.inference.placement import answer_dtypes, find_device, free_bytes, spread_model
 from mmllm.inference.prefix_cache import PrefixCache
@@ -156,12 +157,7 @@ class Engine:
     def inputs(self, rendered: Sequence[RenderedConversation], images: Sequence[ImageSource]) -> dict[str, Tensor]:
         """Prompts padded on the left, whatever the tokenizer says, and their pictures one behind the other."""
         device = self.model.device
-        longest = max(len(one.input_ids) for one in rendered)
-        ids = torch.full((len(rendered), longest), int(self.processor.tokenizer.pad_token_id))
-        mask = torch.zeros_like(ids)
-        for row, one in enumerate(rendered):
-            ids[row, longest - len(one.input_ids) :] = torch.tensor(one.input_ids)
-            mask[row, longest - len(one.input_ids) :] = 1
+        ids, mask = pad_prompts([one.input_ids for one in rendered], int(self.processor.tokenizer.pad_token_id))
         inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
         if images:
             inputs |= {name: value.to(device) for name, value in self.processor.load_pixels(images).items()}
@@ -169,8 +165,11 @@ class Engine:
 
     def seen(self, image: ImageSource | Path) -> SeenPicture:
         """What the model gets of a picture: size after the transform, tokens, what is lost. Raises ImageError."""
-        prepared, layout = self.prepare(image), self.model.layout
-        return seen_picture(layout, self.processor.image_processor, prepared, count_tokens(layout, prepared))
+        prepared = self.prepare(image)
+        return self._seen(prepared, count_tokens(self.model.layout, prepared))
+
+    def _seen(self, prepared: PreparedImage, num_tokens: int) -> SeenPicture:
+        return seen_picture(self.model.layout, self.processor.image_processor, prepared, num_tokens)
 
     @functools.cached_property
     def _joining(self) -> Joining:
@@ -307,7 +306,7 @@ class Engine:
         pictures = self.read_pictures([example])[0]
         deadline = None if timeout_seconds is None else begun + timeout_seconds
         (request,) = self.make_requests(example, pictures, sampling, stop=stop, deadline=deadline, priority=priority)
-        seen, num_seen = tuple(self.seen(one.prepared) for one in pictures), 0
+        seen, num_seen = tuple(self._seen(one.prepared, one.num_tokens) for one in pictures), 0
         self.start()
         try:
             self.scheduler.submit(request)
@@ -355,7 +354,7 @@ class Engine:
         self.scheduler.run([request for group in groups for request in group])
         replies = []
         for group, taken in zip(groups, pictures, strict=True):
-            seen = tuple(self.seen(one.prepared) for one in taken)
+            seen = tuple(self._seen(one.prepared, one.num_tokens) for one in taken)
             first, *others = (make_reply(request, seen, begun) for request in group)
             replies.append(replace(first, others=tuple(others)))
         return replies

@@ -151,6 +151,14 @@ def mask_of(lengths: Sequence[int], width: int) -> Tensor:
     return (torch.arange(width) >= width - torch.tensor(lengths)[:, None]).long()
 
 
+def pad_prompts(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """Token ids [B, W] of these prompts, padded on the left, and their attention mask [B, W]."""
+    mask = mask_of([len(prompt) for prompt in prompts], max(map(len, prompts)))
+    ids = torch.full_like(mask, pad_token_id)
+    ids[mask.bool()] = torch.tensor([token for prompt in prompts for token in prompt])
+    return ids, mask
+
+
 def next_logits(model: VisionLanguageModel, cache: KVCache, lengths: Sequence[int], **inputs: Tensor) -> Tensor:
     """Runs new columns, `input_ids` [B, S] or `inputs_embeds` [B, S, D], and appends them to the cache.
 

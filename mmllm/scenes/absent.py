@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import random
 
-from mmllm.scenes.questions import ATTRIBUTE_QUESTIONS, QuestionTurn
+from mmllm.scenes.questions import ATTRIBUTE_QUESTIONS, BAR_QUESTIONS, LINE_QUESTIONS, QuestionTurn
 from mmllm.scenes.world import COLORS, SHAPES, Scene
 
 ABSENT = "absent"
-_READING = {
-    "word": ("what word is written?", "read the word."),
-    "number": ("what number is written?", "read the number."),
-}
-_BAR_QUESTIONS = ("what is the value of the {} bar?", "how tall is the {} bar?")
 
 
 def ask_absent(scene: Scene, rng: random.Random) -> QuestionTurn:
@@ -23,14 +18,14 @@ def ask_absent(scene: Scene, rng: random.Random) -> QuestionTurn:
     """
     shape = rng.choice([shape for shape in SHAPES if shape not in {thing.shape for thing in scene.things}])
     color = rng.choice([color for color in COLORS if color not in {part.color for part in scene.parts}])
-    missing = [kind for kind in _READING if kind not in {line.kind for line in scene.lines}]
+    missing = [kind for kind in ("word", "number") if kind not in {line.kind for line in scene.lines}]
     forms = ["shape", "shape", "color", "both", *["bar"] * (4 if scene.bars else 1)]
     form = rng.choice([*forms, *["line"] * (len(missing) if scene.lines else 1)])
     if form == "line" and missing:
         kind = rng.choice(missing)
-        return _absent(kind, rng.choice(_READING[kind]))
+        return _absent(kind, rng.choice(LINE_QUESTIONS).format(kind))
     if form == "bar":
-        return _absent(f"{color} bar", rng.choice(_BAR_QUESTIONS).format(f"{color}"))
+        return _absent(f"{color} bar", rng.choice(BAR_QUESTIONS).format(color))
     if form == "color":
         return _ask_attribute(f"{color} object", ("shape", "size", "place"), rng)
     if form == "both":

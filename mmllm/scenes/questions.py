@@ -48,6 +48,8 @@ ATTRIBUTE_QUESTIONS = {
     "size": ("what size is the {}?", "is the {} small or large?"),
     "place": ("where is the {}?", "where in the picture is the {}?"),
 }
+LINE_QUESTIONS = ("what {} is written?", "read the {}.")
+BAR_QUESTIONS = ("what is the value of the {} bar?", "how tall is the {} bar?")
 CAPTION_REQUESTS = ("describe the picture.", "what is in the picture?", "what do you see?", "write a caption.")
 
 
@@ -271,7 +273,7 @@ def ask_text(scene: Scene, rng: random.Random) -> list[QuestionTurn]:
     line = rng.choice(scene.lines)
     if rng.random() < 0.3:
         return [QuestionTurn("text", f"what color is the {line.kind}?", line.color, about=about_each(scene, line))]
-    wordings = [f"what {line.kind} is written?", f"read the {line.kind}."]
+    wordings = [question.format(line.kind) for question in LINE_QUESTIONS]
     if len(scene.lines) == 1:
         wordings.append("what does it say?")
     return [QuestionTurn("text", rng.choice(wordings), line.text, about=about_each(scene, line))]
@@ -284,7 +286,7 @@ def ask_chart(scene: Scene, rng: random.Random) -> list[QuestionTurn]:
     values = [bar.value for bar in scene.bars]
     bar = rng.choice(scene.bars)
     if form == "value":
-        wording = rng.choice(("what is the value of the {} bar?", "how tall is the {} bar?"))
+        wording = rng.choice(BAR_QUESTIONS)
         return [QuestionTurn("chart", wording.format(bar.color), str(bar.value), about=about_each(scene, bar))]
     if form == "which":
         if values.count(bar.value) != 1:
@@ -314,7 +316,7 @@ def _ask_same_shape(scene: Scene, rng: random.Random) -> list[QuestionTurn]:
 def ask_follow_up(scene: Scene, rng: random.Random) -> list[QuestionTurn]:
     if scene.kind == "chart":
         one, other = rng.sample(scene.bars, 2)
-        question = f"what is the value of the {one.color} bar?"
+        question = BAR_QUESTIONS[0].format(one.color)
         first = QuestionTurn("chart", question, str(one.value), about=about_each(scene, one))
         about = about_each(scene, other)
         return [first, QuestionTurn("follow_up", f"and the {other.color} bar?", str(other.value), 1, about)]

@@ -1,11 +1,23 @@
-"""Pictures, results and states of a captioning ledger, without files and without a model."""
+"""Pictures, results and states of a captioning ledger, without a model."""
 
 from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image
 
 from mmllm.captioning.inputs import FoundPicture
 from mmllm.captioning.ledger import JobSettings, Ledger, Outcome, TakenPicture
 
 SETTINGS = JobSettings("model", "hash", "what?")
+
+
+def write_pictures(folder: Path) -> Path:
+    """Six pictures of different colours in a new folder."""
+    folder.mkdir()
+    for number in range(6):
+        Image.new("RGB", (20, 20), (40 * number, 0, 0)).save(folder / f"{number}.png")
+    return folder
 
 
 def found(names: str | list[str], **values: str) -> list[FoundPicture]:

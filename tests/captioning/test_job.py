@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 from mmllm.captioning.inputs import PictureInputs
 from mmllm.captioning.job import CaptionJob
@@ -19,14 +18,12 @@ from mmllm.captioning.progress import JobProgress
 from mmllm.checkpoint.folder import load_checkpoint
 from mmllm.inference.engine import Engine
 from mmllm.inference.sampling import Sampling
+from tests.builders.caption_ledgers import write_pictures
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    (tmp_path / "in").mkdir()
-    for number in range(6):
-        Image.new("RGB", (20, 20), (40 * number, 0, 0)).save(tmp_path / "in" / f"{number}.png")
-    return tmp_path / "in"
+    return write_pictures(tmp_path / "in")
 
 
 def run_job(

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from PIL import Image
 from typer.testing import CliRunner
 
 from mmllm.captioning import workers
@@ -19,9 +18,10 @@ from mmllm.captioning.inputs import FoundPicture
 from mmllm.captioning.ledger import JobSettings, Ledger, Outcome, ledger_path
 from mmllm.cli import app
 from mmllm.fault_points import KILL_AT
-from tests.builders.caption_ledgers import SETTINGS, found, outcomes, record, states
+from tests.builders.caption_ledgers import SETTINGS, found, outcomes, record, states, write_pictures
 from tests.builders.launches import command, commanded
 
+Job = tuple[object, ...]
 OPTIONS = ("--max-new-tokens", 3, "--batch-size", 2)
 MOMENTS = (
     "caption batch 1: taken",
@@ -41,11 +41,25 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Six pictures of different colours."""
-    (tmp_path / "in").mkdir()
-    for number in range(6):
-        Image.new("RGB", (20, 20), (40 * number, 0, 0)).save(tmp_path / "in" / f"{number}.png")
-    return tmp_path / "in"
+    return write_pictures(tmp_path / "in")
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "captions.jsonl"
+
+
+@pytest.fixture
+def job(tiny_checkpoint: Path, folder: Path, out: Path) -> Job:
+    """The command that captions `folder` into `out`."""
+    return ("caption", tiny_checkpoint, folder, "--out", out, *OPTIONS)
+
+
+@pytest.fixture
+def ended_job(job: Job) -> Job:
+    """The same, once it has captioned all."""
+    assert caption(*job)[0] == 0
+    return job
 
 
 def caption(*arguments: object) -> tuple[int, str]:
@@ -83,12 +97,10 @@ def test_a_job_killed_at_each_moment_in_turn_ends_as_one_never_disturbed(
 
 @pytest.mark.parametrize("moment", MOMENTS[3:5])
 def test_a_job_killed_at_any_one_moment_loses_and_doubles_nothing(
-    tiny_checkpoint: Path, folder: Path, tmp_path: Path, undisturbed: Callable[[Path], bytes], moment: str
+    job: Job, folder: Path, out: Path, undisturbed: Callable[[Path], bytes], moment: str
 ) -> None:
-    out = tmp_path / "captions.jsonl"
-    arguments = ("caption", tiny_checkpoint, folder, "--out", out, *OPTIONS)
-    assert commanded(*arguments, environment={KILL_AT: moment}).returncode == -signal.SIGKILL
-    status, said = caption(*arguments)
+    assert commanded(*job, environment={KILL_AT: moment}).returncode == -signal.SIGKILL
+    status, said = caption(*job)
     assert status == 0, said
     assert out.read_bytes() == undisturbed(folder)
 
@@ -184,18 +196,13 @@ def test_a_job_that_ends_gives_back_what_it_had_taken(ledger: Ledger) -> None:
     assert states(ledger) == {"a": "waiting", "b": "waiting"}
 
 
-def test_a_changed_file_is_redone_a_touched_and_a_renamed_one_are_not(
-    tiny_checkpoint: Path, folder: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "captions.jsonl"
-    arguments = ("caption", tiny_checkpoint, folder, "--out", out, *OPTIONS)
-    caption(*arguments)
+def test_a_changed_file_is_redone_a_touched_and_a_renamed_one_are_not(ended_job: Job, folder: Path, out: Path) -> None:
     before = {row["image"]: row for row in lines(out)}
     shutil.copy(folder / "5.png", folder / "0.png")  # other content, the same name
     os.utime(folder / "1.png", (0, 0))
     (folder / "sub").mkdir()
     (folder / "2.png").rename(folder / "sub" / "renamed.png")
-    status, said = caption(*arguments)
+    status, said = caption(*ended_job)
     assert status == 0, said
     assert "1 pictures captioned" in said
     assert "1 renamed files keep the caption" in said
@@ -209,34 +216,26 @@ def test_a_changed_file_is_redone_a_touched_and_a_renamed_one_are_not(
     assert len(after) == 6
 
 
-def test_a_file_that_is_broken_later_fails_until_it_is_whole_again(
-    tiny_checkpoint: Path, folder: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "captions.jsonl"
-    arguments = ("caption", tiny_checkpoint, folder, "--out", out, *OPTIONS)
-    caption(*arguments)
+def test_a_file_that_is_broken_later_fails_until_it_is_whole_again(ended_job: Job, folder: Path, out: Path) -> None:
     before, whole = lines(out), (folder / "0.png").read_bytes()
     (folder / "0.png").write_bytes(whole[:42])
     for _ in range(2):
-        assert caption(*arguments)[0] == 1
+        assert caption(*ended_job)[0] == 1
         assert lines(out) == before[1:]  # the caption was of another content
     (folder / "0.png").write_bytes(whole)
-    assert caption(*arguments)[0] == 0
+    assert caption(*ended_job)[0] == 0
     assert lines(out) == before
 
 
 def test_one_caption_moves_to_one_of_two_copies_and_a_kill_on_the_way_moves_nothing(
-    tiny_checkpoint: Path, folder: Path, tmp_path: Path
+    ended_job: Job, folder: Path, out: Path
 ) -> None:
-    out = tmp_path / "captions.jsonl"
-    arguments = ("caption", tiny_checkpoint, folder, "--out", out, *OPTIONS)
-    caption(*arguments)
     before = {row["image"]: row for row in lines(out)}
     shutil.copy(folder / "2.png", folder / "copy 1.png")
     (folder / "2.png").rename(folder / "copy 2.png")
-    killed = commanded(*arguments, environment={KILL_AT: "caption moved: before commit"})
+    killed = commanded(*ended_job, environment={KILL_AT: "caption moved: before commit"})
     assert killed.returncode == -signal.SIGKILL
-    _, said = caption(*arguments)
+    _, said = caption(*ended_job)
     assert "1 pictures captioned" in said
     assert "1 renamed files keep the caption" in said
     texts = [row["caption"] for row in lines(out) if "copy" in row["image"]]
@@ -281,20 +280,17 @@ def test_classes_of_pictures_are_redone_where_asked_for(ledger: Ledger) -> None:
 
 
 def test_a_line_that_a_person_edited_stays_and_one_that_is_removed_comes_back(
-    tiny_checkpoint: Path, folder: Path, tmp_path: Path
+    ended_job: Job, folder: Path, out: Path
 ) -> None:
-    out = tmp_path / "captions.jsonl"
-    arguments = ("caption", tiny_checkpoint, folder, "--out", out, *OPTIONS)
-    caption(*arguments)
     rows = lines(out)
     rows[0]["caption"] = "what I see in it"
     out.write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
-    _, said = caption(*arguments, "--redo", "cut")
+    _, said = caption(*ended_job, "--redo", "cut")
     assert "1 lines of" in said
     assert lines(out)[0]["caption"] == "what I see in it"
     assert len(lines(out)) == 6
     (folder / "0.png").write_bytes((folder / "3.png").read_bytes())  # then the edit is of another picture
-    caption(*arguments)
+    caption(*ended_job)
     assert lines(out)[0]["caption"] == lines(out)[3]["caption"]
 
 
